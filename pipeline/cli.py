@@ -1,0 +1,183 @@
+"""The command line: every verb of Sievit, on whatever stages the composition root hands over.
+
+`cli_run` holds the commands that make something, `cli_store` those that read the store; `views` draws. Nothing on this
+side imports a tensor library, so that help, plans and listings answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import cli_run, cli_store, options
+from .console import Console
+from .errors import InputError, Interrupted, SievitError, UsageError
+from .session import Session, input_error
+
+if TYPE_CHECKING:
+    from .stage import Stage
+
+BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
+HELP_WIDTH = 78  # columns of help inside the margins of an 80-column terminal
+LIBRARIES = ("torch", "timm", "torch-pruning", "onnx", "onnxruntime", "onnxruntime-gpu", "nncf")
+OVERVIEW = """Sieve the data, the tokens and the weights of a vision transformer; ship what is left.
+
+To begin with:
+    sievit init     write a commented pipeline.yaml
+    sievit plan     what would run, and why
+    sievit run      run it; what is unchanged comes from artifacts/
+    sievit prune    one stage alone, on what the stage before it made last
+
+Exit codes: 0 done, 1 a stage failed, 2 wrong command line, 3 wrong pipeline or input, 4 damaged artifact, 5 locked,
+6 gate missed, 130 Ctrl-C, 143 terminated."""
+
+
+def build_app(
+    stages: Sequence[Stage],
+    invalid_input: tuple[type[Exception], ...] = (),
+    *,
+    console: Console | None = None,
+    commands: Mapping[str, Callable[..., None]] = {},
+) -> typer.Typer:
+    """The whole command line. `commands` stand in for the plain command of the stage that they are named after."""
+    session = Session(tuple(stages), invalid_input, console or Console())
+    app = typer.Typer(context_settings={"obj": session}, rich_markup_mode="rich", help=literal(OVERVIEW))
+    app.callback(invoke_without_command=True)(_sievit)
+    cli_run.add_commands(app)
+    for stage in stages:
+        command = commands.get(stage.name) or cli_run.stage_command(stage)
+        summary = stage.manual.strip().partition("\n")[0]
+        app.command(stage.name, help=literal(stage.manual), short_help=literal(summary), rich_help_panel="Stages")(
+            command
+        )
+    cli_store.add_commands(app)
+    return app
+
+
+def literal(text: str) -> str:
+    """Help text that rich prints as it stands, square brackets included. Prose is joined, so that it wraps anew."""
+    from rich.markup import escape
+
+    return escape("\n\n".join(map(_rewrapped, text.strip().split("\n\n"))))
+
+
+def _rewrapped(paragraph: str) -> str:
+    """Prose on one line. What is set by hand, in columns or indented, keeps its lines; long ones hang."""
+    import re
+    import textwrap
+
+    lines = paragraph.splitlines()
+    if not any(line.startswith(" ") or "  " in line for line in lines):
+        return " ".join(lines)
+    set_by_hand: list[str] = []
+    for line in lines:
+        column = max((gap.end() for gap in re.finditer(r"(?:^|(?<=\S)) {2,}", line)), default=0)
+        set_by_hand += textwrap.wrap(line, HELP_WIDTH, subsequent_indent=" " * min(column, HELP_WIDTH // 2)) or [line]
+    return "\n".join(set_by_hand)
+
+
+def execute(
+    stages: Sequence[Stage],
+    invalid_input: tuple[type[Exception], ...],
+    arguments: Sequence[str],
+    *,
+    commands: Mapping[str, Callable[..., None]] = {},
+) -> int:
+    """Run one command line and return its exit code. The one place where errors become text."""
+    console = Console(json="--json" in arguments, debug="--debug" in arguments)
+    _open_streams()
+    try:
+        app = build_app(stages, invalid_input, console=console, commands=commands)
+        code = _invoke(app, invalid_input, arguments, console)
+        sys.stdout.flush()
+    except (OSError, SystemExit) as error:
+        # Typer and rich turn a reader that went away into exit code 1; a shell expects 141, and silence.
+        left = isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError)
+        if isinstance(error, SystemExit) and not left:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not complain
+        if left:
+            return BROKEN_PIPE
+        console.json = False  # there is no stdout for a document
+        return console.close(SievitError(f"the output cannot be written: {error}"))
+    return code
+
+
+def _open_streams() -> None:
+    """There is a stdout, even after `>&-`, and a terminal that lacks × or – still gets the rest of the line."""
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _invoke(
+    app: typer.Typer, invalid_input: tuple[type[Exception], ...], arguments: Sequence[str], console: Console
+) -> int:
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(args=list(arguments), prog_name="sievit", standalone_mode=False)
+    except SievitError as error:
+        return console.close(error)
+    except typer.TyperException as error:  # a wrong option, command or value
+        return console.close(_usage(error))
+    except typer.Abort:
+        return console.close(Interrupted("nothing was done"))
+    except invalid_input as error:
+        return console.close(input_error(error))
+    except OSError as error:
+        if error.filename is None:  # not about a file: stdout
+            raise
+        return console.close(InputError(error.strerror or str(error), where=str(error.filename)))
+    except Exception as error:
+        hint = "" if console.debug else "--debug shows the traceback; please report it"
+        unexpected = SievitError(f"unexpected {type(error).__name__}: {error}", hint=hint)
+        unexpected.__cause__ = error
+        return console.close(unexpected)
+    if code == Interrupted.exit_code:  # Typer's answer to Ctrl-C
+        return console.close(Interrupted("stopped by Ctrl-C"))
+    return code or console.close()
+
+
+def _usage(error: typer.TyperException) -> UsageError:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "sievit"
+    return UsageError(error.format_message(), hint=f"{path} --help")
+
+
+def _sievit(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="versions of Sievit and its libraries")] = False,
+    json: options.Json = False,
+) -> None:
+    if version:
+        context.obj.console.result(_versions(), _draw_versions)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        context.get_help()  # which prints it
+
+
+def _versions() -> dict[str, Any]:
+    """From the installed distributions' records; nothing is imported."""
+    import platform
+    from importlib import metadata
+
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in ("sievit", *LIBRARIES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _draw_versions(versions: Mapping[str, Any]) -> str:
+    own, *others = ("sievit", *LIBRARIES)
+    rest = "\n".join(f"  {name} {versions[name]}" for name in ("python", *others) if versions[name])
+    return f"sievit {versions[own] or 'not installed'}\n{rest}"

@@ -1,0 +1,106 @@
+"""Where a command speaks: its result on stdout, everything else on stderr.
+
+A command hands over its result once, as a plain document and a function that draws it. With --json the document is
+printed and nothing else ever reaches stdout, on a failure too; without it the drawing is. So the table that a person
+reads and the JSON that a script reads cannot tell different things.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TextIO
+
+from .diagnostics import printable
+from .errors import SievitError
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.console import RenderableType
+
+STDOUT, STDERR = 1, 2  # what a process below Python writes to
+Document = dict[str, Any]  # what --json prints: always an object, so that an error can stand beside the result
+
+
+class Console:
+    """The two streams of one command line.
+
+    json: one JSON document on stdout. debug: tracebacks on stderr.
+    """
+
+    def __init__(self, *, json: bool = False, debug: bool = False) -> None:
+        self.json = json
+        self.debug = debug
+        self._document: Document | None = None
+
+    @cached_property
+    def stdout(self) -> RichConsole:
+        return _rich(sys.stdout)
+
+    @cached_property
+    def stderr(self) -> RichConsole:
+        return _rich(sys.stderr)
+
+    @property
+    def interactive(self) -> bool:
+        """Somebody can be asked."""
+        return sys.stdin.isatty() and sys.stderr.isatty() and not self.json
+
+    def result(self, document: Document, draw: Callable[[Document], RenderableType]) -> None:
+        """What the command was asked for, said once. With --json it is printed by `close`."""
+        self._document = document
+        if not self.json:
+            self.stdout.print(draw(document))
+
+    def document(self, document: Document) -> None:
+        """A result that is JSON with or without --json."""
+        self.json = True
+        self._document = document
+
+    def say(self, text: str) -> None:
+        """A line beside the result."""
+        if not self.json:
+            self._tell(text)
+
+    def close(self, error: SievitError | None = None) -> int:
+        """Print the JSON document or the error and return the exit code."""
+        if error is not None and self.debug:
+            traceback.print_exception(error, file=sys.stderr)
+        if self.json:
+            failure = {"error": error.as_json()} if error is not None else {}
+            document = {**(self._document or {}), **failure}
+            if document:
+                sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+        elif error is not None:
+            self._tell(error.text())
+        return error.exit_code if error is not None else 0
+
+    def _tell(self, text: str) -> None:
+        self.stderr.print("\n".join(map(printable, text.split("\n"))), soft_wrap=True)
+
+
+@contextmanager
+def results_only() -> Iterator[None]:
+    """Stdout is for results: what libraries print while a stage works, in Python or below it, goes to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(STDOUT)
+    os.dup2(STDERR, STDOUT)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, STDOUT)
+        os.close(kept)
+
+
+def _rich(stream: TextIO) -> RichConsole:
+    from rich.console import Console as RichConsole
+
+    # Names and paths are printed as they are: no markup, no emoji codes, no guessing at what might be a number.
+    return RichConsole(file=stream, markup=False, emoji=False, highlight=False)

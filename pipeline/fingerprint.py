@@ -1,0 +1,252 @@
+"""The content digest of a data source, from its files alone: no image is decoded and no tensor library imported.
+
+Reading 140 GB to learn that nothing changed would be absurd, so the hash of a file is remembered under its path,
+size, times and inode. This memo is for data only, which belongs to the user; what the store holds is hashed each time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import stat
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import InputError, SievitError
+from .manifest import sha256_file, sha256_of
+
+if TYPE_CHECKING:
+    from .spec import DataConfig
+    from .stage import Progress
+
+BUILTIN = {"digits": "scikit-learn"}  # name -> the distribution that carries it
+IMAGES = frozenset(
+    {
+        ".jpg",
+        ".jpeg",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".tif",
+        ".tiff",
+        ".avif",
+    }
+)
+TARS = frozenset({".tar"})
+
+_COUNTED = IMAGES | TARS
+
+# Data sets that torchvision downloads into `root`, and checks. Their name stands for their content: hashing what lies
+# in `root` would give the first run, which downloads, another key than the second.
+DOWNLOADED = frozenset(
+    {"cifar10", "cifar100", "mnist", "kmnist", "qmnist", "fashion_mnist", "places365", "inaturalist", "inat"}
+)
+
+# A file changed within the clock tick of its hashing could change again unnoticed, so such a hash is not remembered.
+_SETTLED_NS = 2 * 10**9
+
+_Stamp = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode
+
+
+def fingerprint(data: DataConfig, base: Path, memo_path: Path, progress: Progress | None = None) -> str:
+    """What the data source holds, as a short text: equal texts mean equal images under equal names.
+
+    base: the folder that relative paths are meant from. memo_path: a file to remember hashes in; may be absent or
+    deleted. InputError: no such path, no image in it, an unreadable file, an unknown builtin.
+    """
+    kind, _, name = data.source.partition(":")
+    if kind == "builtin":
+        return _builtin(name)
+    family, _, name = data.source.partition("/")
+    if family.lower() == "hfds" and name:
+        return f"hfds/{name}"
+    if family.lower() == "torch" and name:
+        if name.lower() in DOWNLOADED:
+            return f"torch/{name.lower()} of torchvision {_version('torchvision')}"
+        source = _absolute(base, data.root or ".")
+        label = f"torch/{name.lower()} "
+    else:
+        source = _absolute(base, data.source)
+        label = ""
+    memo = _Memo(memo_path)
+    try:
+        parts = {"source": _tree(source, memo, progress)}  # its train and test folders, or tars, where it has them
+        if data.test is not None:
+            parts["test"] = _tree(_absolute(base, data.test), memo, progress)
+    finally:
+        memo.save()  # after Ctrl-C too: what was hashed need not be hashed again
+    files = sum(len(part) for part in parts.values())
+    return f"{label}sha256:{sha256_of(parts)} of {files} file{'s' if files > 1 else ''}"
+
+
+def _absolute(base: Path, text: str) -> Path:
+    return (base / Path(text).expanduser()).absolute()
+
+
+def _builtin(name: str) -> str:
+    if name not in BUILTIN:
+        near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.0)
+        raise InputError(
+            f"there is no builtin data set {name!r}", where="data.source", hint=f"did you mean 'builtin:{near[0]}'?"
+        )
+    return f"builtin:{name} of {BUILTIN[name]} {_version(BUILTIN[name])}"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        raise InputError(
+            f"{distribution} is not installed, which the data set comes from",
+            where="data.source",
+            hint=f"pip install {distribution}",
+        ) from None
+
+
+def _tree(source: Path, memo: _Memo, progress: Progress | None) -> list[list[object]]:
+    """[relative path, size in bytes, sha256] of every image and tar of a source, sorted by path; one row for a file."""
+    try:
+        if source.is_file():
+            found = {"": (str(source), source.stat())}
+        elif source.is_dir():
+            found = {name: (path, info) for name, path, info in _walk(source)}
+        else:
+            raise InputError("there is no such data source", where=str(source), hint=_nearest_sibling(source))
+    except OSError as error:
+        raise _unreadable(error.filename or str(source), error) from error
+    if not found:
+        raise InputError(
+            "the data source holds no image", where=str(source), hint="it needs a folder of images for each class"
+        )
+    memo.forget_missing_below(source, {path for path, _ in found.values()})
+    digests = {name: memo.get(path, info) for name, (path, info) in found.items()}
+    unknown = [name for name, digest in digests.items() if digest is None]
+    with progress.task("hash the data", len(unknown)) if progress and unknown else nullcontext() as task:
+        for name in unknown:
+            digests[name] = _hashed(*found[name], memo)
+            if task is not None:
+                task.advance()
+    return [[_text(name), found[name][1].st_size, digests[name]] for name in sorted(found)]
+
+
+def _hashed(path: str, info: os.stat_result, memo: _Memo) -> str:
+    try:
+        return memo.put(path, info, *sha256_file(Path(path)))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _text(name: str) -> str:
+    """A file name as text that JSON can hold, even one that is not UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _walk(root: Path) -> Iterator[tuple[str, str, os.stat_result]]:
+    """(relative path, path, stat) of all images and tars below `root`.
+
+    Links are followed, but no folder is entered twice: links to each other would otherwise multiply without end.
+    Entries come sorted, so that it does not depend on the disk under which of its names such a folder counts. Paths are
+    text because a million Path objects take a while.
+    """
+    entered: set[tuple[int, int]] = set()
+    todo = [("", str(root))]
+    while todo:
+        prefix, folder = todo.pop()
+        info = Path(folder).stat()
+        if (info.st_dev, info.st_ino) in entered:
+            continue
+        entered.add((info.st_dev, info.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                wanted = f".{entry.name.rpartition('.')[2].lower()}" in _COUNTED
+                try:
+                    target = entry.stat()
+                except OSError as error:
+                    if wanted:
+                        raise _unreadable(entry.path, error) from error
+                    continue  # a broken link to something that is no image
+                if stat.S_ISDIR(target.st_mode):
+                    todo.append((f"{prefix}{entry.name}/", entry.path))
+                elif wanted and stat.S_ISREG(target.st_mode):
+                    yield f"{prefix}{entry.name}", entry.path, target
+
+
+def _nearest_sibling(path: Path) -> str:
+    """What is there instead of a missing path."""
+    parent = path.parent
+    while not parent.is_dir():
+        path, parent = parent, parent.parent
+    with suppress(OSError):
+        names = sorted(entry.name for entry in parent.iterdir())
+        near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+        if near:
+            return f"did you mean {str(parent / near[0])!r}?"
+    return f"{str(parent)!r} is there, but it has no {path.name!r}"
+
+
+def _unreadable(path: str, error: OSError) -> InputError:
+    return InputError(f"the data cannot be read ({error.strerror})", where=path, hint="repair or remove it")
+
+
+class _Memo:
+    """path -> (stamp, sha256), kept in one JSON file that may be lost at any time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.changed = False
+        self.started_ns = time.time_ns()
+        self.entries: dict[str, tuple[_Stamp, str]] = {}
+        try:
+            stored = json.loads(path.read_bytes())
+            self.entries = {str(name): (_stamp_of(*stamp), str(digest)) for name, (stamp, digest) in stored.items()}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            self.entries = {}  # absent or damaged: everything is hashed again
+
+    def get(self, path: str, info: os.stat_result) -> str | None:
+        known = self.entries.get(path)
+        return known[1] if known and known[0] == _stamp(info) else None
+
+    def put(self, path: str, info: os.stat_result, digest: str, size: int) -> str:
+        if size != info.st_size or _stamp(Path(path).stat()) != _stamp(info):
+            raise InputError("the data changed while it was read", where=path, hint="wait until nothing writes there")
+        if self.started_ns - max(info.st_mtime_ns, info.st_ctime_ns) > _SETTLED_NS:
+            self.entries[path] = (_stamp(info), digest)
+            self.changed = True
+        return digest
+
+    def forget_missing_below(self, source: Path, present: set[str]) -> None:
+        below = f"{source}{os.sep}"
+        gone = [name for name in self.entries if name.startswith(below) and name not in present]
+        for name in gone:
+            del self.entries[name]
+        self.changed = self.changed or bool(gone)
+
+    def save(self) -> None:
+        """Keep the memo if the disk lets us; without it the next look is slower and just as right."""
+        if not self.changed:
+            return
+        temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.new")
+        with suppress(OSError, SievitError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self.entries), encoding="utf-8", errors="surrogateescape")
+            temporary.replace(self.path)
+
+
+def _stamp(info: os.stat_result) -> _Stamp:
+    return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
+
+
+def _stamp_of(size: int, mtime_ns: int, ctime_ns: int, inode: int) -> _Stamp:
+    return size, mtime_ns, ctime_ns, inode

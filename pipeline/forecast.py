@@ -1,0 +1,76 @@
+"""What a run would do, without doing it: the same walk as the runner's, with nothing made.
+
+Below a stage that has to run, keys are unknown: they depend on what that stage will leave. An honest forecast says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from . import keys
+from .keys import Change
+from .resolve import Facts, Place, gather, place, sources
+
+if TYPE_CHECKING:
+    from .plan import Node, Plan
+    from .store import Artifact, Store
+
+State = Literal["cached", "run", "shared", "unknown"]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What will happen to one node.
+
+    cached:  `ref` will be used.
+    run:     nothing has this key; `reasons` are the differences to `compared_to`, the nearest artifact of the stage,
+    if there is one.
+    shared:  the arm `shared_with` will have made it by then.
+    unknown: it depends on what the entry `waits_for` will leave.
+    """
+
+    node: Node
+    state: State
+    key: str | None = None
+    ref: str | None = None
+    reasons: tuple[Change, ...] = ()
+    compared_to: str | None = None
+    shared_with: str | None = None
+    waits_for: str | None = None
+
+
+def check_references(plan: Plan, store: Store) -> None:
+    """Refuse a plan that names an artifact which the store has not, before hours are spent on what comes before it."""
+    for node in plan.nodes:
+        for edge in node.inputs:
+            if edge.ref is not None and "@" in edge.ref and not edge.ref.startswith("timm:"):
+                store.resolve(edge.ref)
+
+
+def forecast(plan: Plan, store: Store, *, force: bool = False) -> list[Forecast]:
+    """A forecast for each node of the plan, in its order. Manifests are read, files are not."""
+    check_references(plan, store)
+    facts = Facts(plan, store)
+    made: dict[Place, Artifact] = {}
+    planned: dict[tuple[str, str], str] = {}  # (stage, key) -> the arm that will make it
+    found: list[Forecast] = []
+    for node in plan.nodes:
+        missing = [source for source in sources(node) if source not in made]
+        if missing:
+            found.append(Forecast(node, "unknown", waits_for=missing[0][1]))
+            continue
+        material = facts.material(node, gather(node, plan, made, store))
+        stage, key = node.stage.name, keys.key_of(material)
+        artifact = store.find(stage, key)
+        if (stage, key) in planned:
+            found.append(Forecast(node, "shared", key, shared_with=planned[stage, key]))
+        elif artifact is not None and not force:
+            made[place(node)] = artifact
+            found.append(Forecast(node, "cached", key, artifact.ref))
+        else:
+            planned[stage, key] = node.arm
+            near = keys.nearest(material, store.artifacts(stage))
+            reasons = tuple(near[1]) if near else ()
+            found.append(Forecast(node, "run", key, reasons=reasons, compared_to=near[0].ref if near else None))
+    return found

@@ -1,0 +1,283 @@
+"""Which stage runs when, and what each reads: the file's arms as one graph in the order of execution.
+
+The rule of wiring is one sentence: a stage reads what its `needs` name, else the nearest earlier stage of its arm that
+writes what it reads. A stage that stands once for the pipeline (the benchmark) comes last and reads all arms. Planning
+is pure, and everything that can be known to fail before a run starts fails here, at its place in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from .diagnostics import Problems, Span, suggest
+from .document import Node as YamlNode
+from .spec import ArmSpec, DataConfig, EntrySpec, ModelConfig, PipelineSpec
+from .stage import Reads, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """One input of a node: another node (arm, entry), or a text for the store or the stage (train@7, timm:...)."""
+
+    role: str
+    source: tuple[str, str] | None
+    ref: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A stage in an arm. Edges of a role that takes many come in the order of arms and entries."""
+
+    arm: str
+    entry: EntrySpec
+    stage: Stage
+    inputs: tuple[Edge, ...]
+    seed: int
+    data: DataConfig
+    model: ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The nodes so that each stands after all it reads: the main arm, the other arms, the stages across arms."""
+
+    spec: PipelineSpec
+    nodes: tuple[Node, ...]
+
+    def node(self, arm: str, entry: str) -> Node | None:
+        return next((n for n in self.nodes if (n.arm, n.entry.name) == (arm, entry)), None)
+
+
+def make_plan(spec: PipelineSpec, stages: Sequence[Stage]) -> Plan:
+    """The plan of a pipeline. Raises SpecError for wiring that cannot work: nothing to read, a cycle, idle gates."""
+    kinds = {s.name: s for s in stages}
+    problems = Problems()
+    nodes: list[Node] = []
+    for arm in spec.arms.values():
+        own = Problems()
+        wired = [_wired(arm, entry, kinds, own) for entry in arm.entries if not kinds[entry.uses].across_arms]
+        if not own.errors:
+            nodes += _ordered(wired, own)
+        told = {error.where for error in problems.errors}  # an arm shares most lines with main, and their mistakes
+        problems.errors += [error for error in own.errors if error.where not in told]
+    main = spec.arms["main"]
+    for entry in main.entries:
+        if kinds[entry.uses].across_arms:
+            edges = tuple(_across(entry, spec, kinds, problems))
+            nodes.append(Node("main", entry, kinds[entry.uses], edges, main.seed, main.data, main.model))
+    _check_gates(spec, kinds, problems)
+    problems.raise_if_any()
+    return Plan(spec, tuple(nodes))
+
+
+def _wired(arm: ArmSpec, entry: EntrySpec, kinds: Mapping[str, Stage], problems: Problems) -> Node:
+    stage = kinds[entry.uses]
+    edges = [*_inputs(arm, entry, stage, kinds, problems), *_references(arm, entry, stage, kinds, problems)]
+    return Node(arm.name, entry, stage, tuple(edges), arm.seed, arm.data, arm.model)
+
+
+def _inputs(
+    arm: ArmSpec, entry: EntrySpec, stage: Stage, kinds: Mapping[str, Stage], problems: Problems
+) -> Iterator[Edge]:
+    """An edge for each of the stage's Reads."""
+    path = _path(arm, entry)
+    named = _needed(arm, entry, kinds, problems)
+    earlier = arm.entries[: arm.entries.index(entry)]
+    for reads in stage.reads:
+        by_name = [other for other in named if kinds[other.uses].writes == reads.kind]
+        if len(by_name) > 1:
+            message = f"{path}.needs names two that write {reads.kind}: '{by_name[0].name}' and '{by_name[1].name}'"
+            problems.add(message, _item(entry, by_name[1].name), "keep one of the two")
+        before = [other for other in earlier if kinds[other.uses].writes == reads.kind]
+        source = by_name[0] if by_name else before[-1] if before else None
+        if source is not None:
+            yield Edge(reads.role, (arm.name, source.name))
+        elif not reads.optional:
+            message = f"{path} reads {reads.kind}, and no earlier stage{_of(arm)} writes it"
+            problems.add(message, entry.key, _producers(reads, arm, kinds))
+
+
+def _needed(arm: ArmSpec, entry: EntrySpec, kinds: Mapping[str, Stage], problems: Problems) -> list[EntrySpec]:
+    """The entries that `needs` names; a name that is none is a problem."""
+    found = []
+    stage = kinds[entry.uses]
+    for name in entry.needs:
+        other = arm.entry(name)
+        if other is not None and kinds[other.uses].across_arms:
+            message = f"{_path(arm, entry)}.needs: '{name}' stands once for all arms and runs after them"
+            problems.add(message, _item(entry, name))
+        elif other is not None and all(kinds[other.uses].writes != reads.kind for reads in stage.reads):
+            hint = f"it reads: {', '.join(dict.fromkeys(r.kind for r in stage.reads)) or 'nothing'}"
+            message = f"{_path(arm, entry)}.needs: '{name}' writes {kinds[other.uses].writes}, which this does not read"
+            problems.add(message, _item(entry, name), hint)
+        elif other is not None:
+            found.append(other)
+        elif name in arm.left_out:
+            _left_out(f"{_path(arm, entry)}.needs", name, arm, _item(entry, name), problems)
+        else:
+            hint = suggest(name, _others(arm, entry, kinds), kind="stages")
+            message = f"{_path(arm, entry)}.needs: there is no stage '{name}' in this pipeline"
+            problems.add(message, _item(entry, name), hint)
+    return found
+
+
+def _left_out(field: str, name: str, arm: ArmSpec, span: Span, problems: Problems) -> None:
+    place = arm.left_out[name]
+    who = "this pipeline" if arm.name == "main" else f"arm '{arm.name}'"
+    hint = f"override {field} in that arm too" if arm.name != "main" else f"give '{name}' its settings, or name another"
+    problems.add(f"{field}: {who} leaves out '{name}' ({place.short})", span, hint)
+
+
+def _references(
+    arm: ArmSpec, entry: EntrySpec, stage: Stage, kinds: Mapping[str, Stage], problems: Problems
+) -> Iterator[Edge]:
+    """An edge for each input that a field of the config names."""
+    for role, text in stage.references(entry.config).items():
+        path, span = _field(entry.node, text, role, _path(arm, entry)) or (_path(arm, entry), entry.key)
+        other = arm.entry(text)
+        if text.startswith("timm:"):
+            yield Edge(role, None, text)
+        elif "@" in text:
+            kind = text.split("@")[0]
+            if kind not in kinds:
+                problems.add(f"{path}: there is no stage '{kind}'", span, suggest(kind, kinds, kind="stages"))
+            yield Edge(role, None, text)
+        elif other is not None and kinds[other.uses].across_arms:
+            problems.add(f"{path}: '{text}' stands once for all arms and runs after them", span)
+        elif other is not None and kinds[other.uses].writes != stage.reference_kind:
+            hint = (
+                f"name a stage that writes {stage.reference_kind}: {_writers(stage.reference_kind, arm, entry, kinds)}"
+            )
+            problems.add(f"{path}: '{text}' writes {kinds[other.uses].writes}, not {stage.reference_kind}", span, hint)
+        elif other is not None:
+            yield Edge(role, (arm.name, text))
+        elif text in arm.left_out:
+            _left_out(path, text, arm, span, problems)
+        else:
+            hint = suggest(text, _writers(stage.reference_kind, arm, entry, kinds).split(", "), kind="stages")
+            message = f"{path}: '{text}' is no stage of this pipeline"
+            problems.add(message, span, f"{hint}; or an artifact such as train@latest, or timm:<model>")
+
+
+def _writers(kind: str, arm: ArmSpec, entry: EntrySpec, kinds: Mapping[str, Stage]) -> str:
+    return ", ".join(e.name for e in arm.entries if e is not entry and kinds[e.uses].writes == kind)
+
+
+def _across(entry: EntrySpec, spec: PipelineSpec, kinds: Mapping[str, Stage], problems: Problems) -> Iterator[Edge]:
+    """The edges of a stage that stands once: from every arm what it takes many of, else from the main arm."""
+    stage, main = kinds[entry.uses], spec.arms["main"]
+    named = {other.name for other in _needed(main, entry, kinds, problems)}
+    for reads in stage.reads:
+        sources = [
+            (arm.name, other.name)
+            for arm in spec.arms.values()
+            for other in arm.entries
+            if kinds[other.uses].writes == reads.kind
+            and not kinds[other.uses].across_arms
+            and (not named or other.name in named)
+        ]
+        if not reads.many:
+            sources = [source for source in sources if source[0] == "main"][-1:]
+        if not sources and not reads.optional:
+            message = f"{_path(main, entry)} reads {reads.kind}, and no stage writes it"
+            problems.add(message, entry.key, _producers(reads, main, kinds))
+        yield from (Edge(reads.role, source) for source in sources)
+    yield from _references(main, entry, stage, kinds, problems)
+
+
+def _ordered(nodes: list[Node], problems: Problems) -> list[Node]:
+    """The nodes of one arm so that each stands after what it reads, otherwise in the order of the file."""
+    waiting = {node.entry.name: node for node in nodes}
+    done: list[Node] = []
+    while waiting:
+        ready = next((n for n in waiting.values() if not any(s in waiting for s in _sources(n))), None)
+        if ready is None:
+            _add_cycle(waiting, problems)
+            break
+        done.append(waiting.pop(ready.entry.name))
+    return done
+
+
+def _sources(node: Node) -> list[str]:
+    return [edge.source[1] for edge in node.inputs if edge.source is not None]
+
+
+def _add_cycle(waiting: Mapping[str, Node], problems: Problems) -> None:
+    """Name one way round. Every waiting node reads a waiting one, so walking back must come round."""
+    way = [next(iter(waiting))]
+    while way.count(way[-1]) < 2:
+        way.append(next(s for s in _sources(waiting[way[-1]]) if s in waiting))
+    way = way[way.index(way[-1]) :]
+    names = list(waiting)
+    # The edge that reads a later stage closes the way round: it was written out, so its place can be shown.
+    reader, read = next((a, b) for a, b in pairwise(way) if names.index(b) >= names.index(a))
+    node = waiting[reader]
+    span = _item(node.entry, read) if read in node.entry.needs else None
+    if span is None:
+        field = _field(node.entry.node, read, "", "")
+        span = field[1] if field else node.entry.key
+    round_trip = " -> ".join(reversed(way))
+    arm = "" if node.arm == "main" else f" in arm '{node.arm}'"
+    message = (
+        f"'{reader}' reads itself{arm}" if len(way) == 2 else f"these stages wait for each other{arm}: {round_trip}"
+    )
+    problems.add(message, span, f"let '{reader}' read an earlier stage")
+
+
+def _check_gates(spec: PipelineSpec, kinds: Mapping[str, Stage], problems: Problems) -> None:
+    """Gates compare the main arm with the arm `dense` in what a benchmark measured; without these they cannot hold."""
+    asked = [name for name, bound in spec.gates.model_dump().items() if bound is not None]
+    if not asked:
+        return
+    key = spec.root.keys["gates"]
+    if not any(kinds[e.uses].writes == "measurement" for e in spec.arms["main"].entries):
+        problems.add("gates need a benchmark, and 'stages:' has none", key, "add 'benchmark: {}', or remove the gates")
+    if "dense" not in spec.arms:
+        hint = "add an arm 'dense' that leaves out what compresses, such as {prune: null, quantize: null}"
+        problems.add("gates compare with the arm 'dense', and there is none", key, hint)
+    elif not any(kinds[e.uses].writes == "onnx" for e in spec.arms["dense"].entries):
+        problems.add("gates compare with the arm 'dense', and it exports no file", key, "leave its export stage in")
+
+
+def _path(arm: ArmSpec, entry: EntrySpec) -> str:
+    return f"stages.{entry.name}" if arm.name == "main" else f"arms.{arm.name}.{entry.name}"
+
+
+def _others(arm: ArmSpec, entry: EntrySpec, kinds: Mapping[str, Stage]) -> list[str]:
+    return [e.name for e in arm.entries if e is not entry and not kinds[e.uses].across_arms]
+
+
+def _of(arm: ArmSpec) -> str:
+    return "" if arm.name == "main" else f" of arm '{arm.name}'"
+
+
+def _producers(reads: Reads, arm: ArmSpec, kinds: Mapping[str, Stage]) -> str:
+    """What to do about an input that nobody produces."""
+    writers = [name for name, stage in kinds.items() if stage.writes == reads.kind]
+    out = [name for name in writers if name in arm.left_out]
+    if out:
+        return f"'{out[0]}' writes it, and is left out ({arm.left_out[out[0]].short})"
+    return f"put one of these before it: {', '.join(writers)}" if writers else "no stage writes it"
+
+
+def _item(entry: EntrySpec, name: str) -> Span:
+    """Where `needs` names a stage."""
+    given = entry.node.mapping.get("needs")
+    items = (given.items or (given,)) if given is not None else ()
+    return next((item.span for item in items if item.value == name), entry.key)
+
+
+def _field(node: YamlNode, text: str, role: str, path: str) -> tuple[str, Span] | None:
+    """Path and place of the field that holds a text; a field called like the role is preferred."""
+    found: list[tuple[str, Span]] = []
+    for key, inner in node.mapping.items():
+        if key in ("uses", "needs"):
+            continue
+        if inner.value == text:
+            hit = (f"{path}.{key}", inner.span)
+            found.insert(0, hit) if key == role else found.append(hit)
+        elif deeper := _field(inner, text, role, f"{path}.{key}"):
+            found.append(deeper)
+    return found[0] if found else None

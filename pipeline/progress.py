@@ -1,0 +1,271 @@
+"""How far a run is, told to people: bars on a terminal, plain lines in a log, nothing for a script.
+
+All of it goes to stderr. Names come from files and folders, so what a terminal would obey is replaced before it is
+printed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+from .diagnostics import printable
+from .stage import Progress, Task
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import ProgressColumn, TaskID
+
+_LINE_EVERY_S = 10.0
+
+
+class Display(Progress, Protocol):
+    """What the runner speaks to: a stage's Progress, and the stages themselves."""
+
+    @contextmanager
+    def run(self, stages: int) -> Iterator[None]:
+        """The length of a run of so many stages."""
+
+    def begin(self, number: int, label: str) -> None:
+        """Stage `number` (from 1) starts to work."""
+
+    def end(self, number: int, label: str, outcome: str, seconds: float) -> None:
+        """Stage `number` has come to an end: `outcome` is short, such as "train@7" or "failed"."""
+
+
+class Silent:
+    """Nothing at all: for --json, and the base of the others."""
+
+    @contextmanager
+    def run(self, stages: int) -> Iterator[None]:
+        yield
+
+    def begin(self, number: int, label: str) -> None: ...
+
+    def end(self, number: int, label: str, outcome: str, seconds: float) -> None: ...
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Task]:
+        yield _NoTask()
+
+    def note(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+
+class Quiet(Silent):
+    """Warnings only."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def warn(self, text: str) -> None:
+        _print(self._stream, f"warning: {text}")
+
+
+class Lines:
+    """A line when a stage starts and ends, and at most one every ten seconds for a task."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._stages = 0
+
+    @contextmanager
+    def run(self, stages: int) -> Iterator[None]:
+        self._stages = stages
+        yield
+
+    def begin(self, number: int, label: str) -> None:
+        _print(self._stream, f"[{number}/{self._stages}] {label} ...")
+
+    def end(self, number: int, label: str, outcome: str, seconds: float) -> None:
+        took = f" in {duration(seconds)}" if seconds else ""
+        _print(self._stream, f"[{number}/{self._stages}] {label}: {outcome}{took}")
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Task]:
+        task = _LineTask(self._stream, self._clock, label, total)
+        yield task
+        task.close()
+
+    def note(self, text: str) -> None:
+        _print(self._stream, f"  {text}")
+
+    def warn(self, text: str) -> None:
+        _print(self._stream, f"  warning: {text}")
+
+
+class Bars:
+    """rich bars: one for the stages, one for each task that is under way."""
+
+    def __init__(self, stream: TextIO, *, colour: bool = True) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._console = Console(file=stream, no_color=not colour or None, highlight=False, markup=False)
+        columns: list[ProgressColumn] = [
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}", markup=False),
+        ]
+        self._bars: RichProgress = Progress(*columns, console=self._console, transient=True)
+        self._total: TaskID | None = None
+        self._stages = 0
+
+    @contextmanager
+    def run(self, stages: int) -> Iterator[None]:
+        self._stages = stages
+        self._total = self._bars.add_task("stages", total=stages, values="")
+        with self._bars:
+            yield
+        self._bars.remove_task(self._total)
+        self._total = None
+
+    def begin(self, number: int, label: str) -> None:
+        if self._total is not None:
+            self._bars.update(self._total, completed=number - 1, values=printable(label))
+
+    def end(self, number: int, label: str, outcome: str, seconds: float) -> None:
+        if self._total is not None:
+            self._bars.update(self._total, completed=number, values="")
+        took = f"  {duration(seconds)}" if seconds else ""
+        self._console.print(printable(f"{number:>3}/{self._stages}  {label:<24} {outcome}{took}"), soft_wrap=True)
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Task]:
+        task = self._bars.add_task(printable(label), total=total, values="")
+        try:
+            yield _BarTask(self._bars, task)
+        finally:
+            self._bars.remove_task(task)
+
+    def note(self, text: str) -> None:
+        self._console.print(printable(f"         {text}"), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self._console.print(printable(f"         warning: {text}"), style="yellow", soft_wrap=True)
+
+
+class Notebook:
+    """The Progress that a stage is given: it shows everything, and keeps notes and warnings for the manifest."""
+
+    def __init__(self, display: Progress) -> None:
+        self._display = display
+        self.notes: list[dict[str, str]] = []
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Task]:
+        with self._display.task(label, total) as task:
+            yield task
+
+    def note(self, text: str) -> None:
+        self.notes.append({"level": "note", "text": text})
+        self._display.note(text)
+
+    def warn(self, text: str) -> None:
+        self.notes.append({"level": "warning", "text": text})
+        self._display.warn(text)
+
+
+def choose(
+    *,
+    quiet: bool = False,
+    silent: bool = False,
+    stream: TextIO | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Display:
+    """The display that fits: bars on a terminal that can redraw, lines elsewhere.
+
+    NO_COLOR takes the colours, not the bars. TERM=dumb takes the bars.
+    """
+    stream = stream or sys.stderr
+    if silent:
+        return Silent()
+    if quiet:
+        return Quiet(stream)
+    if stream.isatty() and environment.get("TERM") not in ("dumb", "unknown"):
+        return Bars(stream, colour=not environment.get("NO_COLOR"))
+    return Lines(stream)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _values(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{printable(name)} {value:.4g}" for name, value in values.items())
+
+
+def _print(stream: TextIO, line: str) -> None:
+    stream.write(printable(line) + "\n")
+    stream.flush()
+
+
+class _NoTask:
+    def advance(self, steps: int = 1, **values: float) -> None: ...
+
+
+class _LineTask:
+    def __init__(self, stream: TextIO, clock: Callable[[], float], label: str, total: int) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._label = label
+        self._total = total
+        self._done = 0
+        self._values: dict[str, float] = {}
+        self._started = self._printed_at = clock()
+        self._printed_done = -1
+
+    def advance(self, steps: int = 1, **values: float) -> None:
+        self._done += steps
+        self._values.update(values)
+        if self._clock() - self._printed_at >= _LINE_EVERY_S:
+            self._line()
+
+    def close(self) -> None:
+        if self._printed_done != self._done:
+            self._line()
+
+    def _line(self) -> None:
+        now = self._clock()
+        left = ""
+        if 0 < self._done < self._total:
+            left = f"  {duration((now - self._started) / self._done * (self._total - self._done))} left"
+        values = f"  {_values(self._values)}" if self._values else ""
+        _print(self._stream, f"  {self._label} {self._done}/{self._total}{values}{left}")
+        self._printed_at = now
+        self._printed_done = self._done
+
+
+class _BarTask:
+    def __init__(self, bars: RichProgress, task: TaskID) -> None:
+        self._bars = bars
+        self._task = task
+        self._values: dict[str, float] = {}
+
+    def advance(self, steps: int = 1, **values: float) -> None:
+        self._values.update(values)
+        self._bars.update(self._task, advance=steps, values=_values(self._values))

@@ -1,0 +1,87 @@
+"""The training ledger: what an arm cost to make, summed over its stages, against the baseline arm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from .reading import mapping, number
+from .steps import Step
+
+COSTS = ("images", "tokens_per_image", "epochs", "steps", "train_macs", "scoring_macs", "scoring_seconds", "seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an arm (or one of its stages) cost. `partial` names the sums that miss a stage, so are lower bounds."""
+
+    label: str
+    values: Mapping[str, float | None]
+    partial: Mapping[str, str] = field(default_factory=dict)  # name -> what is missing
+    macs_ratio: float | None = None
+    seconds_ratio: float | None = None
+    parts: tuple[Cost, ...] = ()
+
+
+def collect_costs(arms: Sequence[str], steps: Sequence[Step], baseline_arm: str) -> tuple[Cost, ...]:
+    """The cost of every arm. An artifact that arms share counts in each: it is what that arm alone would cost."""
+    costs = [_cost(arm, [s for s in steps if not s.across_arms and arm in (a for a, _ in s.places)]) for arm in arms]
+    base = next((cost for cost in costs if cost.label == baseline_arm), None)
+    return tuple(
+        replace(
+            cost,
+            macs_ratio=_ratio(_all_macs(cost), _all_macs(base)),
+            seconds_ratio=_ratio(_whole(cost, "seconds"), _whole(base, "seconds")),
+        )
+        for cost in costs
+        if cost.parts
+    )
+
+
+def _cost(arm: str, steps: Sequence[Step]) -> Cost:
+    """Sums over the stages of the arm that keep a ledger; tokens an image are averaged over images."""
+    parts, missing = [], []
+    for step in steps:
+        ledger = mapping(step.manifest, "ledger")
+        if not step.manifest:
+            missing.append(step.places[0][1])
+        if any(number(ledger, name) for name in COSTS):
+            values = {name: number(ledger, name) for name in COSTS}
+            if values["seconds"] is None:
+                values["seconds"] = step.seconds
+            entry = next(entry for a, entry in step.places if a == arm)
+            parts.append(Cost(entry, values))
+    partial = {name: f"without {', '.join(missing)}" for name in COSTS} if missing else {}
+    totals: dict[str, float | None] = {}
+    for name in COSTS:
+        known = [(part, value) for part in parts if (value := part.values[name]) is not None]
+        lacking = [part.label for part in parts if name in ("train_macs", "seconds") and _unrecorded(part, name)]
+        if lacking and known and name not in partial:
+            partial[name] = f"{', '.join(lacking)} did not record it"
+        if name == "tokens_per_image":
+            weights = sum(part.values["images"] or 0 for part, _ in known)
+            totals[name] = sum((p.values["images"] or 0) * v for p, v in known) / weights if weights else None
+        else:
+            totals[name] = sum(value for _, value in known) if known else None
+    return Cost(arm, totals, partial, parts=tuple(parts))
+
+
+def _unrecorded(part: Cost, name: str) -> bool:
+    """Whether a stage that trained or scored does not say what that cost. Proxy runs are counted as scoring."""
+    if name == "seconds":
+        return part.values["seconds"] is None
+    return bool(part.values["images"]) and part.values["train_macs"] is None and part.values["scoring_macs"] is None
+
+
+def _whole(cost: Cost | None, name: str) -> float | None:
+    return None if cost is None or name in cost.partial else cost.values[name]
+
+
+def _all_macs(cost: Cost | None) -> float | None:
+    """MACs of training and of scoring together: a ticket is not free."""
+    train = _whole(cost, "train_macs")
+    return None if cost is None or train is None else train + (cost.values["scoring_macs"] or 0)
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return value / base if value is not None and base else None

@@ -1,0 +1,165 @@
+"""What each stage did, in a few plain sentences: asked against reached, and why a choice was made.
+
+One function a kind of stage, reading that stage's metrics. One that this file does not know shows its plain numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .numbers import big, count, interval, percent, points, ratio, significant, size
+from .reading import dig, listing, mapping, number, text
+from .steps import Step
+
+
+def deeds(step: Step) -> tuple[str, ...]:
+    """Sentences on what the stage did; none when its artifact is missing."""
+    if not step.manifest:
+        return ()
+    say = _SAYS.get(step.stage, _other)
+    return tuple(sentence for sentence in say(step.metrics) if sentence)
+
+
+def _ticket(metrics: Mapping[str, Any]) -> list[str]:
+    said = []
+    for what, kept in (("Examples", "kept"), ("Patches", "kept_per_image")):
+        chosen = mapping(metrics, what.lower())
+        if number(chosen, kept) is None:
+            continue
+        kept_, of = number(chosen, kept), number(chosen, "of")
+        if kept_ == of:
+            said.append(f"{what}: all {count(of)} kept{' in each image' if what == 'Patches' else ''}.")
+            continue
+        share = f" ({percent(kept_ / of)})" if kept_ is not None and of else ""
+        asked = f", asked {percent(number(chosen, 'keep'))}" if number(chosen, "keep") is not None else ""
+        an_image = " in each image" if what == "Patches" else ""
+        method = f" by {text(chosen, 'method')}" if text(chosen, "method") else ""
+        said.append(f"{what}{method}: kept {count(kept_)} of {count(of)}{share}{an_image}{asked}.")
+    return said
+
+
+def _train(metrics: Mapping[str, Any]) -> list[str]:
+    whole, tickets = number(metrics, "top1", "all"), number(metrics, "top1", "tickets")
+    said = []
+    if whole is not None:
+        policy = text(metrics, "policy")  # "reduced to 40 patches": the network itself drops tokens
+        seen = f"with its tokens {policy}" if policy.startswith("reduced") else "with all patches"
+        said.append(f"Top-1 {percent(whole)} on the test split {seen}.")
+    if tickets is not None:
+        said.append(f"Top-1 {percent(tickets)} on the test split with ticket patches only.")
+    curve = listing(metrics, "curve")
+    if curve and (last := number(curve[-1], "loss")) is not None:
+        first = number(curve[0], "loss")
+        way = f"{significant(first)} → " if len(curve) > 1 and first is not None else ""
+        said.append(f"Loss {way}{significant(last)} after {len(curve)} epoch{'' if len(curve) == 1 else 's'}.")
+    if number(metrics, "parameters") is not None:
+        said.append(f"{big(number(metrics, 'parameters'))} parameters, {big(number(metrics, 'macs'))} MACs an image.")
+    return said
+
+
+def _prune(metrics: Mapping[str, Any]) -> list[str]:
+    asked = ", ".join(
+        f"{percent(number(metrics, 'asked', name))} of {_unit(name)}" for name in mapping(metrics, "asked")
+    )
+    reached = ", ".join(
+        f"{percent(number(metrics, 'reached', name))} of {_unit(name)}" for name in mapping(metrics, "reached")
+    )
+    said = [f"Asked to keep {asked}; reached {reached}." if asked and reached else ""]
+    cuts = []
+    for name in ("macs", "parameters"):
+        before, after = number(metrics, "before", name), number(metrics, "after", name)
+        if before is not None and after is not None:
+            cuts.append(f"{_unit(name)} {big(before)} → {big(after)}")
+    if cuts:
+        sentence = ", ".join(cuts)
+        said.append(f"{sentence[0].upper()}{sentence[1:]}.")
+    before_recovery = number(metrics, "top1_before_recovery")
+    if before_recovery is not None:
+        said.append(f"Top-1 {percent(before_recovery)} straight after the cut, before fine-tuning.")
+    return said
+
+
+def _export(metrics: Mapping[str, Any]) -> list[str]:
+    parity = mapping(metrics, "parity")
+    said = []
+    if number(parity, "max_abs") is not None:
+        batches = " and ".join(map(str, listing(parity, "batches")))
+        said.append(
+            f"Parity with torch on {count(number(parity, 'images'))} held-out images: logits differ by at most "
+            f"{_tiny(number(parity, 'max_abs'))}, same top-1 on {percent(number(parity, 'top1_agreement'))}"
+            f"{f', at batch {batches}' if batches else ''}."
+        )
+    nodes = mapping(metrics, "nodes")
+    if nodes:
+        total = sum(number(nodes, name) or 0 for name in nodes)
+        fused = dig(metrics, "fused_attention")
+        attention = f", attention {'fused' if fused else 'not fused'}" if isinstance(fused, bool) else ""
+        norms = number(nodes, "LayerNormalization")
+        said.append(f"{count(total)} nodes{f', {count(norms)} LayerNormalization' if norms else ''}{attention}.")
+    if number(metrics, "opset") is not None:
+        said.append(f"Opset {count(number(metrics, 'opset'))}, {size(number(metrics, 'bytes'))}.")
+    return said
+
+
+def _quantize(metrics: Mapping[str, Any]) -> list[str]:
+    chosen, reason = text(metrics, "chosen"), text(metrics, "reason").rstrip(".")
+    said = [f"Chosen: {chosen.upper()}{f', because {reason}' if reason else ''}." if chosen else ""]
+    drop, allowed = number(metrics, "drop"), number(metrics, "max_drop")
+    if drop is not None:
+        limit = f", {points(allowed)} allowed" if allowed is not None else ""
+        split = text(metrics, "judged_on", "split")
+        where = f" on the {split} split" if split else ""
+        said.append(
+            f"Top-1{where}: FP32 {percent(number(metrics, 'top1', 'fp32'))} → "
+            f"INT8 {percent(number(metrics, 'top1', 'int8'))} (drop {points(drop)}{limit})."
+        )
+    speed = mapping(metrics, "speedup")
+    if number(speed, "ratio") is not None:
+        within = interval(number(speed, "low"), number(speed, "high"), ratio)
+        said.append(
+            f"INT8 against FP32: {ratio(number(speed, 'ratio'))}{f' (95% interval {within})' if within else ''}."
+        )
+    before, after = number(metrics, "bytes", "fp32"), number(metrics, "bytes", "int8")
+    if before is not None and after is not None:
+        said.append(f"File {size(before)} → {size(after)}.")
+    if number(metrics, "quantized_nodes") is not None:
+        images = number(metrics, "calibration_images")
+        on = f", calibrated on {count(images)} images" if images is not None else ""
+        said.append(f"{count(number(metrics, 'quantized_nodes'))} nodes quantized{on}.")
+    return said
+
+
+def _benchmark(metrics: Mapping[str, Any]) -> list[str]:
+    rows = listing(metrics, "rows")
+    files = {(text(row, "arm"), text(row, "entry"), text(row, "variant")) for row in rows}
+    said = [f"Files measured: {len(files)}, rows: {len(rows)}."]
+    noise = number(metrics, "noise_floor", "percent")
+    if noise is not None:
+        said.append(f"Noise floor {noise:.1f}%.")
+    return said
+
+
+def _other(metrics: Mapping[str, Any]) -> list[str]:
+    plain = [f"{name.replace('_', ' ')} {text(metrics, name)}" for name in metrics if text(metrics, name)]
+    return [f"{'; '.join(plain)}."] if plain else []
+
+
+_SAYS: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {
+    "ticket": _ticket,
+    "train": _train,
+    "finetune": _train,
+    "prune": _prune,
+    "export": _export,
+    "quantize": _quantize,
+    "benchmark": _benchmark,
+}
+
+
+def _unit(name: str) -> str:
+    return {"macs": "MACs", "params": "parameters"}.get(name, name)
+
+
+def _tiny(value: float | None) -> str:
+    """Differences of logits: 2.4e-6, 0.0123."""
+    return significant(value) if value is None or not 0 < value < 1e-3 else f"{value:.1e}".replace("e-0", "e-")

@@ -1,0 +1,200 @@
+"""The one sentence that people forward: how much faster, at what accuracy, and how sure that is.
+
+It never claims more than the benchmark shows: "faster" needs the whole interval of the speed-up above both 1 and the
+noise floor (what two runs of the same file differ by); a missing interval or baseline is said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .facts import Facts, Gate, Row
+from .numbers import DASH, interval, percent, points, ratio, significant
+from .reading import dig, number, text
+
+Tone = Literal["good", "bad", "plain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    text: str
+    tone: Tone
+    remarks: tuple[str, ...] = ()
+
+
+def verdict(facts: Facts) -> Verdict:
+    """The sentence for the top of the report, and remarks on how far to trust it."""
+    if facts.state in ("failed", "interrupted", "running") or facts.unfinished:
+        return _unfinished(facts)
+    if facts.measurement is None:
+        return Verdict(_unmeasured(facts), "plain")
+    shipped = facts.shipped
+    if shipped is None:
+        return Verdict(
+            "The benchmark holds no row for the final file of the main arm, so there is no verdict.", "plain"
+        )
+    if facts.baseline is None:
+        return Verdict(_alone(facts, shipped), "plain", _remarks(facts, shipped, None))
+    return _compared(facts, shipped, facts.baseline)
+
+
+def speed_word(row: Row, facts: Facts) -> Literal["faster", "slower", "no clear difference", ""]:
+    """Faster or slower only when the interval says so and the difference is above the noise floor."""
+    value, low, high = row.get("speedup"), row.get("speedup_low"), row.get("speedup_high")
+    if value is None or low is None or high is None or row.baseline:
+        return ""
+    noise = dig(facts.measurement.metrics if facts.measurement else {}, "noise_floor")
+    ceiling = max(1.0, number(noise, "ratio_high") or 1.0)
+    floor = min(1.0, number(noise, "ratio_low") or 1.0)
+    if low > 1 and value > ceiling:
+        return "faster"
+    if high < 1 and value < floor:
+        return "slower"
+    return "no clear difference"
+
+
+def gate_sentence(gate: Gate) -> tuple[str, str, str]:
+    """What is asked, what was measured, and met, missed or not measured."""
+    form = points if gate.name == "accuracy_drop" else ratio
+    asked = f"at most {form(gate.bound)}" if gate.name == "accuracy_drop" else f"at least {form(gate.bound)}"
+    name = "Top-1 lost against dense" if gate.name == "accuracy_drop" else "Speed-up of p50 against dense"
+    outcome = {True: "met", False: "missed", None: "not measured"}[gate.met]
+    return f"{name}: {asked}", form(gate.measured), outcome
+
+
+def _compared(facts: Facts, shipped: Row, base: Row) -> Verdict:
+    name = _base_name(base)
+    word = speed_word(shipped, facts)
+    value = shipped.get("speedup")
+    within = _interval("95% interval", interval(shipped.get("speedup_low"), shipped.get("speedup_high"), ratio))
+    at = _setting(shipped)
+    accuracy = _accuracy(shipped, base)
+    if value is None:
+        return Verdict(f"The speed of the compressed file against {name} was not recorded{accuracy}.", "plain")
+    if word == "faster":
+        sentence = f"The compressed file is {ratio(value)} faster{within} than {name} {at}{accuracy}."
+    elif word == "slower":
+        sentence = f"The compressed file is slower than {name}: its speed-up is {ratio(value)}{within} {at}{accuracy}."
+    elif word:
+        sentence = (
+            f"The compressed file is not measurably faster than {name}: its speed-up is {ratio(value)}{within}"
+            f" {at}{accuracy}."
+        )
+    else:
+        sentence = (
+            f"The compressed file ran at {ratio(value)} the speed of {name} {at}, "
+            f"without an interval to judge it by{accuracy}."
+        )
+    tone: Tone = "good" if word == "faster" else "bad" if word == "slower" else "plain"
+    if tone == "good" and dig(facts.measurement.metrics if facts.measurement else {}, "disturbed") is True:
+        tone = "plain"
+    if any(gate.met is False for gate in facts.gates):
+        tone = "bad"
+    return Verdict(sentence, tone, _remarks(facts, shipped, base))
+
+
+def _alone(facts: Facts, shipped: Row) -> str:
+    p50, top1 = shipped.get("p50_ms"), shipped.get("top1")
+    if p50 is None:
+        return "The benchmark recorded no latency of the main arm's final file, so whether it is faster is open."
+    if "dense" not in facts.arms:
+        why = "there is no dense arm to compare it with"
+    else:
+        why = "it was not compared with another file"
+    within = _interval("95% interval", interval(shipped.get("p50_low"), shipped.get("p50_high"), significant))
+    accuracy = "top-1 not recorded" if top1 is None else f"top-1 {percent(top1)}{_own_interval(shipped)}"
+    speed = " ".join(part for part in (f"p50 {significant(p50)} ms{within}", _setting(shipped)) if part)
+    return f"The final file of the main arm: {speed}, {accuracy}; whether it is faster is open, because {why}."
+
+
+def _unfinished(facts: Facts) -> Verdict:
+    done = sum(len(step.places) for step in facts.steps if step.state in ("done", "cached"))
+    every = sum(len(step.places) for step in facts.steps)
+    broken = facts.broken
+    progress = f"{done} of {every} stages are done"
+    place = f"{broken.arms} / {broken.name}" if broken else ""
+    if broken and (facts.state == "failed" or broken.state == "failed"):
+        reason = f": {broken.error.strip().splitlines()[0].rstrip('.')}" if broken.error.strip() else ""
+        return Verdict(f"The run failed in {place}{reason}. {progress}.", "bad")
+    if facts.state == "interrupted":
+        where = f" in {place}" if broken else ""
+        return Verdict(f"The run was interrupted{where}. {progress}; the same command goes on from there.", "bad")
+    if facts.state == "running":
+        return Verdict(f"The run is still going. {progress}{f'; now {place}' if broken else ''}.", "plain")
+    if not every:
+        return Verdict("The run record names no stage, so there is nothing to report.", "plain")
+    rest = f"The run did not go to its end: {progress}{f', {place} is not' if broken else ''}."
+    return Verdict(rest, "plain")
+
+
+def _unmeasured(facts: Facts) -> str:
+    gone = [step for step in facts.steps if step.absent]
+    if gone:
+        return f"Nothing can be said: {gone[-1].absent}."
+    scored = [
+        (step, top1)
+        for step in facts.steps
+        if any(arm == "main" for arm, _ in step.places) and (top1 := number(step.metrics, "top1", "all")) is not None
+    ]
+    if not scored:
+        return "This pipeline measures nothing: it holds no benchmark."
+    step, top1 = scored[-1]
+    reached = f"the last model, of {step.name}, reaches top-1 {percent(top1)}"
+    return f"No latency was measured, because there is no benchmark; {reached}."
+
+
+def _remarks(facts: Facts, shipped: Row, base: Row | None) -> tuple[str, ...]:
+    metrics = facts.measurement.metrics if facts.measurement else {}
+    remarks = []
+    noise = number(metrics, "noise_floor", "percent")
+    if noise is not None:
+        remarks.append(f"Noise floor: here, two runs of the same file may differ by up to {noise:.1f}%.")
+    if base is not None and _overlap(shipped, base):
+        remarks.append("The two top-1 intervals overlap: the difference in accuracy may be chance.")
+    if dig(metrics, "disturbed") is True:
+        reason = text(metrics, "disturbed_reason")
+        remarks.append(
+            f"The host was busy while measuring{f' ({reason})' if reason else ''}: repeat before relying on it."
+        )
+    return tuple(remarks)
+
+
+def _overlap(one: Row, other: Row) -> bool:
+    ends = [row.get(name) for row in (one, other) for name in ("top1_low", "top1_high")]
+    low1, high1, low2, high2 = ends
+    if low1 is None or high1 is None or low2 is None or high2 is None:
+        return False
+    return low1 <= high2 and low2 <= high1
+
+
+def _accuracy(shipped: Row, base: Row) -> str:
+    one, two = shipped.get("top1"), base.get("top1")
+    if one is None or two is None:
+        return "; top-1 was not measured for both"
+    first = interval(shipped.get("top1_low"), shipped.get("top1_high"), percent)
+    second = interval(base.get("top1_low"), base.get("top1_high"), percent)
+    both = f" (95% intervals {first} and {second})" if first and second else ""
+    return f", with top-1 {percent(one)} against {percent(two)}{both}"
+
+
+def _own_interval(row: Row) -> str:
+    return _interval("95% interval", interval(row.get("top1_low"), row.get("top1_high"), percent))
+
+
+def _interval(words: str, shown: str) -> str:
+    return f" ({words} {shown})" if shown and shown != DASH else ""
+
+
+def _base_name(base: Row) -> str:
+    return base.arm if base.arm == "dense" else f"the {base.variant or 'file'} of arm {base.arm} ({base.entry})"
+
+
+def _setting(row: Row) -> str:
+    """at batch 1 on 1 thread (cpu)"""
+    words = [] if row.batch is None else [f"at batch {row.batch:g}"]
+    if row.threads is not None:
+        words.append(f"on {row.threads:g} thread{'' if row.threads == 1 else 's'}")
+    if row.provider:
+        words.append(f"({row.provider})")
+    return " ".join(words)

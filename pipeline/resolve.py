@@ -1,0 +1,164 @@
+"""From a node of the plan to its key: which artifacts it reads, and what its result depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import fingerprint as fingerprints
+from . import host, keys
+from .manifest import sha256_of
+from .stage import Labelled, Progress
+
+if TYPE_CHECKING:
+    from .plan import Node, Plan
+    from .spec import DataConfig, ModelConfig
+    from .store import Artifact, Store
+
+Place = tuple[str, str]  # arm, entry: where a node stands in the plan
+
+LEFT_TO_THE_STAGE = "timm:"  # references that begin so are no artifacts: the stage knows what to do with them
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a node reads. `many` has the inputs of roles that take the files of all arms; `texts` are left to the
+    stage.
+    """
+
+    single: dict[str, Artifact] = field(default_factory=dict)
+    many: dict[str, list[Labelled]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+    def artifacts(self) -> list[Artifact]:
+        """All of them, without their roles."""
+        return [*self.single.values(), *(one.artifact for ones in self.many.values() for one in ones)]
+
+    def as_json(self) -> dict[str, Any]:
+        """The manifest's `inputs`: role -> which artifact, a list for the roles of many."""
+        return {role: _lineage(artifact) for role, artifact in self.single.items()} | {
+            role: [_lineage(one.artifact) | {"arm": one.arm, "entry": one.entry, "final": one.final} for one in ones]
+            for role, ones in self.many.items()
+        }
+
+
+def _lineage(artifact: Artifact) -> dict[str, Any]:
+    return {
+        "ref": artifact.ref,
+        "stage": artifact.kind_of_stage,
+        "key": artifact.key,
+        "digest": artifact.digest,
+        "arm": artifact.manifest.get("arm"),
+        "entry": artifact.manifest.get("entry"),
+    }
+
+
+def place(node: Node) -> Place:
+    """Arm and entry of a node."""
+    return node.arm, node.entry.name
+
+
+def sources(node: Node) -> list[Place]:
+    """The nodes whose artifacts a node reads."""
+    return [edge.source for edge in node.inputs if edge.source is not None]
+
+
+def gather(node: Node, plan: Plan, made: Mapping[Place, Artifact], store: Store) -> Inputs:
+    """The artifacts that a node reads, given those of the nodes before it. InputError: a reference names nothing."""
+    inputs = Inputs()
+    takes_many = {reads.role for reads in node.stage.reads if reads.many}
+    for edge in node.inputs:
+        if edge.source is not None:
+            add(inputs, edge.role, made[edge.source], edge.source, plan, many=edge.role in takes_many)
+        elif edge.ref is not None and edge.ref.startswith(LEFT_TO_THE_STAGE):
+            inputs.texts[edge.role] = edge.ref
+        elif edge.ref is not None:
+            inputs.single[edge.role] = store.resolve(edge.ref)
+    return inputs
+
+
+def add(inputs: Inputs, role: str, artifact: Artifact, source: Place, plan: Plan, *, many: bool) -> None:
+    """Put an artifact that stands for the node `source` under a role."""
+    if many:
+        arm, entry = source
+        inputs.many.setdefault(role, []).append(Labelled(arm, entry, artifact, final=_is_final(source, plan)))
+    else:
+        inputs.single[role] = artifact
+
+
+def _is_final(source: Place, plan: Plan) -> bool:
+    """Whether no later entry of the same arm writes the same kind: then this is what the arm ships."""
+    kinds = {place(node): node.stage.writes for node in plan.nodes}
+    if source not in kinds:
+        return True
+    same = [at for at, kind in kinds.items() if at[0] == source[0] and kind == kinds[source]]
+    return same[-1] == source
+
+
+class Facts:
+    """What keys depend on beyond the settings. Each is looked up once a run, and only if a stage uses it."""
+
+    def __init__(self, plan: Plan, store: Store, progress: Progress | None = None) -> None:
+        self.device = host.device(plan.spec.device)
+        self._plan = plan
+        self._memo = store.cache / "data-hashes.json"
+        self._progress = progress
+        self._data: dict[str, str] = {}
+        self._weights: dict[str, str | None] = {}
+
+    def data(self, config: DataConfig) -> str:
+        """The fingerprint of a data source."""
+        name = sha256_of(config.model_dump(mode="json"))
+        if name not in self._data:
+            self._data[name] = fingerprints.fingerprint(config, self._plan.spec.base, self._memo, self._progress)
+        return self._data[name]
+
+    def weights(self, model: ModelConfig) -> str | None:
+        """The digest of a local checkpoint."""
+        name = str(model.weights)
+        if name not in self._weights:
+            self._weights[name] = keys.weights_digest(model, self._plan.spec.base)
+        return self._weights[name]
+
+    def material(self, node: Node, inputs: Inputs) -> dict[str, Any]:
+        """Everything that the node's result depends on."""
+        uses = node.stage.uses
+        return keys.material(
+            node.stage,
+            node.entry.config,
+            inputs=inputs.single,
+            many=inputs.many,
+            references=inputs.texts,
+            data=node.data,
+            data_fingerprint=self.data(node.data) if "data" in uses else "",
+            model=node.model,
+            weights_digest=self.weights(node.model) if "model" in uses else None,
+            seed=node.seed,
+            device=self.device,
+            host_fingerprint=host.fingerprint() if "host" in uses else "",
+        )
+
+    def recipe(self) -> dict[str, Any]:
+        """Everything that a whole run depends on: settings after overrides, data, code and package versions."""
+        spec = self._plan.spec
+        return {
+            "pipeline": spec.name,
+            "device": self.device,
+            "gates": spec.gates.model_dump(mode="json"),
+            "nodes": [
+                {
+                    "arm": node.arm,
+                    "entry": node.entry.name,
+                    "stage": node.stage.name,
+                    "code_version": node.stage.version,
+                    "packages": keys.versions(node.stage.packages),
+                    "config": node.entry.config.model_dump(mode="json"),
+                    "inputs": [[edge.role, edge.source, edge.ref] for edge in node.inputs],
+                    "seed": node.seed,
+                    "data": [node.data.model_dump(mode="json"), self.data(node.data)],
+                    "model": node.model.model_dump(mode="json"),
+                }
+                for node in self._plan.nodes
+            ],
+        }

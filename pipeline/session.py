@@ -1,0 +1,63 @@
+"""What every command starts from: the stages there are, the console, a pipeline file and its store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from .console import Console
+from .diagnostics import suggest
+from .errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .stage import Stage
+    from .store import Store
+
+DEFAULT_PIPELINE = Path("pipeline.yaml")
+DEFAULT_STORE = Path("artifacts")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One command line. invalid_input: what stages raise when what the user gave them is wrong."""
+
+    stages: tuple[Stage, ...]
+    invalid_input: tuple[type[Exception], ...]
+    console: Console
+
+    def plan(self, pipeline: Path, overrides: Sequence[str] = ()) -> Plan:
+        """The validated plan of a pipeline file. SpecError when it or an override is wrong; nothing is written."""
+        from .plan import make_plan
+        from .spec import load_pipeline
+
+        return make_plan(load_pipeline(pipeline, self.stages, overrides), self.stages)
+
+
+def session_of(context: typer.Context) -> Session:
+    """The session that `build_app` put into Typer's context."""
+    session = context.obj
+    assert isinstance(session, Session)
+    return session
+
+
+def store_of(folder: Path | None, pipeline: Path | None = None) -> Store:
+    """The store: the folder named by --store or SIEVIT_STORE, else `artifacts` beside the pipeline file."""
+    from .store import Store
+
+    return Store(folder or (pipeline.parent if pipeline else Path()) / DEFAULT_STORE)
+
+
+def require_arm(plan: Plan, arm: str | None) -> None:
+    """UsageError, naming the nearest, when the pipeline has no such arm."""
+    if arm is not None and arm not in plan.spec.arms:
+        raise UsageError(f"the pipeline has no arm {arm!r}", hint=suggest(arm, plan.spec.arms, kind="arms"))
+
+
+def input_error(error: Exception) -> InputError:
+    """What a stage or a library of ours raised about an input, as the engine prints it."""
+    return InputError(str(error), hint=str(getattr(error, "hint", "")))

@@ -1,0 +1,87 @@
+"""The sections of pipeline.yaml that belong to no stage: the images, the network to start from, and the gates."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from .stage import JSON, Config
+
+Name = Annotated[str, Field(min_length=1)]
+
+
+class DataConfig(Config):
+    """The images. Relative paths are meant from the folder of pipeline.yaml."""
+
+    source: Name = Field(
+        default="builtin:digits",
+        description="builtin:digits | a folder per class | a .tar of one | torch/<data set> | hfds/<data set>",
+    )
+    test: Name | None = Field(
+        default=None, description="the test split's own folder or tar; null: found beside the train split, else carved"
+    )
+    root: Name | None = Field(default=None, description="folder where torch/... data sets are kept")
+    image_size: int = Field(default=32, ge=8, le=1024, description="pixels, square")
+    calibration: float = Field(
+        default=0.1, ge=0.01, le=0.5, description="fraction of the training images set aside for calibration"
+    )
+    test_fraction: float = Field(
+        default=0.25, ge=0.01, le=0.9, description="fraction carved from a source without a test split"
+    )
+    max_train: int | None = Field(
+        default=None, ge=1, description="at most so many training images, stratified by class"
+    )
+    max_test: int | None = Field(default=None, ge=1, description="at most so many test images, stratified by class")
+    bad_images: Literal["refuse", "skip"] = Field(default="refuse", description="what to do with an unreadable image")
+    max_megapixels: float = Field(default=64.0, gt=0, le=10_000, description="larger images are bad images")
+    in_memory: bool | None = Field(default=None, description="null: when the images fit into 2 GB as uint8")
+    workers: int = Field(default=0, ge=0, le=256, description="loader processes for sources that do not fit in memory")
+    mean: tuple[float, float, float] | None = Field(
+        default=None, description="of each channel, images in 0..1; null: the pretrained model's own, else 0.5"
+    )
+    std: tuple[float, float, float] | None = Field(
+        default=None, description="of each channel, images in 0..1; null: the pretrained model's own, else 0.5"
+    )
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if self.test is not None and self.source.startswith("builtin:"):
+            raise ValueError(f"test: {self.source} brings its own test split; leave this out")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError("std: must be above 0 in every channel")
+        return self
+
+
+class ModelConfig(Config):
+    """The network to start from."""
+
+    name: Name = Field(default="deit_tiny_patch16_224", description="timm model name, or hf-hub:timm/...")
+    pretrained: bool = Field(default=False, description="start from timm's pretrained weights")
+    weights: Name | None = Field(default=None, description="local .safetensors checkpoint of that timm model")
+    args: dict[str, JSON] = Field(default={}, description="keyword arguments of timm.create_model")
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if self.pretrained and self.weights is not None:
+            raise ValueError("weights: contradicts 'pretrained: true'; give one of the two")
+        elsewhere = {
+            "pretrained": "model.pretrained",
+            "checkpoint_path": "model.weights",
+            "num_classes": "the data",
+            "img_size": "data.image_size",
+            "in_chans": "the images, which are RGB",
+            "patch_drop_rate": "ticket.patches",
+            "drop_path_rate": "train.drop_path",
+        }
+        for argument, owner in elsewhere.items():
+            if argument in self.args:
+                raise ValueError(f"args.{argument}: is set by {owner}, not here")
+        return self
+
+
+class GatesConfig(Config):
+    """Bounds on the main arm against the dense arm; a run that misses one ends with exit code 6."""
+
+    accuracy_drop: float | None = Field(default=None, ge=0, le=1, description="largest top-1 fraction lost")
+    speedup: float | None = Field(default=None, gt=0, description="smallest ratio of the p50 latencies, dense / main")

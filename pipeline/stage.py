@@ -1,0 +1,134 @@
+"""What a stage is to the engine: a declaration, and the context that its function is given.
+
+A stage file declares one `Stage`. The engine validates the stage's block of pipeline.yaml with `Stage.config`, resolves
+what it `reads`, computes the key, and calls `Stage.run(context)` only when no artifact has that key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from .spec import DataConfig, ModelConfig
+    from .store import Artifact
+
+Kind = Literal["tickets", "model", "onnx", "measurement"]
+JSON = Any  # a value that json.dumps accepts
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, strict about types, unknown keys refused. A config never acts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """One input of a stage: by default the nearest earlier stage of the same arm that writes `kind`.
+
+    many: every file of that kind in all arms (only for stages that stand once for the whole pipeline).
+    """
+
+    role: str
+    kind: Kind
+    optional: bool = False
+    many: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The declaration of a stage. `version` is raised whenever its results change for equal inputs."""
+
+    name: str
+    version: int
+    config: type[Config]
+    run: Callable[[Context], None]
+    reads: tuple[Reads, ...]
+    writes: Kind
+    manual: str  # the stage file's docstring; `--help` prints it
+    packages: tuple[str, ...] = ()  # distributions whose version changes the numbers
+    uses: frozenset[Literal["data", "model", "device", "host", "seed"]] = frozenset({"data", "seed", "device"})
+    across_arms: bool = False  # stands once for the pipeline, reads the files of all arms
+    # Further inputs that a config field names, role -> the text of the field. The text is a stage of this pipeline, an
+    # artifact reference (train@7), or "timm:<model name>", which the engine leaves to the stage.
+    references: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    reference_kind: Kind = "model"  # what all of them must be
+
+
+class Task(Protocol):
+    """One progress bar."""
+
+    def advance(self, steps: int = 1, **values: float) -> None: ...
+
+
+class Progress(Protocol):
+    """Where a stage tells how far it is. Bars on a terminal, plain lines elsewhere, nothing with --json."""
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Task]: ...
+
+    def note(self, text: str) -> None:
+        """A line that stays on the screen and in the manifest."""
+
+    def warn(self, text: str) -> None:
+        """As note, marked as a warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """An input of a stage that stands once for the pipeline: which arm and which stage entry made it."""
+
+    arm: str
+    entry: str
+    artifact: Artifact
+    final: bool  # the last of its kind in that arm: the file that the arm ships
+
+
+@dataclass
+class Context:
+    """Everything a stage function may touch.
+
+    out:   an empty folder; every file left in it becomes the artifact's payload (its content digest is what
+           later stages' keys depend on, so nothing that varies between equal runs may be written there).
+    work:  survives a kill; checkpoints go here, each written to a temporary name, synced, then renamed. Removed after
+           commit.
+    base:  the folder of pipeline.yaml; relative paths in the config are meant from there.
+    """
+
+    config: Any
+    data: DataConfig
+    model: ModelConfig
+    seed: int
+    device: str  # "cpu" or "cuda"
+    arm: str
+    entry: str
+    base: Path
+    out: Path
+    work: Path
+    inputs: Mapping[str, Artifact]
+    many: Sequence[Labelled]
+    references: Mapping[str, str]  # role -> text that the engine left to the stage, such as "timm:regnety_160"
+    progress: Progress
+    metrics: dict[str, JSON] = field(default_factory=dict)  # what was measured; goes into the manifest
+    ledger: dict[str, JSON] = field(default_factory=dict)  # what it cost; goes into the manifest
+    figures: list[Figure] = field(default_factory=list)
+
+    def figure(self, name: str, svg: str, *, title: str, caption: str = "") -> None:
+        """Keep a picture (SVG text) with the artifact; the report shows it. Not part of the content digest."""
+        self.figures.append(Figure(name, title, caption, svg))
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A picture of a stage. `name` is a file stem, unique within the artifact."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str

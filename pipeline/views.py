@@ -1,0 +1,335 @@
+"""How results are drawn for a person: one function a kind of document, readable in 80 columns.
+
+Each takes the very document that --json prints and returns something that rich can print; none of them computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .console import Document
+from .diagnostics import printable
+from .report.numbers import DASH, NARROW, big, duration, percent, points, ratio, significant, size
+
+STATES = {
+    "cached": "dim",
+    "shared": "dim",
+    "done": "green",
+    "run": "bold cyan",
+    "unknown": "yellow",
+    "waiting": "yellow",
+    "failed": "bold red",
+}
+WIDEST = 60  # characters of a value that is shown in a table
+MOST = 4  # reasons of a stage that a plan shows
+
+
+def line(text: str, style: str = "") -> Text:
+    """A line of text as it is: no markup, no control characters."""
+    # Line by line: a line break is layout, anything else unprintable is not to be obeyed.
+    lines = text.replace(NARROW, " ").split("\n")
+    return Text("\n".join(map(printable, lines)), style=style)
+
+
+def table(*columns: str, rows: Iterable[Sequence[Any]], right: Iterable[str] = (), whole: Iterable[str] = ()) -> Table:
+    """A table without lines. right: columns of numbers; whole: columns that are never folded."""
+    drawn = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in columns:
+        drawn.add_column(
+            name,
+            justify="right" if name in right else "left",
+            no_wrap=name in whole or name in right,
+            overflow="fold",
+        )
+    for row in rows:
+        drawn.add_row(*(cell if isinstance(cell, Text) else line(_shown(cell)) for cell in row))
+    return drawn
+
+
+def state(name: str) -> Text:
+    return Text(name, style=STATES.get(name, ""))
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return DASH
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        text = ", ".join(map(_shown, value))
+        return f"[{text}]" if len(text) <= WIDEST else f"[{len(value)} values]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_shown(each)}" for key, each in value.items()) + "}"
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+# ---- run and plan
+
+
+def plan(document: Document) -> RenderableType:
+    rows = [
+        (each["arm"], each["entry"], state(each["state"]), _about(each["expected_seconds"], each["state"]), _why(each))
+        for each in document["stages"]
+    ]
+    count = sum(each["state"] in {"run", "unknown"} for each in document["stages"])
+    total = document["expected_seconds"]
+    closing = f"{count} of {len(rows)} stages to run" if count else f"nothing to do: {len(rows)} stages cached"
+    about = f", about {duration(total)}" if count and total is not None else ""
+    return Group(
+        table("arm", "stage", "state", "about", "why", rows=rows, right={"about"}, whole={"arm", "stage", "state"}),
+        Text(""),
+        line(closing + about),
+    )
+
+
+def _about(seconds: float | None, status: str) -> str:
+    return duration(seconds) if seconds is not None and status in {"run", "unknown"} else ""
+
+
+def _why(stage: Document) -> str:
+    if stage["state"] == "cached":
+        return str(stage["ref"])
+    if stage["state"] == "shared":
+        return f"same as in arm {stage['shared_with']}"
+    if stage["state"] == "unknown":
+        return f"when {stage['waits_for']} has run"
+    if stage["compared_to"] is None:
+        return "nothing like it in the store"
+    shown = [_change(each) for each in stage["reasons"][:MOST]]
+    more = len(stage["reasons"]) - len(shown)
+    return "\n".join([*shown, *([f"and {more} more: sievit explain {stage['entry']}"] if more else [])])
+
+
+def _change(change: Document) -> str:
+    """`target.macs: 0.5 -> 0.4`; digests only as far as a person compares them."""
+    old, new = (_short(change[side]) for side in ("old", "new"))
+    return f"{change['field'].removeprefix('config.')}: {old} -> {new}"
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else _shown(value)
+    if len(text) == 64 and not set(text) - set("0123456789abcdef"):
+        return text[:12]
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 1]}…"
+
+
+def outcome(document: Document) -> RenderableType:
+    """The end of `sievit run`: what the files are worth, which gates hold, where the report is."""
+    stages = document["stages"]
+    cached = sum(each["state"] in {"cached", "shared"} for each in stages)
+    parts: list[RenderableType] = []
+    if document["rows"]:
+        parts += [measurement(document), Text("")]
+    parts += [_gate(gate) for gate in document["gates"]]
+    if stages and cached == len(stages):
+        parts.append(line(f"nothing to do: {cached} stages cached", "green"))
+    else:
+        ran = sum(each["state"] == "done" for each in stages)
+        parts.append(line(f"{ran} stages run, {cached} cached, in {duration(document['seconds'])}"))
+    if document["report"]:
+        parts.append(line(f"report: {document['report']}"))
+    return Group(*parts)
+
+
+def _gate(gate: Document) -> Text:
+    verdict = "met" if gate["passed"] else "missed"
+    style = "green" if gate["passed"] else "bold red"
+    form = ratio if gate["name"] == "speedup" else points
+    relation = "at least" if gate["name"] == "speedup" else "at most"
+    text = f"gate {gate['name']}: {form(gate['measured'])}, {relation} {form(gate['bound'])} asked: {verdict}"
+    return line(text, style)
+
+
+def stage_outcome(document: Document) -> RenderableType:
+    """The end of a stage command: the artifact and what it measured."""
+    did = "made" if document["state"] == "done" else "unchanged:"
+    head = f"{did} {document['ref']}  ({document['arm']}/{document['entry']}, {duration(document['seconds'])})"
+    parts: list[RenderableType] = [line(head, "green"), line(f"in {document['path']}")]
+    metrics = document["metrics"]
+    if isinstance(metrics.get("rows"), list):
+        parts += [Text(""), measurement(metrics)]
+    elif metrics:
+        parts += [Text(""), _fields(metrics)]
+    return Group(*parts)
+
+
+def measurement(document: Document) -> RenderableType:
+    """Latency and accuracy of files, a table for each setting (provider, batch, threads, where the data lies)."""
+    parts: list[RenderableType] = []
+    host = (document.get("host") or {}).get("processor")
+    for title, rows in _settings(document["rows"]).items():
+        parts += [*([Text("")] if parts else []), line(f"{host}, {title}" if host else title, "bold"), _measured(rows)]
+    floor = (document.get("noise_floor") or {}).get("percent")
+    if floor is not None:
+        parts.append(line(f"noise floor: {floor:.1f}% between equal files", "dim"))
+    if document.get("disturbed"):
+        parts.append(line("the machine was busy: these latencies are disturbed", "yellow"))
+    return Group(*parts)
+
+
+def _settings(rows: Iterable[Document]) -> dict[str, list[Document]]:
+    """The rows under the setting they were measured in."""
+    found: dict[str, list[Document]] = {}
+    for row in rows:
+        threads = row.get("threads")
+        title = f"{row.get('provider')}, batch {row.get('batch')}, {threads} thread{'' if threads == 1 else 's'}"
+        io = row.get("io")
+        found.setdefault(title if io in (None, "host") else f"{title}, data on {io}", []).append(row)
+    return found
+
+
+def _measured(rows: Sequence[Document]) -> Table:
+    return table(
+        "file",
+        "top-1",
+        "p50 ms",
+        "p90 ms",
+        "size",
+        "MACs",
+        "speed-up",
+        rows=[
+            (
+                _name(row),
+                percent(row.get("top1")),
+                significant(row.get("p50_ms")),
+                significant(row.get("p90_ms")),
+                size(row.get("bytes")),
+                big(row.get("macs")),
+                _speedup(row),
+            )
+            for row in rows
+        ],
+        right={"top-1", "p50 ms", "p90 ms", "size", "MACs", "speed-up"},
+    )
+
+
+def _name(row: Document) -> str:
+    named = "/".join(str(row[part]) for part in ("arm", "entry") if row.get(part)) or str(row.get("file", DASH))
+    return f"{named} {row['variant']}" if row.get("variant") else named
+
+
+def _speedup(row: Document) -> str:
+    if row.get("speedup") is None:
+        return DASH
+    ends = [row.get("speedup_low"), row.get("speedup_high")]
+    shown = f"{row['speedup']:.2f}×"
+    return shown if None in ends else f"{shown} [{ends[0]:.2f}, {ends[1]:.2f}]"
+
+
+# ---- inspection
+
+
+def artifacts(document: Document) -> RenderableType:
+    rows = [
+        (
+            each["ref"],
+            f"{each['arm']}/{each['entry']}",
+            each["created"][:16].replace("T", " "),
+            duration(each["seconds"]),
+            size(each["bytes"]),
+            each["headline"],
+        )
+        for each in document["artifacts"]
+    ]
+    if not rows:
+        return line(f"no artifacts in {document['store']}")
+    columns = ("ref", "made for", "created (UTC)", "took", "size", "result")
+    return table(*columns, rows=rows, right={"took", "size"}, whole=columns[:3])
+
+
+def artifact(document: Document) -> RenderableType:
+    """A manifest, readable: what it is, what it was made from, what it measured."""
+    head = [
+        ("made for", f"{document['pipeline']}: {document['arm']}/{document['entry']}"),
+        ("created", f"{document['created']}, in {duration(document['seconds'])}"),
+        ("folder", document["path"]),
+        ("digest", document["digest"]),
+        ("command", document.get("command")),
+    ]
+    parts: list[RenderableType] = [line(f"{document['ref']}  {document['key']}", "bold"), _pairs(head)]
+    inputs = [(role, _inputs(value)) for role, value in document["inputs"].items()]
+    for title, block in (("made from", inputs), ("config", None), ("metrics", None), ("ledger", None)):
+        drawn = _pairs(block) if block else _fields(document[title]) if document.get(title) else None
+        if drawn is not None:
+            parts += [Text(""), line(title, "bold"), drawn]
+    files = [(name, size(each["bytes"]), each["sha256"][:16]) for name, each in document["files"].items()]
+    parts += [Text(""), line("files", "bold"), table("name", "size", "SHA-256", rows=files, right={"size"})]
+    parts += [line(f"{note['level']}: {note['text']}", "yellow") for note in document.get("notes") or ()]
+    return Group(*parts)
+
+
+def _inputs(value: Any) -> str:
+    many = value if isinstance(value, list) else [value]
+    return ", ".join(str(each["ref"]) if isinstance(each, dict) else str(each) for each in many)
+
+
+def _fields(values: Document) -> Table:
+    return _pairs(flatten(values).items())
+
+
+def _pairs(pairs: Iterable[tuple[str, Any]]) -> Table:
+    drawn = Table.grid(padding=(0, 2, 0, 0))
+    drawn.add_column(no_wrap=True)
+    drawn.add_column(overflow="fold")
+    for name, value in pairs:
+        drawn.add_row(line(f"  {name}"), line(_shown(value)))
+    return drawn
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted names: {"target": {"macs": 0.5}} -> {"target.macs": 0.5}. Lists stay whole."""
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(flatten(value, f"{prefix}.{name}" if prefix else str(name)))
+    return flat
+
+
+def explanation(document: Document) -> RenderableType:
+    parts: list[RenderableType] = [line(document["verdict"], "bold")]
+    parts += [line(f"  {_change(each)}") for each in document["reasons"]]
+    return Group(*parts)
+
+
+def difference(document: Document) -> RenderableType:
+    parts: list[RenderableType] = []
+    for title in ("config", "inputs", "metrics", "files"):
+        changes = document["changes"][title]
+        if changes:
+            rows = [(change["field"], change["left"], change["right"]) for change in changes]
+            parts += [line(title, "bold"), table("field", document["left"], document["right"], rows=rows), Text("")]
+    return Group(*parts[:-1]) if parts else line(f"{document['left']} and {document['right']} are equal")
+
+
+def verification(document: Document) -> RenderableType:
+    damaged = document["damaged"]
+    rows = [(each["ref"], each["message"], each["where"]) for each in damaged]
+    closing = f"{document['checked']} artifacts checked, {len(damaged)} damaged"
+    parts: list[RenderableType] = [table("ref", "what", "where", rows=rows, whole={"ref"})] if rows else []
+    return Group(*parts, line(closing, "bold red" if damaged else "green"))
+
+
+def collection(document: Document) -> RenderableType:
+    rows = [
+        (each["path"].removeprefix(f"{document['store']}/"), each["kind"], size(each["bytes"]), each["why"])
+        for each in document["removed"]
+    ]
+    if not rows:
+        return line("nothing to remove: everything is needed by a newest run, or newest of its kind")
+    verb = "would be removed" if document["dry_run"] else "removed"
+    closing = f"{len(rows)} {verb}, {size(document['bytes'])}"
+    return Group(table("what", "kind", "size", "why", rows=rows, right={"size"}), line(closing))
+
+
+def report(document: Document) -> RenderableType:
+    return Group(line(f"report: {document['report']}"), line(f"also:   {document['markdown']}"))
+
+
+def started(document: Document) -> RenderableType:
+    return Group(line(f"wrote {document['path']}"), line(f"next:  sievit plan {document['path']}"))
