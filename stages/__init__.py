@@ -1,0 +1,9 @@
+"""The stages: one file each, in the order of the pipeline.
+
+ticket, train, prune, finetune, export, quantize, benchmark.
+"""
+
+import os
+
+# ONNX Runtime's Linux builds send usage data unless told otherwise before their first import (since 1.29).
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

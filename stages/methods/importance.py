@@ -1,0 +1,61 @@
+"""Importance of attention heads and of the widths inside them.
+
+Torch-Pruning scores the groups of its dependency graph (MLP units, embedding channels); the parts of a fused
+attention are not groups
+of the graph, so their scores are computed here by the same rules, on the same weights and gradients:
+
+- Taylor: |w * dL/dw| (Molchanov et al., CVPR 2019, eq. 8, first order), summed over the coupled weights.
+- L1: |w|, summed. Random: uniform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Weigh = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def taylor(weight: Tensor, gradient: Tensor | None) -> Tensor:
+    """|w * dL/dw|, element by element."""
+    if gradient is None:
+        raise ValueError("Taylor importance needs gradients; run a backward pass on the calibration images first")
+    return (weight * gradient).abs()
+
+
+def magnitude(weight: Tensor, gradient: Tensor | None) -> Tensor:
+    """|w|, element by element."""
+    return weight.abs()
+
+
+def attention_scores(
+    qkv: Tensor,
+    qkv_gradient: Tensor | None,
+    proj: Tensor,
+    proj_gradient: Tensor | None,
+    *,
+    heads: int,
+    qk: int,
+    v: int,
+    weigh: Weigh,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of the heads, of the query/key dimensions and of the value dimensions.
+
+    Args:
+        qkv: (H * (2 * qk + v), C) rows ordered queries, keys, values; proj: (C, H * v); gradients alike or None.
+    Returns: heads (H,), qk (H, qk) where a dimension's query and key rows count together, v (H, v) where a
+    dimension's value row and projection column do. A head's score is the sum over all its dimensions.
+    """
+    rows = weigh(qkv, qkv_gradient).sum(1)
+    q, k, value = rows.split([heads * qk, heads * qk, heads * v])
+    columns = weigh(proj, proj_gradient).sum(0)
+    pair = (q + k).view(heads, qk)
+    out = (value + columns).view(heads, v)
+    return pair.sum(1) + out.sum(1), pair, out
+
+
+def random_like(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform scores of the same shape, the control."""
+    return torch.rand(scores.shape, generator=generator)

@@ -1,0 +1,57 @@
+"""Dropping patch tokens inside a network by the attention they get from the prefix tokens.
+
+EViT (Liang et al., ICLR 2022, eq. 5) without fusion, as Data-Level Lottery Tickets and Tri-Level E-ViT use it. Where we
+differ: any number of prefix tokens (the seeds take column 0 as CLS and would rank a distillation token as a patch),
+ties go to the lower index (theirs are unspecified), and the kept tokens stay in raster order, so that an image can be
+drawn from them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def keep_count(tokens: int, keep: float) -> int:
+    """ceil(keep * tokens), at least 1. The small subtraction undoes binary fractions: 0.55 * 100 keeps 55, not 56."""
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must lie in (0, 1], got {keep}")
+    return max(1, math.ceil(keep * tokens - 1e-9))
+
+
+def prefix_attention(q: Tensor, k: Tensor, prefix: int, scale: float) -> Tensor:
+    """Attention that each patch token gets from the prefix tokens, without forming the T x T matrix.
+
+    Args:
+        q, k: (B, H, T, D), prefix tokens first.
+        prefix: P >= 1; with none, there is no row to read the score from.
+        scale: the softmax scale of the block.
+    Returns: (B, N) float32, mean over heads and prefix rows of softmax(q k^T)[:, :, :P, P:]. fp32 whatever the input: a
+    rounding in half precision changes which tokens are kept.
+    """
+    if prefix < 1:
+        raise ValueError("prefix_attention needs at least one prefix token")
+    rows = q[:, :, :prefix].float() @ k.float().transpose(-2, -1) * scale
+    return rows.softmax(-1)[..., prefix:].mean((1, 2))
+
+
+def top_tokens(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores of each row, ascending; equal scores go to the lower index.
+
+    Args: scores (B, N). Returns: (B, count) int64.
+    A stable descending sort: torch.topk leaves the order of equals open. ONNX has no stable sort, but its TopK
+    promises the lower index, so the exporter is given topk; the kept tokens then stand in order of score, which
+    attention does not see.
+    """
+    if torch.compiler.is_exporting():
+        return scores.topk(count, dim=1).indices
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    return order[:, :count].sort(dim=1).values
+
+
+def gather_tokens(tokens: Tensor, kept: Tensor, prefix: int) -> Tensor:
+    """Prefix tokens and the kept patch tokens. tokens (B, P+N, C), kept (B, K) patch indices -> (B, P+K, C)."""
+    index = kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    return torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, index)], dim=1)
