@@ -1,0 +1,27 @@
+"""The device that a stage computes on, set up so that equal runs give equal numbers."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ..methods import InvalidInput
+
+
+def open_device(name: str) -> torch.device:
+    """ "cpu" or "cuda". Raises: InvalidInput when the device is not usable: Sievit never falls back in silence."""
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise InvalidInput(
+                "device: cuda was asked for, and torch sees no usable GPU here",
+                f"check the driver for CUDA {torch.version.cuda}, or set device: cpu",
+            )
+        # cuBLAS is deterministic only with a fixed workspace.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        # The fused attention kernels' backward passes add in an order that varies; the plain products do not.
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.device(name)

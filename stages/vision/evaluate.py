@@ -1,0 +1,55 @@
+"""Accuracy of a network on a split, under a stated token policy."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..methods.patch_tickets import kept_patches
+from .dataset import Images
+from .network import Network
+from .training import Normaliser
+
+
+@torch.inference_mode()
+def logits(
+    network: Network,
+    images: Images,
+    normalise: Normaliser,
+    device: torch.device,
+    *,
+    ranks: np.ndarray | None = None,
+    patches: int | None = None,
+    batch: int = 256,
+) -> Tensor:
+    """(M, K) float32 on the CPU, in the order of the split; with ranks (M, N), the best `patches` of each image
+    only.
+    """
+    training = network.training
+    network.eval()
+    parts, done = [], 0
+    for pixels in images.batches(np.arange(len(images)), batch):
+        views = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2).float().div_(255.0)
+        kept = None
+        if ranks is not None and patches is not None:
+            rows = torch.from_numpy(ranks[done : done + len(pixels)].astype(np.int64))
+            kept = kept_patches(rows, patches).to(device)
+        parts.append(network(normalise(views), kept).float().cpu())
+        done += len(pixels)
+    network.train(training)
+    return torch.cat(parts)
+
+
+def top1(
+    network: Network,
+    images: Images,
+    normalise: Normaliser,
+    device: torch.device,
+    *,
+    ranks: np.ndarray | None = None,
+    patches: int | None = None,
+) -> float:
+    """Fraction of the split whose highest logit is the label's."""
+    answers = logits(network, images, normalise, device, ranks=ranks, patches=patches).argmax(1).numpy()
+    return float((answers == images.labels).mean())

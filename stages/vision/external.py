@@ -1,0 +1,65 @@
+"""A teacher from outside: any timm model with its pretrained weights, of any family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import nn
+
+from ..methods import InvalidInput
+
+
+@dataclass(frozen=True)
+class External:
+    """A timm network, the normalisation it was trained with, and its multiply-accumulates for one image."""
+
+    network: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    macs: int
+
+
+def load(text: str, classes: int, image_size: int) -> External:
+    """The network of "timm:<name>", pretrained: an untrained teacher teaches nothing.
+
+    The checkpoint's own classes must be as many as the data's: a fresh head would teach noise.
+    Raises: InvalidInput for unknown names, unreachable weights or other classes.
+    """
+    name = text.removeprefix("timm:")
+    try:
+        network = timm.create_model(name, pretrained=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InvalidInput(
+            f"teacher: {error}",
+            "timm:<name> takes a name of timm.list_models(pretrained=True), or timm:hf-hub:<repository>",
+        ) from error
+    except OSError as error:
+        raise InvalidInput(
+            f"teacher {text}: weights could not be fetched ({error})", "check the network, or name a model artifact"
+        ) from error
+    answers = int(getattr(network, "num_classes", 0))
+    if answers != classes:
+        raise InvalidInput(
+            f"teacher {text} answers {answers} classes, the data has {classes}",
+            "name a teacher trained on these classes",
+        )
+    config = getattr(network, "pretrained_cfg", {}) or {}
+    network.eval()
+    try:
+        macs = _macs(network, image_size)
+    except (AssertionError, RuntimeError) as error:
+        raise InvalidInput(
+            f"teacher {text} does not take images of {image_size} px ({error})", "name a teacher of this image size"
+        ) from error
+    return External(network, tuple(config.get("mean", (0.5,) * 3)), tuple(config.get("std", (0.5,) * 3)), macs)
+
+
+def _macs(network: nn.Module, image_size: int) -> int:
+    """Counted by torch's own counter: two operations a multiply-accumulate."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, image_size, image_size))
+    return int(counter.get_total_flops()) // 2

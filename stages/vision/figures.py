@@ -1,0 +1,92 @@
+"""Pictures of the training side, as SVG text: training curves, patch tickets over real images, widths before and
+after.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+INK, FAINT, ACCENT = "#30363d", "#b6bec8", "#0b6e63"
+TINT = np.array([150.0, 205.0, 197.0], dtype=np.float32)  # no grey: a faded patch must not pass for part of the image
+
+
+def _svg(figure: Any) -> str:
+    """The same bytes for the same picture: fixed ids, no date."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "sievit", "svg.fonttype": "none"}):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK)
+    return figure, axes
+
+
+def curve(rows: Sequence[Mapping[str, float]]) -> str:
+    """Training loss and calibration top-1 by epoch."""
+    figure, axes = _axes(6, 3)
+    epochs = [row["epoch"] for row in rows]
+    axes.plot(epochs, [row["loss"] for row in rows], "o-", markersize=3, color=FAINT, label="training loss")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("training loss")
+    axes.set_ylim(bottom=0)
+    if rows and "top1_calibration" in rows[0]:
+        right = axes.twinx()
+        right.spines[["top"]].set_visible(False)
+        right.plot(epochs, [100 * row["top1_calibration"] for row in rows], "o-", markersize=3, color=ACCENT)
+        right.set_ylabel("top-1 on the calibration split, %", color=ACCENT)
+        right.set_ylim(0, 100)
+    return _svg(figure)
+
+
+def tickets(pixels: np.ndarray, ranks: np.ndarray, kept: int, grid: tuple[int, int], names: Sequence[str]) -> str:
+    """Images with the patches outside their ticket faded into a tint. pixels (n, S, S, 3) uint8, ranks (n, N)."""
+    from matplotlib.figure import Figure
+
+    columns = min(8, len(pixels))
+    rows = -(-len(pixels) // columns)
+    figure = Figure(figsize=(columns, 1.25 * rows))
+    side = pixels.shape[1]
+    for index, (image, rank, name) in enumerate(zip(pixels, ranks, names, strict=True)):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.set_axis_off()
+        axes.set_title(name, fontsize=7, color=INK, parse_math=False)
+        mask = (rank < kept).reshape(grid).repeat(side // grid[0], 0).repeat(side // grid[1], 1)[..., None]
+        faded = image.astype(np.float32) * 0.15 + TINT * 0.85
+        axes.imshow(np.where(mask, image, faded).astype(np.uint8), interpolation="nearest")
+    return _svg(figure)
+
+
+def widths(before: Sequence[Mapping[str, int]], after: Sequence[Mapping[str, int]]) -> str:
+    """Attention width (heads x value width) and MLP width by block, before and after the cut."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2.6))
+    places = np.arange(len(before))
+    attention = [[b["heads"] * b["v"] for b in blocks] for blocks in (before, after)]
+    mlp = [[b["mlp"] for b in blocks] for blocks in (before, after)]
+    panels = (("attention width (heads × value width)", attention), ("MLP width", mlp))
+    for number, (title, (old, new)) in enumerate(panels):
+        axes = figure.add_subplot(1, 2, number + 1)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.bar(places, old, color=FAINT, width=0.8, label="before")
+        axes.bar(places, new, color=ACCENT, width=0.5, label="after")
+        axes.set_title(title, fontsize=9, color=INK)
+        axes.set_xlabel("block")
+        axes.set_xticks(places)
+        if number == 0:
+            axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
+    figure.tight_layout()
+    return _svg(figure)

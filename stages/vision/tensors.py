@@ -1,0 +1,75 @@
+"""Tensors on disk: safetensors, written so that a kill leaves the old file or the new one. Never a pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..methods import InvalidInput
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
+    """Write beside the target, sync, rename. `facts` (JSON) travel in the header."""
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"facts": json.dumps(facts, sort_keys=True)} if facts is not None else None
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        file.write(save(flat, metadata=header))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a file. Raises: InvalidInput for a file that is not whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+            return {name: file.get_tensor(name) for name in names}, facts
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InvalidInput(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Strict load with the first differences named; NaN and infinity are refused."""
+    own = module.state_dict()
+    wrong = [f"missing {name}" for name in own if name not in tensors]
+    wrong += [f"unexpected {name}" for name in tensors if name not in own]
+    wrong += [
+        f"{name}: {tuple(tensors[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise InvalidInput(f"{path}: the weights do not fit the architecture: {'; '.join(wrong[:5])}")
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    if bad:
+        raise InvalidInput(f"{path}: {bad[0]} holds NaN or infinity")
+    module.load_state_dict(dict(tensors))
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's moments as named tensors; scalars become 0-d tensors."""
+    flat = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            flat[f"{index}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return flat
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
+    """Undo flatten_optimizer on an optimiser built the same way."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in flat.items():
+        index, _, field = name.partition(".")
+        state.setdefault(int(index), {})[field] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,339 @@
+"""The training loop of every stage that trains: proxies and selectors of `ticket`, `train`, `finetune`.
+
+A step's randomness (order, augmentation, mixing, dropout) is drawn from seeds computed from (seed, epoch, step) and
+from nothing else. So a checkpoint needs no generator states, and a run killed at any moment ends with the same bits
+as one that was never killed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from ..methods import InvalidInput
+from ..methods.patch_tickets import kept_patches, map_ranks
+from .augment import Augmenter, Mixer
+from .dataset import Images
+from .network import Network
+from .recipe import Recipe
+from .tensors import flatten_optimizer, read_tensors, restore_optimizer, write_tensors
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What is trained on: images, which of them, and the patch ranks of all of them (None: whole images)."""
+
+    images: Images
+    members: np.ndarray  # (m,) positions in images
+    ranks: np.ndarray | None = None  # (len(images), N)
+    patches: int | None = None  # patches kept of each image
+
+    @property
+    def whole(self) -> bool:
+        return self.ranks is None
+
+
+@dataclass
+class Batch:
+    """One step's input on the device. clean: the un-mixed labels (B,)."""
+
+    images: Tensor  # (B, 3, S, S) normalised
+    targets: Tensor  # (B, K) soft
+    kept: Tensor | None  # (B, K) patch indices
+    clean: Tensor
+
+
+Objective = Callable[[Network, Batch], Tensor]
+Tick = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass
+class Fitted:
+    """The result of fit: the network that is kept (the average, where there is one), and what it took.
+
+    images: forward and backward passes in all; ticketed: those on the patches of a ticket.
+    """
+
+    network: Network
+    curve: list[dict[str, float]]
+    images: int
+    ticketed: int
+    steps: int
+    seconds: float
+    earlier_seconds: float  # the part of `seconds` that an earlier, killed attempt spent
+    early: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+
+class Normaliser:
+    """(x - mean) / std per channel."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+        self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
+        self.std = torch.tensor(std, device=device).view(1, -1, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy with soft targets (B, K)."""
+    return torch.nn.functional.cross_entropy(logits, targets)
+
+
+def supervised(network: Network, batch: Batch) -> Tensor:
+    """The plain objective: cross-entropy with the (mixed, smoothed) labels."""
+    return cross_entropy(network(batch.images, batch.kept), batch.targets)
+
+
+def fit(
+    network: Network,
+    pool: Pool,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: torch.device,
+    normalise: Normaliser,
+    finish: float = 0.0,
+    objective: Objective = supervised,
+    penalty: Callable[[Network], Tensor] | None = None,
+    judge: Callable[[Network], float] | None = None,
+    after_epoch: Callable[[int, Network], None] | None = None,
+    keep_epochs: tuple[int, ...] = (),
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 20.0,
+    tick: Tick = lambda steps, values: None,
+) -> Fitted:
+    """Train in place and return what is kept.
+
+    Args:
+        finish: share of the steps at the end that see whole images although the pool has patch tickets.
+        judge: called after each epoch on the network that would be kept; its answer goes into the curve as
+            top1_calibration.
+        after_epoch: called after each epoch (number from 1) on the raw network; used for proxy statistics.
+        keep_epochs: epochs after which a copy of the raw weights is set aside (for rewinding).
+        checkpoint: a file to resume from if it is there, and to write to at least every checkpoint_seconds and at
+            each epoch's end.
+    Raises: InvalidInput when the loss is not finite, with the step.
+    """
+    run = _Run(network, pool, recipe, seed, device, normalise, finish)
+    begun = time.monotonic()
+    before = run.restore(checkpoint)
+    saved = time.monotonic()
+    network.train()
+    while run.step < run.total:
+        epoch, position = divmod(run.step, run.per_epoch)
+        for batch in run.batches(epoch, position):
+            values = run.advance(batch, objective, penalty)
+            tick(1, values)
+            # Not at an epoch's last step: what ends the epoch has not been done yet and would be lost.
+            within = run.step % run.per_epoch != 0 and run.step < run.total
+            if checkpoint is not None and within and time.monotonic() - saved > checkpoint_seconds:
+                run.save(checkpoint, before + time.monotonic() - begun)
+                saved = time.monotonic()
+            if run.step == run.total:
+                break
+        run.end_epoch(epoch, judge, after_epoch, keep_epochs)
+        if checkpoint is not None:
+            run.save(checkpoint, before + time.monotonic() - begun)
+            saved = time.monotonic()
+    kept = run.kept()
+    return Fitted(
+        kept.eval(),
+        run.curve,
+        run.images_seen,
+        run.ticketed,
+        run.step,
+        before + time.monotonic() - begun,
+        before,
+        run.early,
+    )
+
+
+class _Run:
+    """The state of one call of fit: what a checkpoint holds, and the step."""
+
+    def __init__(
+        self,
+        network: Network,
+        pool: Pool,
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+        normalise: Normaliser,
+        finish: float,
+    ) -> None:
+        self.network, self.pool, self.recipe, self.seed, self.device = network.to(device), pool, recipe, seed, device
+        self.normalise = normalise
+        self.per_epoch = math.ceil(len(pool.members) / recipe.batch_size)
+        self.total = recipe.total_steps(len(pool.members))
+        self.step = 0
+        self.images_seen = 0
+        self.ticketed = 0
+        self.whole_from = round((1 - finish) * self.total)
+        self.curve: list[dict[str, float]] = []
+        self.early: dict[int, dict[str, Tensor]] = {}
+        self.losses = 0.0
+        self.counted = 0
+        # timm's optimiser factory leaves biases, norms and tokens without weight decay.
+        self.optimizer = create_optimizer_v2(
+            network.body, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
+        )
+        self.schedule = CosineLRScheduler(
+            self.optimizer,
+            t_initial=self.total,
+            lr_min=recipe.min_lr,
+            warmup_t=round(recipe.warmup * self.total),
+            warmup_lr_init=recipe.min_lr,
+            t_in_epochs=False,
+        )
+        self.schedule.step_update(0)
+        self.ema = ModelEmaV3(network, decay=recipe.ema, use_warmup=True) if recipe.ema is not None else None
+        self.augment = Augmenter(recipe.augment, pool.images.size, colour_only=not pool.whole)
+        self.mix = Mixer(recipe.mixup, recipe.cutmix, recipe.smoothing, len(pool.images.classes))
+
+    def batches(self, epoch: int, position: int) -> Any:
+        """The rest of an epoch from a position (in steps) on: uint8 pixels with their indices."""
+        order = torch.randperm(len(self.pool.members), generator=_generator(self.seed, epoch, -1)).numpy()
+        order = self.pool.members[order[position * self.recipe.batch_size :]]
+        size = self.recipe.batch_size
+        for number, pixels in enumerate(self.pool.images.batches(order, size)):
+            yield self._prepare(pixels, order[number * size : number * size + len(pixels)], epoch, position + number)
+
+    def _prepare(self, pixels: np.ndarray, indices: np.ndarray, epoch: int, step: int) -> Batch:
+        generator = _generator(self.seed, epoch, step)
+        views, theta = self.augment(pixels, generator, self.device)
+        labels = torch.from_numpy(self.pool.images.labels[indices]).to(self.device)
+        even = len(labels) - len(labels) % 2  # timm mixes in pairs; an odd last image of an epoch sits out when mixing
+        if self.mix.mixer is not None and even:
+            views, theta, labels, indices = views[:even], theta[:even], labels[:even], indices[:even]
+        kept = None
+        images, targets, share = self.mix(views, labels, generator)
+        if not self.pool.whole and epoch * self.per_epoch + step < self.whole_from:
+            kept = self._ticket(indices, theta, share)
+        # Dropout and stochastic depth draw from the global generators.
+        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        return Batch(self.normalise(images), targets, kept, labels)
+
+    def _ticket(self, indices: np.ndarray, theta: Tensor, share: float) -> Tensor:
+        """Patches kept of each view: ranks mapped through the view's geometry; of a mixture, the mixture of both
+        ranks.
+        """
+        assert self.pool.ranks is not None and self.pool.patches is not None
+        ranks = torch.from_numpy(self.pool.ranks[indices].astype(np.int64))
+        mapped = map_ranks(ranks, theta, self.network.architecture.grid).float()
+        if share < 1:
+            mapped = mapped * share + mapped.flip(0) * (1 - share)
+        return kept_patches(mapped, self.pool.patches).to(self.device)
+
+    def advance(
+        self, batch: Batch, objective: Objective, penalty: Callable[[Network], Tensor] | None
+    ) -> dict[str, float]:
+        loss = objective(self.network, batch)
+        total = loss if penalty is None else loss + penalty(self.network)
+        value = float(total.detach())
+        if not math.isfinite(value):
+            raise InvalidInput(
+                f"the loss is {value} at step {self.step + 1}", "lower lr, or clip gradients (clip: 1.0)"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        if self.recipe.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.step += 1
+        self.schedule.step_update(self.step)
+        if self.ema is not None:
+            self.ema.update(self.network, step=self.step)
+        self.images_seen += len(batch.images)
+        self.ticketed += 0 if batch.kept is None else len(batch.images)
+        self.losses += float(loss.detach()) * len(batch.images)
+        self.counted += len(batch.images)
+        return {"loss": self.losses / self.counted}
+
+    def end_epoch(
+        self,
+        epoch: int,
+        judge: Callable[[Network], float] | None,
+        after_epoch: Callable[[int, Network], None] | None,
+        keep_epochs: tuple[int, ...],
+    ) -> None:
+        row = {
+            "epoch": float(epoch + 1),
+            "loss": self.losses / max(1, self.counted),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        self.losses, self.counted = 0.0, 0
+        if judge is not None:
+            row["top1_calibration"] = judge(self.kept())
+        self.curve.append(row)
+        if after_epoch is not None:
+            after_epoch(epoch + 1, self.network)
+        if epoch + 1 in keep_epochs:
+            self.early[epoch + 1] = {
+                name: t.detach().cpu().clone() for name, t in self.network.body.state_dict().items()
+            }
+        self.network.train()
+
+    def kept(self) -> Network:
+        """The network that would be handed on now."""
+        return self.network if self.ema is None else self.ema.module
+
+    def save(self, path: Path, seconds: float) -> None:
+        tensors = {f"model.{n}": t for n, t in self.network.body.state_dict().items()}
+        tensors |= {f"optimizer.{n}": t for n, t in flatten_optimizer(self.optimizer).items()}
+        if self.ema is not None:
+            tensors |= {f"ema.{n}": t for n, t in self.ema.module.body.state_dict().items()}
+        for epoch, state in self.early.items():
+            tensors |= {f"early.{epoch}.{n}": t for n, t in state.items()}
+        facts = {
+            "step": self.step,
+            "total": self.total,
+            "images": self.images_seen,
+            "ticketed": self.ticketed,
+            "curve": self.curve,
+            "losses": self.losses,
+            "counted": self.counted,
+            "seconds": seconds,
+        }
+        write_tensors(path, tensors, facts)
+
+    def restore(self, path: Path | None) -> float:
+        """Go on where a checkpoint stands. Returns the seconds already spent."""
+        if path is None or not path.exists():
+            return 0.0
+        tensors, facts = read_tensors(path)
+        if facts["total"] != self.total:
+            raise InvalidInput(f"{path}: a checkpoint of {facts['total']} steps for a run of {self.total}", "delete it")
+        self.network.body.load_state_dict(_with_prefix(tensors, "model."))
+        restore_optimizer(self.optimizer, _with_prefix(tensors, "optimizer."))
+        if self.ema is not None:
+            self.ema.module.body.load_state_dict(_with_prefix(tensors, "ema."))
+        for name, tensor in _with_prefix(tensors, "early.").items():
+            epoch, _, rest = name.partition(".")
+            self.early.setdefault(int(epoch), {})[rest] = tensor
+        self.step, self.curve = facts["step"], facts["curve"]
+        self.images_seen, self.ticketed = facts["images"], facts["ticketed"]
+        self.losses, self.counted = facts["losses"], facts["counted"]
+        self.schedule.step_update(self.step)
+        return float(facts["seconds"])
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _generator(seed: int, epoch: int, step: int) -> torch.Generator:
+    """A generator for one step (or for the order of an epoch, step -1), far from its neighbours."""
+    mixed = np.random.SeedSequence([seed, epoch, step + 1]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed) & (2**63 - 1))
