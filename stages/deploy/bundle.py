@@ -1,0 +1,314 @@
+"""The deployable bundle, an ONNX file and its sidecar: writing it, and refusing files that are not what they say.
+
+An ONNX file may come from anywhere. Before ONNX Runtime sees it: size, protobuf, weights kept in files beside it (no
+way out of the folder by "..", an absolute path, a link), operator domains, opsets, signature. Wrong elsewhere:
+CVE-2024-27318, CVE-2024-5187, CVE-2026-27489, CVE-2026-34445.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from ..methods import InvalidInput
+from .sidecar import SCHEMA, Sidecar, parse_preprocessing, read_sidecar, sha256_of, sidecar_path
+
+# Operators of other domains would need a custom library, which runs code of its own when it is loaded.
+OPSETS = {
+    "": (7, onnx.defs.onnx_opset_version()),
+    "ai.onnx": (7, onnx.defs.onnx_opset_version()),
+    "ai.onnx.ml": (1, 5),
+    "com.microsoft": (1, 1),
+}
+EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The one input and the first output of an image classifier."""
+
+    input: str
+    dtype: str  # "float32", "float16" or "uint8"
+    shape: tuple[int | None, ...]  # (batch, channels, height, width); None: any
+    output: str
+    output_shape: tuple[int | None, ...]
+
+    def text(self) -> str:
+        """As it is shown in messages: input float32 [N,3,32,32] -> logits [N,10]."""
+        return f"{self.input} {self.dtype} {_shape_text(self.shape)} -> {self.output} {_shape_text(self.output_shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A checked ONNX file; `sidecar` is None for a file that came without one."""
+
+    path: Path
+    signature: Signature
+    opset: int
+    nodes: Mapping[str, int]
+    sha256: str
+    parameters: int  # numbers in the initializers
+    sidecar: Sidecar | None
+
+
+def open_bundle(path: Path, *, sidecar_required: bool = True) -> Bundle:
+    """Check an ONNX file and the sidecar beside it. Raises InvalidInput; nothing of the model runs."""
+    model = load_checked(path)
+    digest = sha256_of(path)
+    sidecar = None
+    if sidecar_required or sidecar_path(path).is_file():
+        sidecar = read_sidecar(path)
+    signature = _signature(model, path)
+    if sidecar is not None:
+        _check_agreement(signature, sidecar, path)
+    return Bundle(
+        path=path,
+        signature=signature,
+        opset=_opset(model),
+        nodes=_count(model.graph),
+        sha256=digest,
+        parameters=sum(_size(tensor) for tensor in model.graph.initializer),
+        sidecar=sidecar,
+    )
+
+
+def write_sidecar(
+    onnx_path: Path,
+    *,
+    preprocessing: Mapping[str, Any],
+    classes: Sequence[str],
+    precision: str,
+    parameters: int,
+    macs: int,
+    opset: int,
+    source: Mapping[str, Any],
+) -> Path:
+    """Write the sidecar of a finished ONNX file and return its path. The same arguments give the same bytes.
+
+    preprocessing: {"resize", "size", "crop", "crop_pct", "scale", "mean", "std"}; the file's names and digest are read
+    from it. Raises InvalidInput when file and arguments disagree.
+    """
+    signature = _signature(load_checked(onnx_path), onnx_path)
+    parsed = parse_preprocessing(dict(preprocessing), f"{onnx_path.name}: preprocessing")
+    content = {
+        "schema": SCHEMA,
+        "input": signature.input,
+        "output": signature.output,
+        "layout": "NCHW",
+        "image_size": parsed.size,
+        "channels": len(parsed.mean),
+        "preprocessing": {
+            "resize": parsed.resize,
+            "size": parsed.size,
+            "crop": parsed.crop,
+            "crop_pct": parsed.crop_pct,
+            "scale": parsed.scale,
+            "mean": list(parsed.mean),
+            "std": list(parsed.std),
+        },
+        "classes": [str(name) for name in classes],
+        "precision": precision,
+        "parameters": int(parameters),
+        "macs": int(macs),
+        "opset": int(opset),
+        "sha256": sha256_of(onnx_path),
+        "source": dict(source),
+    }
+    path = sidecar_path(onnx_path)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _check_agreement(signature, read_sidecar(onnx_path, check_digest=False), onnx_path)
+    return path
+
+
+def count_nodes(onnx_path: Path) -> dict[str, int]:
+    """How often each operator stands in the graph, sub-graphs included, most frequent first."""
+    return _count(load_checked(onnx_path).graph)
+
+
+def load_checked(path: Path) -> onnx.ModelProto:
+    """Parse an ONNX file after the checks named above; weights beside it are not loaded. Raises InvalidInput."""
+    if not path.is_file():
+        raise InvalidInput(f"{path} does not exist or is not a file", "give the path of an .onnx file")
+    if path.stat().st_size == 0:
+        raise InvalidInput(f"{path} is empty", "export it again")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise InvalidInput(f"{path} is not an ONNX file: {_first_line(error)}", "give an .onnx file") from None
+    _check_opsets(model, path)
+    for tensor in _tensors(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _check_external(tensor, path)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"{path} is not a valid ONNX model: {_first_line(error)}", "export it again") from None
+    return model
+
+
+def _check_opsets(model: onnx.ModelProto, path: Path) -> None:
+    imported = {entry.domain: entry.version for entry in model.opset_import}
+    if not imported or not model.graph.node:
+        raise InvalidInput(f"{path} is not an ONNX model: it has no operators", "export it again")
+    used = {node.domain for graph in _graphs(model) for node in graph.node}
+    local = {function.domain for function in model.functions}
+    for domain in sorted(used - local):
+        if domain not in OPSETS:
+            raise InvalidInput(
+                f"{path} uses operators of the domain {domain!r}",
+                f"allowed: ai.onnx, {', '.join(sorted(name for name in OPSETS if '.' in name and name != 'ai.onnx'))}",
+            )
+    for domain, version in sorted(imported.items()):
+        low, high = OPSETS.get(domain, (version, version))
+        if domain in used and not low <= version <= high:
+            raise InvalidInput(
+                f"{path} uses opset {version} of {domain or 'ai.onnx'}; {low} to {high} are known here",
+                "export it with another opset, or update onnx and onnxruntime",
+            )
+
+
+def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
+    """Weights outside of the .onnx file: a plain file of the same folder, linked from nowhere else, large enough."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if unknown := set(entries) - EXTERNAL_KEYS:
+        raise _escape(tensor, path, f"an unknown attribute {sorted(unknown)[0]!r}")
+    location = entries.get("location", "")
+    # ONNX Runtime marks addresses in memory with locations that begin like this one.
+    if not location or "\0" in location or "_ORT_MEM_ADDR_" in location or "\\" in location:
+        raise _escape(tensor, path, f"the location {location!r}")
+    relative = Path(location)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise _escape(tensor, path, f"the location {location!r}")
+    target = path.parent
+    for part in relative.parts:
+        target = target / part
+        if target.is_symlink():
+            raise _escape(tensor, path, f"a symbolic link {location!r}")
+    if not target.is_file():
+        raise InvalidInput(f"{path}: weights file {location!r} is missing beside it", "copy both files together")
+    status = target.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        raise _escape(tensor, path, f"a file with several names (hard link) {location!r}")
+    try:
+        offset, length = int(entries.get("offset", "0")), int(entries.get("length", "0"))
+    except ValueError:
+        raise _escape(tensor, path, "an offset or length that is no number") from None
+    if offset < 0 or length < 0 or offset + length > status.st_size:
+        raise _escape(tensor, path, f"bytes {offset}+{length} of a file of {status.st_size}")
+
+
+def _escape(tensor: onnx.TensorProto, path: Path, what: str) -> InvalidInput:
+    return InvalidInput(
+        f"{path}: tensor {tensor.name!r} keeps its weights in {what}, which is refused",
+        "weights must stand in the .onnx file or in a plain file in the same folder",
+    )
+
+
+def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """The graph, its sub-graphs, and the model's own functions."""
+    waiting: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    while waiting:
+        graph = waiting.pop()
+        yield graph
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    waiting.append(attribute.g)
+                waiting.extend(attribute.graphs)
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    for graph in _graphs(model):
+        if isinstance(graph, onnx.GraphProto):
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
+
+
+def _signature(model: onnx.ModelProto, path: Path) -> Signature:
+    """The signature of an image classifier: one float or uint8 input of four dimensions, batch free."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    outputs = list(model.graph.output)
+    described = ", ".join(_value_text(value) for value in inputs) + " -> " + ", ".join(map(_value_text, outputs))
+    hint = f"its signature is {described}; expected image float32 or uint8 [N,3,H,W] -> scores [N,classes]"
+    if len(inputs) != 1 or not outputs:
+        raise InvalidInput(f"{path} is not an image classifier: it has {len(inputs)} inputs", hint)
+    tensor = inputs[0].type.tensor_type
+    dtype = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.UINT8: "uint8"}
+    if tensor.elem_type not in dtype:
+        raise InvalidInput(f"{path} is not an image classifier: its input is not of float or uint8", hint)
+    shape = _shape(inputs[0])
+    if len(shape) != 4 or any(size == 0 for size in shape):
+        raise InvalidInput(f"{path} is not an image classifier: its input has not four dimensions", hint)
+    return Signature(inputs[0].name, dtype[tensor.elem_type], shape, outputs[0].name, _shape(outputs[0]))
+
+
+def _check_agreement(signature: Signature, sidecar: Sidecar, path: Path) -> None:
+    pre = sidecar.preprocessing
+    expected = (None, len(pre.mean), pre.size, pre.size)
+    same = all(
+        have is None or want is None or have == want for have, want in zip(signature.shape, expected, strict=True)
+    )
+    if signature.input != sidecar.input or signature.output != sidecar.output or not same:
+        raise InvalidInput(
+            f"{path} and its sidecar disagree: the file is {signature.text()}; the sidecar says {sidecar.input} "
+            f"{_shape_text(expected)} -> {sidecar.output}",
+            "take both from the same artifact",
+        )
+    classes = signature.output_shape[-1] if signature.output_shape else None
+    if classes is not None and sidecar.classes and classes != len(sidecar.classes):
+        raise InvalidInput(f"{path} has {classes} scores an image, its sidecar names {len(sidecar.classes)} classes")
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def _count(graph: onnx.GraphProto) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    waiting = [graph]
+    while waiting:
+        for node in waiting.pop().node:
+            counts[node.op_type] += 1
+            waiting.extend(attribute.g for attribute in node.attribute if attribute.HasField("g"))
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _shape(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
+    dimensions = value.type.tensor_type.shape.dim
+    return tuple(int(dim.dim_value) if dim.HasField("dim_value") else None for dim in dimensions)
+
+
+def _size(tensor: onnx.TensorProto) -> int:
+    size = 1
+    for dimension in tensor.dims:
+        size *= dimension
+    return size
+
+
+def _shape_text(shape: Sequence[int | None]) -> str:
+    return "[" + ",".join("N" if size is None else str(size) for size in shape) + "]"
+
+
+def _value_text(value: onnx.ValueInfoProto) -> str:
+    kind = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
+    return f"{value.name} {kind} {_shape_text(_shape(value))}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

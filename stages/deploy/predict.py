@@ -1,0 +1,79 @@
+"""Classify images with an ONNX file and its sidecar: numpy and ONNX Runtime, nothing of the training side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..methods import InvalidInput
+from .preprocess import normalise
+from .sessions import open_session
+from .sidecar import read_sidecar
+from .statistics import wilson
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Top-1 on a labelled set, with its 95 % Wilson interval."""
+
+    correct: int
+    images: int
+    top1: float
+    low: float
+    high: float
+
+
+def scores(
+    path: Path,
+    pixels: NDArray[np.uint8] | Callable[[int, int], NDArray[np.uint8]],
+    count: int | None = None,
+    *,
+    provider: str = "cpu",
+    threads: int = 1,
+    batch: int = 64,
+    done: Callable[[int], None] = lambda images: None,
+) -> NDArray[np.float32]:
+    """The network's scores, float32 [n, classes], in the order of the images.
+
+    pixels: uint8 [n, size, size, 3], or a function (start, stop) -> such an array for sets that do not fit into memory,
+    with `count` images in all. done: told the number of images after each batch. Raises InvalidInput.
+    """
+    sidecar = read_sidecar(path)
+    if isinstance(pixels, np.ndarray):
+        total, fetch = len(pixels), _slices(pixels)
+    elif count is None:
+        raise ValueError("count is needed when pixels is a function")
+    else:
+        total, fetch = count, pixels
+    if total == 0:
+        raise InvalidInput("there are no images to classify", "check data.source and data.test")
+    session = open_session(path, provider=provider, threads=threads)
+    asked = session.get_inputs()[0]
+    dtype = {"tensor(uint8)": "uint8", "tensor(float16)": "float16"}.get(asked.type, "float32")
+    fixed = asked.shape[0] if isinstance(asked.shape[0], int) else None
+    parts = []
+    for start in range(0, total, fixed or batch):
+        stop = min(total, start + (fixed or batch))
+        inputs = normalise(fetch(start, stop), sidecar.preprocessing, dtype)
+        padding = (fixed or len(inputs)) - len(inputs)  # a file of fixed batch: fill up the last one
+        filled = np.concatenate([inputs, np.repeat(inputs[-1:], padding, axis=0)]) if padding else inputs
+        output = session.run([sidecar.output], {sidecar.input: filled})[0]
+        parts.append(np.asarray(output, dtype=np.float32)[: len(inputs)])
+        done(len(inputs))
+    return np.concatenate(parts)
+
+
+def _slices(pixels: NDArray[np.uint8]) -> Callable[[int, int], NDArray[np.uint8]]:
+    return lambda start, stop: pixels[start:stop]
+
+
+def accuracy(scored: NDArray[np.float32], labels: NDArray[np.int64]) -> Accuracy:
+    """Top-1 of scores [n, classes] against labels [n]. NaN scores count as wrong."""
+    right = (scored.argmax(axis=1) == labels) & np.isfinite(scored).all(axis=1)
+    correct, images = int(right.sum()), len(labels)
+    low, high = wilson(correct, images)
+    return Accuracy(correct, images, correct / images, low, high)
