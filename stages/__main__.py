@@ -1,0 +1,116 @@
+"""The composition root, the one place that knows both the engine and the stages: `sievit`, `python -m sievit.stages`.
+
+`STAGES` is the only registry. A new stage is one line here.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from sievit.pipeline import options
+from sievit.pipeline.cli import execute
+from sievit.pipeline.cli_run import run_stage
+from sievit.pipeline.console import results_only
+from sievit.pipeline.errors import UsageError
+from sievit.pipeline.progress import choose
+from sievit.pipeline.session import DEFAULT_PIPELINE, session_of, store_of
+
+from . import benchmark, export, finetune, prune, quantize, ticket, train
+from .methods import InvalidInput
+
+STAGES = (
+    ticket.STAGE,
+    train.STAGE,
+    prune.STAGE,
+    finetune.STAGE,
+    export.STAGE,
+    quantize.STAGE,
+    benchmark.STAGE,
+)
+
+PROVIDERS = get_args(benchmark.Provider)
+
+
+def _on_files(name: str, metavar: str, text: str, *, least: int | None = None) -> Any:
+    """An option of `sievit benchmark --onnx`; all of them may be given several times."""
+    return typer.Option(
+        name,
+        metavar=metavar,
+        help=f"{text}; repeatable",
+        default_factory=list,
+        show_default=False,
+        rich_help_panel="On ONNX files, without a pipeline",
+        min=least,
+    )
+
+
+def measure(
+    context: typer.Context,
+    *,
+    pipeline: options.Pipeline = DEFAULT_PIPELINE,
+    onnx: Annotated[list[Path], _on_files("--onnx", "FILE", "a file to measure")],
+    provider: Annotated[list[str], _on_files("--provider", "|".join(PROVIDERS), "default cpu")],
+    batch: Annotated[list[int], _on_files("--batch", "N", "images at once; default 1", least=1)],
+    threads: Annotated[list[int], _on_files("--threads", "N", "CPU threads; default 1", least=1)],
+    set_: options.Set,
+    arm: options.StageArm = "main",
+    input_: options.Input,
+    force: options.Force = False,
+    wait: options.Wait = 0.0,
+    store: options.StoreFolder = None,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    session = session_of(context)
+    if onnx:
+        from sievit.pipeline import views
+
+        if set_ or input_ or force or store is not None or arm != "main":
+            raise UsageError(
+                "--set, --arm, --input, --force and --store do not go with --onnx",
+                hint="a file is measured by itself: --provider, --batch and --threads say how",
+            )
+
+        if unknown := [name for name in provider if name not in PROVIDERS]:
+            raise UsageError(f"there is no provider {unknown[0]!r}", hint=f"providers: {', '.join(PROVIDERS)}")
+        with results_only():
+            measured = benchmark.benchmark_files(
+                onnx,
+                tuple(provider) or ("cpu",),
+                tuple(batch) or (1,),
+                tuple(threads) or (1,),
+                progress=choose(quiet=quiet, silent=json),
+            )
+        session.console.result(measured, views.measurement)
+        return
+    if provider or batch or threads:
+        raise UsageError(
+            "--provider, --batch and --threads go with --onnx",
+            hint="in a pipeline: --set 'benchmark.providers=[cpu]' --set 'benchmark.batch_sizes=[1, 8]'",
+        )
+    run_stage(
+        session,
+        benchmark.STAGE,
+        pipeline,
+        overrides=set_,
+        arm=arm,
+        inputs=input_,
+        force=force,
+        wait_s=wait,
+        store=store_of(store, pipeline),
+        quiet=quiet,
+    )
+
+
+def main() -> int:
+    """The console script. Returns the exit code."""
+    return execute(STAGES, (InvalidInput,), sys.argv[1:], commands={"benchmark": measure})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,339 @@
+"""Measure accuracy and latency of every arm's file, all interleaved, from the very files that are shipped.
+
+Each file (and the INT8 file that `quantize` made but did not choose) gets a process of its own with pinned threads.
+In each round every file runs once, in random order; rounds are repeated over several sessions with new processes.
+Speed-ups are ratios within a round against the dense arm's file,
+with 95 % bootstrap intervals over sessions and rounds.
+The baseline runs twice: what that pair shows is the noise floor, and a difference inside it is called no difference.
+Percentiles are printed only with enough samples (p90 from 64 calls, p95 from 130, p99 from 662).
+
+A provider that is not installed, does not start, or leaves matrix products to another one is an error, never a silent
+fall-back. On a card, rows with io "device" keep data there, rows with io "copy" carry it there and back.
+
+reads    the onnx files of all arms, the test split
+writes   samples.npz (every timed call), rows.json
+
+    sievit benchmark pipeline.yaml
+    sievit benchmark --onnx model.onnx --provider cpu --batch 1
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from sievit.pipeline.errors import SievitError
+from sievit.pipeline.stage import Config, Context, Reads, Stage
+
+from .methods import InvalidInput
+
+if TYPE_CHECKING:
+    from .deploy.bundle import Bundle
+    from .deploy.latency import Plan, Progress, Results, Setting, Subject
+    from .deploy.predict import Accuracy
+
+# What shows that a file without a sidecar is an 8-bit one.
+QUANTIZED = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QAttention"}
+Provider = Literal["cpu", "cuda", "tensorrt", "openvino"]
+
+
+class BenchmarkConfig(Config):
+    """What is measured, and for how long."""
+
+    providers: Annotated[tuple[Provider, ...], Field(min_length=1)] = Field(
+        default=("cpu",), description="ONNX Runtime execution providers; the first one decides the gates"
+    )
+    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=1)] = Field(
+        default=(1, 8), description="images at once; the first one decides the gates"
+    )
+    threads: Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1)] = Field(
+        default=(1,), description="threads of one operator, pinned to as many cores; the first one decides the gates"
+    )
+    seconds: float = Field(
+        default=2.0, gt=0, le=3600, description="timed calls of one file in one setting, seconds, over all sessions"
+    )
+    sessions: int = Field(default=3, ge=3, le=50, description="lives of the processes; intervals are taken over them")
+    warm_up: float = Field(default=1.0, ge=0.05, le=600, description="seconds of warm-up at most, in each session")
+    timeout: float = Field(default=300.0, ge=1, le=86_400, description="seconds after which a silent process is ended")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A row's identity: one file of one arm."""
+
+    arm: str
+    entry: str
+    final: bool
+    bundle: Bundle
+
+    @property
+    def precision(self) -> str:
+        if self.bundle.sidecar is not None:
+            return self.bundle.sidecar.precision
+        return "int8" if QUANTIZED & self.bundle.nodes.keys() else self.bundle.signature.dtype.replace("float", "fp")
+
+
+def run(ctx: Context) -> None:
+    """Measure all files; see the module's docstring."""
+    from .deploy.latency import Plan, settings_of
+    from .vision.dataset import load_split
+
+    config: BenchmarkConfig = ctx.config
+    settings = settings_of(config.providers, config.threads, config.batch_sizes)
+    variants = _variants(ctx)
+    baseline = _baseline(variants)
+    images = load_split(ctx.data.model_dump(), ctx.base, "test")
+    accuracies = _accuracies(variants, images, config, ctx.progress)
+    plan = Plan(config.seconds, config.sessions, config.warm_up, ctx.seed, config.timeout)
+    metrics, results = _timed(variants, baseline, settings, plan, ctx.progress)
+    for row, variant in zip(metrics["rows"], [v for _ in settings for v in variants], strict=True):
+        found = accuracies[variant.bundle.sha256, row["provider"]]
+        row |= {"top1": found.top1, "top1_low": found.low, "top1_high": found.high}
+    metrics["test_images"] = len(images)
+    metrics["gates"] = _gates(metrics["rows"], variants, baseline)
+    ctx.metrics |= metrics
+    _keep(ctx, results, settings[0])
+
+
+def benchmark_files(
+    files: Sequence[Path],
+    providers: Sequence[str] = ("cpu",),
+    batch_sizes: Sequence[int] = (1,),
+    threads: Sequence[int] = (1,),
+    seconds: float = 2.0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Latency of ONNX files from anywhere, the first one being the baseline. No torch, no pipeline, no accuracy.
+
+    Needs one float or uint8 image input; noise is fed. Returns the metrics of the benchmark stage, with `file` in each
+    row; files of equal content are timed once. Raises InvalidInput for files that are not image classifiers or do not
+    run, SievitError for a crash.
+    """
+    from .deploy.bundle import open_bundle
+    from .deploy.latency import Plan, settings_of
+
+    if not files:
+        raise InvalidInput("no file to measure", "name at least one .onnx file")
+    settings = settings_of(providers, threads, batch_sizes)
+    variants: list[Variant] = []
+    names = [Path(path).name for path in files]
+    for path in files:
+        label = Path(path).name if names.count(Path(path).name) == 1 else str(path)
+        bundle = open_bundle(Path(path), sidecar_required=False)
+        for batch in batch_sizes:
+            _image(bundle, batch)
+        variants.append(Variant("", label, False, bundle))
+    metrics, _ = _timed(variants, variants[0], settings, Plan(seconds=seconds), progress)
+    return metrics
+
+
+def _variants(ctx: Context) -> list[Variant]:
+    """Every file of every arm; one that stands twice in an arm (quantize kept float) is one variant."""
+    from .deploy.bundle import open_bundle
+
+    found: dict[tuple[str, str], Variant] = {}
+    for labelled in ctx.many:
+        for name in ("int8.onnx", "model.onnx"):
+            path = labelled.artifact.file("model.onnx").with_name(name)
+            if name == "int8.onnx" and not path.is_file():
+                continue
+            bundle = open_bundle(path)
+            key = labelled.arm, bundle.sha256
+            before = found.get(key)
+            if before is None or not before.final:
+                found[key] = Variant(labelled.arm, labelled.entry, labelled.final and name == "model.onnx", bundle)
+    if not found:
+        raise InvalidInput("there is no ONNX file to measure", "run `export` in at least one arm")
+    return list(found.values())
+
+
+def _baseline(variants: Sequence[Variant]) -> Variant:
+    """The dense arm's final file, else the first FP32 file of the main arm."""
+    for variant in variants:
+        if variant.arm == "dense" and variant.final:
+            return variant
+    return next((v for v in variants if v.arm == "main" and v.precision == "fp32"), variants[0])
+
+
+def _accuracies(
+    variants: Sequence[Variant], images: Any, config: BenchmarkConfig, progress: Progress
+) -> dict[tuple[str, str], Accuracy]:
+    """Top-1 of each distinct file on the test split, with each provider: (sha256, provider) -> accuracy."""
+    import numpy as np
+
+    from .deploy.isa import usable_cores
+    from .deploy.predict import accuracy, scores
+
+    files = {variant.bundle.sha256: variant.bundle for variant in variants}
+    found: dict[tuple[str, str], Accuracy] = {}
+    for provider in config.providers:
+        with progress.task(f"accuracy ({provider})", len(files) * len(images)) as task:
+            for digest, bundle in files.items():
+                sidecar = bundle.sidecar
+                if sidecar is not None and len(sidecar.classes) != len(images.classes):
+                    raise InvalidInput(
+                        f"{bundle.path} tells {len(sidecar.classes)} classes apart, the test split has "
+                        f"{len(images.classes)}",
+                        "measure it on the data it was trained for",
+                    )
+                scored = scores(
+                    bundle.path,
+                    lambda start, stop: images.pixels(np.arange(start, stop)),
+                    len(images),
+                    provider=provider,
+                    threads=len(usable_cores()),
+                    done=task.advance,
+                )
+                found[digest, provider] = accuracy(scored, images.labels)
+    return found
+
+
+def _timed(
+    variants: Sequence[Variant],
+    baseline: Variant,
+    settings: Sequence[Setting],
+    plan: Plan,
+    progress: Progress | None,
+) -> tuple[dict[str, Any], Results]:
+    """Latency rows of all variants (settings outermost), noise floor, host facts, and what the host did meanwhile."""
+    from .deploy.child import ChildFailed
+    from .deploy.comparison import Quiet, host_state, latency_row, noise_floors, watch
+    from .deploy.latency import measure
+
+    progress = progress or Quiet()
+    files = {v.bundle.sha256: _subject(v, settings[0].batch) for v in [baseline, *variants]}
+    subjects = list(files.values())
+    before = watch()
+    try:
+        results = measure(subjects, settings, plan, progress)
+    except ChildFailed as error:
+        raise SievitError(str(error), hint="see the log; measure the other files without this one") from error
+    state = host_state(before, results, settings, progress)
+    floors = noise_floors(results, subjects[0].name, settings)
+    rows = [
+        _identity(v) | latency_row(files[v.bundle.sha256], setting, results, subjects[0].name, floors[setting])
+        for setting in settings
+        for v in variants
+    ]
+    return {
+        "rows": rows,
+        "baseline": {"arm": baseline.arm, "entry": baseline.entry, "variant": baseline.precision},
+        "noise_floor": floors[settings[0]].as_json(),
+        "noise_floors": [floor.as_json() for floor in floors.values()],
+        "protocol": {"seconds": plan.seconds, "sessions": plan.sessions, "warm_up_s": plan.warm_up_s},
+        **state,
+    }, results
+
+
+def _identity(variant: Variant) -> dict[str, Any]:
+    bundle, sidecar = variant.bundle, variant.bundle.sidecar
+    return {
+        "arm": variant.arm,
+        "entry": variant.entry,
+        "variant": variant.precision,
+        "final": variant.final,
+        "file": bundle.path.name,
+        "sha256": bundle.sha256,
+        "bytes": bundle.path.stat().st_size,
+        "parameters": sidecar.parameters if sidecar else bundle.parameters,
+        "macs": sidecar.macs if sidecar else None,
+        "top1": None,
+        "top1_low": None,
+        "top1_high": None,
+    }
+
+
+def _subject(variant: Variant, batch: int) -> Subject:
+    from .deploy.latency import Subject
+
+    bundle = variant.bundle
+    name = "/".join(part for part in (variant.arm, variant.entry, variant.precision) if part)
+    return Subject(name, bundle.path, bundle.signature.input, bundle.signature.dtype, _image(bundle, batch))
+
+
+def _image(bundle: Bundle, batch: int) -> tuple[int, int, int]:
+    """Channels, height, width of the input; what the file leaves open comes from the sidecar. Raises InvalidInput."""
+    shape = list(bundle.signature.shape)
+    if bundle.sidecar is not None:
+        pre = bundle.sidecar.preprocessing
+        stated = [None, len(pre.mean), pre.size, pre.size]
+        shape = [have if have is not None else other for have, other in zip(shape, stated, strict=True)]
+    fixed, *image = shape
+    channels, height, width = image
+    if channels is None or height is None or width is None:
+        raise InvalidInput(
+            f"{bundle.path} leaves its image size open: {bundle.signature.text()}",
+            "give it a sidecar .json, or export it with a fixed size",
+        )
+    if fixed not in (None, batch):
+        raise InvalidInput(
+            f"{bundle.path} takes batches of {fixed} only, not of {batch}: {bundle.signature.text()}",
+            "ask for that batch size, or export with a dynamic batch",
+        )
+    return channels, height, width
+
+
+def _gates(rows: Sequence[dict[str, Any]], variants: Sequence[Variant], baseline: Variant) -> dict[str, float]:
+    """Main arm's final file against the dense arm's, in the first setting; {} without a dense arm."""
+    if baseline.arm != "dense" or not baseline.final:
+        return {}
+    finals = {variant.arm: row for variant, row in zip(variants, rows, strict=False) if variant.final}
+    if "main" not in finals:
+        return {}
+    shipped, dense = finals["main"], finals["dense"]
+    return {"accuracy_drop": dense["top1"] - shipped["top1"], "speedup": shipped["speedup"]}
+
+
+def _keep(ctx: Context, results: Results, first: Setting) -> None:
+    """Payload and figures."""
+    import numpy as np
+
+    from .deploy.comparison import raw_samples
+    from .deploy.figures import accuracy_against_latency, latency_distributions
+
+    rows = ctx.metrics["rows"]
+    np.savez_compressed(ctx.out / "samples.npz", **raw_samples(results))
+    (ctx.out / "rows.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    shown = [
+        row
+        for row in rows
+        if (row["provider"], row["threads"], row["batch"], row["io"])
+        == (first.provider, first.threads, first.batch, first.io)
+    ]
+    setting = f"{first.provider}, batch {first.batch}, {first.threads} thread{'s' * (first.threads != 1)}"
+    ctx.figure(
+        "accuracy-latency",
+        accuracy_against_latency(shown),
+        title="Accuracy against latency",
+        caption=f"Measured on the shipped files ({setting}); bars: 95 % intervals, filled: the arm's final file.",
+    )
+    spread = {
+        name: np.concatenate([slot.wall_ms for slot in measured.slots])
+        for (name, at), measured in results.items()
+        if at == first
+    }
+    ctx.figure(
+        "latency-spread",
+        latency_distributions(spread, setting),
+        title="How the latencies spread",
+        caption="Share of calls that took at most so long; the baseline ran twice, and that gap is the noise floor.",
+    )
+
+
+STAGE = Stage(
+    name="benchmark",
+    version=1,
+    config=BenchmarkConfig,
+    run=run,
+    reads=(Reads("files", "onnx", many=True),),
+    writes="measurement",
+    manual=__doc__,
+    packages=("onnxruntime", "numpy"),
+    uses=frozenset({"data", "device", "host", "seed"}),
+    across_arms=True,
+)

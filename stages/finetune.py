@@ -1,0 +1,225 @@
+"""Recover what a cut took: train the smaller network, taught by the one it was cut from, on what will be deployed.
+
+The teacher is any earlier stage (`teacher: train`), any model artifact (`teacher: train@7`), or any timm model
+(`teacher: "timm:regnety_160"`). Soft distillation is Hinton's, hard is DeiT's; a distilled DeiT learns from the
+teacher through its distillation token. Optimiser and weight
+average are built anew: those from before the cut hold tensors that no longer exist.
+
+It trains on whole images whatever `train` did, or with token reduction inside the network (`tokens`), which is then
+part of the model: the token policy that is trained last is the one that is exported. Examples are the tickets'.
+
+reads    model; tickets (optional, their examples); the teacher
+writes   model.safetensors, architecture.json, preprocessing.json
+ledger   as train; the teacher's forward passes are in scoring_macs
+
+    sievit finetune pipeline.yaml --set finetune.epochs=4
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from sievit.pipeline.stage import Config, Context, Reads, Stage
+
+from .vision.recipe import Recipe, Settings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from .vision.network import Network
+    from .vision.training import Batch, Objective
+
+
+class Distill(Settings):
+    """Learning from a teacher's answers."""
+
+    teacher: str = Field("train", description="a stage of this pipeline, an artifact (train@7), or timm:<model>")
+    kind: Literal["soft", "hard"] = Field("soft", description="soft: softened outputs; hard: the teacher's decision")
+    weight: float = Field(0.5, gt=0, le=1, description="share of the distillation loss; the rest is the labels'")
+    temperature: float = Field(2.0, gt=0, le=100, description="softening of both outputs, kind: soft only")
+
+
+class Tokens(Settings):
+    """Token reduction inside the network, exported with it."""
+
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        min_length=1, description="blocks that drop tokens between attention and MLP"
+    )
+    keep: float = Field(gt=0, lt=1, description="fraction of the patches that reach a block kept by it")
+
+
+class FinetuneConfig(Recipe, Config):
+    """Settings of the finetune stage."""
+
+    epochs: float | None = Field(None, gt=0, le=10_000, description="passes over the kept examples; this or steps")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate, after warm-up")
+    distill: Distill | None = Field(None, description="a teacher; null trains on the labels alone")
+    tokens: Tokens | None = Field(None, description="token reduction; null: all patches")
+
+
+def run(ctx: Context) -> None:
+    """Network and teacher, training on the deployed token policy, accuracy."""
+    import torch
+
+    from .vision import figures, tickets
+    from .vision.dataset import load_splits
+    from .vision.device import open_device
+    from .vision.evaluate import top1
+    from .vision.preprocessing import check, load
+    from .vision.training import fit
+    from .vision.weights import load_network, save_network
+
+    config: FinetuneConfig = ctx.config
+    device = open_device(ctx.device)
+    splits = load_splits(ctx.data.model_dump(), ctx.base)
+    source = ctx.inputs["model"].root
+    network, preprocessing = load_network(source, drop_path=config.drop_path), load(source)
+    check(preprocessing, splits.train.classes, ctx.data.image_size, f"model {ctx.inputs['model'].ref}")
+    network = _with_tokens(config, network)
+    loaded = tickets.load(ctx.inputs["tickets"].root) if "tickets" in ctx.inputs else None
+    tickets.check(loaded, splits, network.architecture.patches, 0.0)
+    # The deployed policy: the tickets' examples, but not their patches.
+    pool = tickets.pool(splits.train, None if loaded is None else replace(loaded, ranks=None))
+
+    torch.manual_seed(ctx.seed)
+    normalise = preprocessing.normaliser(device)
+    teacher = _teacher(ctx, len(splits.train.classes), device)
+    with ctx.progress.task("fine-tuning", config.total_steps(len(pool.members))) as task:
+        fitted = fit(
+            network,
+            pool,
+            config,
+            seed=ctx.seed + 1,
+            device=device,
+            normalise=normalise,
+            objective=_objective(config, network, teacher),
+            judge=lambda current: top1(current, splits.calibration, normalise, device),
+            checkpoint=ctx.work / "training.safetensors",
+            tick=lambda n, values: task.advance(n, **values),
+        )
+    network = fitted.network
+    network.set_distilled_training(False)
+    save_network(network, ctx.out)
+    preprocessing.save(ctx.out)
+
+    architecture = network.architecture
+    ctx.metrics |= {
+        "top1": {"all": top1(network, splits.test, normalise, device)},
+        "policy": "all" if not architecture.tokens else f"reduced to {architecture.tokens[-1].keep} patches",
+        "curve": fitted.curve,
+        "parameters": network.parameter_count(),
+        "macs": architecture.macs(),
+    }
+    ctx.ledger |= {
+        "images": fitted.images,
+        "tokens_per_image": architecture.patches,
+        "epochs": round(fitted.steps / -(-len(pool.members) // config.batch_size), 3),
+        "steps": fitted.steps,
+        "train_macs": 3 * fitted.images * architecture.macs(),
+        "scoring_macs": 0 if teacher is None else fitted.images * teacher.macs,
+        "seconds": round(fitted.seconds, 3),
+    }
+    ctx.figure("curve", figures.curve(fitted.curve), title="Fine-tuning", caption="Accuracy on the calibration split.")
+
+
+def _with_tokens(config: FinetuneConfig, network: Network) -> Network:
+    """The network with the token policy that is deployed. Raises: InvalidInput for blocks that it does not have."""
+    from .methods import InvalidInput
+    from .vision.network import drops_for
+
+    if config.tokens is None:
+        return network.with_tokens(())
+    depth, blocks = len(network.architecture.blocks), config.tokens.blocks
+    if max(blocks) >= depth or len(set(blocks)) != len(blocks):
+        raise InvalidInput(
+            f"finetune.tokens.blocks: {list(blocks)} for a network of {depth} blocks",
+            f"use different numbers from 0 to {depth - 1}",
+        )
+    if network.architecture.prefix == 0:
+        raise InvalidInput(
+            f"finetune.tokens: {network.architecture.model} has no prefix token to rank patches by", "leave tokens out"
+        )
+    return network.with_tokens(drops_for(network.architecture, blocks, config.tokens.keep))
+
+
+class _Teacher:
+    """A frozen network and its own normalisation, fed with the student's views."""
+
+    def __init__(self, network: nn.Module, mean: Any, std: Any, macs: int, student: Any, device: torch.device) -> None:
+        from .vision.training import Normaliser
+
+        self.network = network.to(device).eval().requires_grad_(False)
+        self.macs = macs
+        self.own = Normaliser(tuple(mean), tuple(std), device)
+        self.student = Normaliser(tuple(student.mean), tuple(student.std), device)
+
+    def answer(self, images: Tensor) -> Tensor:
+        import torch
+
+        with torch.no_grad():
+            return self.network(self.own(images * self.student.std + self.student.mean))  # type: ignore[no-any-return]
+
+
+def _teacher(ctx: Context, classes: int, device: torch.device) -> _Teacher | None:
+    """The teacher that the config names. Raises: InvalidInput when it answers other classes."""
+    from .vision import external
+    from .vision.preprocessing import check, load
+    from .vision.weights import load_network
+
+    config: FinetuneConfig = ctx.config
+    if config.distill is None:
+        return None
+    student = load(ctx.inputs["model"].root)
+    if "teacher" in ctx.inputs:
+        folder = ctx.inputs["teacher"].root
+        network, own = load_network(folder), load(folder)
+        check(own, student.classes, ctx.data.image_size, f"teacher {ctx.inputs['teacher'].ref}")
+        return _Teacher(network, own.mean, own.std, network.architecture.macs(), student, device)
+    outside = external.load(ctx.references["teacher"], classes, ctx.data.image_size)
+    return _Teacher(outside.network, outside.mean, outside.std, outside.macs, student, device)
+
+
+def _objective(config: FinetuneConfig, network: Network, teacher: _Teacher | None) -> Objective:
+    """Labels, and the teacher where there is one. A distilled DeiT hears the teacher through its own head."""
+    from .methods.distillation import hard_loss, soft_loss
+    from .vision.training import cross_entropy, supervised
+
+    if config.distill is None or teacher is None:
+        return supervised
+    settings = config.distill
+    network.set_distilled_training(True)
+
+    def objective(current: Network, batch: Batch) -> Tensor:
+        answers = current(batch.images, batch.kept)
+        to_labels, to_teacher = answers if isinstance(answers, tuple) else (answers, answers)
+        taught = teacher.answer(batch.images)
+        distilled = (
+            soft_loss(to_teacher, taught, settings.temperature)
+            if settings.kind == "soft"
+            else hard_loss(to_teacher, taught)
+        )
+        return (1 - settings.weight) * cross_entropy(to_labels, batch.targets) + settings.weight * distilled
+
+    return objective
+
+
+def _references(config: FinetuneConfig) -> dict[str, str]:
+    return {} if config.distill is None else {"teacher": config.distill.teacher}
+
+
+STAGE = Stage(
+    name="finetune",
+    version=1,
+    config=FinetuneConfig,
+    run=run,
+    reads=(Reads("model", "model"), Reads("tickets", "tickets", optional=True)),
+    writes="model",
+    manual=__doc__,
+    packages=("torch", "timm", "numpy"),
+    uses=frozenset({"data", "seed", "device"}),
+    references=_references,
+)

@@ -1,0 +1,247 @@
+"""Cut heads, widths inside heads, MLP units and embedding channels until a stated share of MACs or parameters is left.
+
+Importance   taylor   |w * dL/dw| summed over everything that goes together, gradients from fixed calibration images
+             in eval mode
+             l1       |w| likewise, no images needed
+             random   uniform, the control
+Ranking is isomorphic (Fang et al., ECCV 2024): only groups of the same topology compete. Torch-Pruning's dependency
+graph says what belongs together; one dial presses on all axes, each with its `axes` weight, and is bisected until the
+target is met; MLP and embedding widths are multiples of round_to, widths of heads of head_round_to, what rounding
+left over goes back to the MLPs. The smaller network is rebuilt from its architecture record and its weights are
+loaded strictly.
+
+Cutting embedding channels changes what the LayerNorms see: expect low accuracy until `finetune`.
+
+reads    model; tickets (optional: their examples are the calibration images)
+writes   model.safetensors, architecture.json, preprocessing.json, plan.json (the kept indices)
+fails    when nothing was cut, or when the axes that are on cannot reach the target (it says how far they reach)
+
+    sievit prune pipeline.yaml --set prune.target.macs=0.4
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from sievit.pipeline.stage import Config, Context, Reads, Stage
+
+from .vision.recipe import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    import torch
+
+    from .methods.allocation import Kept
+    from .vision.architecture import Architecture
+    from .vision.dataset import Splits
+    from .vision.network import Network
+    from .vision.preprocessing import Preprocessing
+
+
+class Target(Settings):
+    """What must be left, as a fraction of the network before the cut. Exactly one."""
+
+    macs: float | None = Field(None, gt=0, lt=1, description="fraction of the multiply-accumulates kept")
+    params: float | None = Field(None, gt=0, lt=1, description="fraction of the parameters kept")
+
+    @model_validator(mode="after")
+    def _one(self) -> Target:
+        if (self.macs is None) == (self.params is None):
+            raise ValueError("give exactly one of macs and params")
+        return self
+
+
+class Axes(Settings):
+    """How hard each axis is pressed, relative to the others: 0 leaves it alone."""
+
+    heads: float = Field(1.0, ge=0, le=1, description="whole attention heads")
+    head_width: float = Field(0.5, ge=0, le=1, description="query/key and value width inside heads")
+    mlp: float = Field(1.0, ge=0, le=1, description="hidden units of the MLPs")
+    embed: float = Field(0.5, ge=0, le=1, description="embedding channels, through the whole network")
+
+
+class PruneConfig(Config):
+    """Settings of the prune stage."""
+
+    importance: Literal["taylor", "l1", "random"] = Field("taylor", description="what decides which parts go first")
+    target: Target = Field(description="what must be left")
+    axes: Axes = Field(Axes(), description="what may be cut, and how hard")
+    round_to: int = Field(8, ge=1, le=256, description="MLP and embedding widths are multiples of this")
+    head_round_to: int = Field(
+        8, ge=1, le=256, description="widths of heads are multiples of this; odd widths are slow"
+    )
+    images: int = Field(512, ge=1, description="calibration images for the gradients (fewer if there are fewer)")
+    batch_size: int = Field(64, ge=1, description="images a backward pass")
+
+    @model_validator(mode="after")
+    def _some_axis(self) -> PruneConfig:
+        if not (self.axes.heads or self.axes.head_width or self.axes.mlp or self.axes.embed):
+            raise ValueError("axes: every axis is 0, so nothing could be cut")
+        return self
+
+
+def run(ctx: Context) -> None:
+    """Gradients, scores, allocation, cut, then what was asked and what was reached."""
+    from .methods.allocation import Pressure, allocate
+    from .vision import figures
+    from .vision.dataset import load_splits
+    from .vision.device import open_device
+    from .vision.evaluate import top1
+    from .vision.preprocessing import check, load
+    from .vision.surgery import cut, kept_architecture, score
+    from .vision.weights import load_network, save_network
+
+    config: PruneConfig = ctx.config
+    device = open_device(ctx.device)
+    splits = load_splits(ctx.data.model_dump(), ctx.base)
+    source = ctx.inputs["model"].root
+    network, preprocessing = load_network(source).to(device), load(source)
+    check(preprocessing, splits.train.classes, ctx.data.image_size, f"model {ctx.inputs['model'].ref}")
+    before = network.architecture
+
+    if config.importance == "taylor":
+        _accumulate_gradients(ctx, network, splits, preprocessing, device)
+    with ctx.progress.task("scoring and cutting", 2) as task:
+        scores = score(network, config.importance, ctx.seed)
+        task.advance()
+        axes = Pressure(config.axes.heads, config.axes.head_width, config.axes.mlp, config.axes.embed)
+        cost, full = _cost(config, before)
+        asked = config.target.macs or config.target.params or 0.0
+        rounding = {"round_to": config.round_to, "head_round_to": config.head_round_to}
+        kept = allocate(scores, lambda k: cost(kept_architecture(before, k)), asked * full, axes, **rounding)
+        if kept is None:
+            raise _unreachable(ctx, scores, axes, before, rounding)
+        smaller = cut(network, kept)
+        task.advance()
+
+    after = smaller.architecture
+    _refuse_nothing(before, after)
+    save_network(smaller, ctx.out)
+    preprocessing.save(ctx.out)
+    _save_plan(ctx, kept)
+    normalise = preprocessing.normaliser(device)
+    parameters = {"before": network.parameter_count(), "after": smaller.parameter_count()}
+    ctx.metrics |= {
+        "importance": config.importance,
+        "asked": config.target.model_dump(exclude_none=True),
+        "reached": {"macs": after.macs() / before.macs(), "params": parameters["after"] / parameters["before"]},
+        "before": {"macs": before.macs(), "parameters": parameters["before"]},
+        "after": {"macs": after.macs(), "parameters": parameters["after"]},
+        "widths": {"before": _widths(before), "after": _widths(after), "embed": [before.embed, after.embed]},
+        "top1_before_recovery": top1(smaller.to(device), splits.test, normalise, device),
+    }
+    kind, share = next(iter(ctx.metrics["asked"].items()))
+    ctx.progress.note(f"asked for {share:.1%} of the {kind}, reached {ctx.metrics['reached'][kind]:.1%}")
+    ctx.figure(
+        "widths",
+        figures.widths(_widths(before), _widths(after)),
+        title="Widths by block",
+        caption=f"Embedding width {before.embed} before, {after.embed} after.",
+    )
+
+
+def _accumulate_gradients(
+    ctx: Context, network: Network, splits: Splits, preprocessing: Preprocessing, device: torch.device
+) -> None:
+    """dL/dw of the plain cross-entropy, summed over the calibration images: eval mode, no augmentation."""
+    import numpy as np
+    import torch
+
+    config: PruneConfig = ctx.config
+    pixels, labels = _calibration(ctx, splits, network.architecture.patches)
+    normalise = preprocessing.normaliser(device)
+    network.eval()
+    with ctx.progress.task("gradients", len(labels)) as task:
+        for start in range(0, len(labels), config.batch_size):
+            part = slice(start, start + config.batch_size)
+            views = (
+                torch.from_numpy(np.ascontiguousarray(pixels[part])).to(device).permute(0, 3, 1, 2).float().div_(255.0)
+            )
+            answers = network(normalise(views))
+            target = torch.from_numpy(labels[part]).to(device)
+            torch.nn.functional.cross_entropy(answers, target, reduction="sum").backward()
+            task.advance(len(target))
+
+
+def _calibration(ctx: Context, splits: Splits, patches: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images for the gradients: of the ticket's examples, else of the training split; the same share of every class."""
+    import numpy as np
+
+    from .vision import tickets
+    from .vision.dataset import SPLIT_SEED, at_most
+
+    loaded = tickets.load(ctx.inputs["tickets"].root) if "tickets" in ctx.inputs else None
+    tickets.check(loaded, splits, patches, 0.0)
+    members = np.arange(len(splits.train)) if loaded is None else loaded.kept
+    members = at_most(splits.train.labels, members, ctx.config.images, np.random.default_rng(SPLIT_SEED))
+    return splits.train.pixels(members), splits.train.labels[members]
+
+
+def _cost(config: PruneConfig, dense: Architecture) -> tuple[Callable[[Architecture], float], float]:
+    """The cost function of the target, and its value for the dense network."""
+    from .vision.network import rebuild
+
+    if config.target.macs is not None:
+        return (lambda a: float(a.macs())), float(dense.macs())
+
+    def parameters(architecture: Architecture) -> float:
+        return float(rebuild(architecture, device="meta").parameter_count())
+
+    return parameters, parameters(dense)
+
+
+def _unreachable(ctx: Context, scores: Any, axes: Any, before: Architecture, rounding: dict[str, int]) -> Exception:
+    from .methods import InvalidInput
+    from .methods.allocation import at_dial
+    from .vision.surgery import kept_architecture
+
+    cost, full = _cost(ctx.config, before)
+    least = cost(kept_architecture(before, at_dial(scores, 1.0, axes, **rounding))) / full
+    kind = "macs" if ctx.config.target.macs is not None else "params"
+    return InvalidInput(
+        f"target {kind}: the axes that are on can go down to {least:.1%} of the {kind}, not further",
+        "raise the target, press harder on an axis (prune.axes), or lower round_to",
+    )
+
+
+def _refuse_nothing(before: Architecture, after: Architecture) -> None:
+    from .methods import InvalidInput
+
+    if before == after:
+        raise InvalidInput(
+            "nothing was cut: rounding puts every width back where it was",
+            "lower the target, or lower round_to and head_round_to",
+        )
+
+
+def _widths(architecture: Architecture) -> list[dict[str, int]]:
+    return [
+        {"block": i, "heads": b.heads, "qk": b.qk, "v": b.v, "mlp": b.mlp} for i, b in enumerate(architecture.blocks)
+    ]
+
+
+def _save_plan(ctx: Context, kept: Kept) -> None:
+    """The kept indices, for a reader who wants to check the cut against the masked network."""
+    blocks = [
+        {"heads": b.heads.tolist(), "qk": b.qk.tolist(), "v": b.v.tolist(), "mlp": b.mlp.tolist()} for b in kept.blocks
+    ]
+    text = json.dumps({"schema": 1, "embed": kept.embed.tolist(), "blocks": blocks}, sort_keys=True)
+    (ctx.out / "plan.json").write_text(text + "\n", encoding="utf-8")
+
+
+STAGE = Stage(
+    name="prune",
+    version=2,
+    config=PruneConfig,
+    run=run,
+    reads=(Reads("model", "model"), Reads("tickets", "tickets", optional=True)),
+    writes="model",
+    manual=__doc__,
+    packages=("torch", "timm", "torch-pruning"),
+    uses=frozenset({"data", "seed", "device"}),
+)

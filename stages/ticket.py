@@ -1,0 +1,395 @@
+"""Choose what is worth training on: which images (examples), and which patches of each (patch tickets).
+
+Examples   random      uniform, the control
+           el2n        ||softmax - onehot|| early in training, mean over proxy runs (Paul et al., NeurIPS 2021): the
+                       hard ones stay
+           forgetting  how often a proxy run lost an example it had right (Toneva et al., ICLR 2019)
+Patches    random      uniform per image, the control with the same number of patches
+           saliency    mean brightness gradient in the patch, no model
+           attention   composed top-k by the attention of the prefix tokens in a trained ViT that drops tokens at
+                       several blocks (Data-Level Lottery Tickets, IJCAI 2023): proxy network, then adapt_epochs with
+                       dropping on, then frozen
+
+`keep` is the fraction kept overall: with 0.7 of 64 patches, 45 go on. The selector drops in stages, keep^(1/stages)
+at each. Ranks are computed once per image on its plain view; train carries them through crop and flip. The test split
+is ranked too, so that a network can be tested on tickets; nothing is chosen by it.
+
+reads    the data block, the model block (for the proxy); with selector.source a model artifact
+writes   kept.npy (ascending indices into the training split), scores.npy, ranks.npy, ranks_calibration.npy,
+         ranks_test.npy (rank 0 = most important patch), tickets.json
+ledger   the cost of proxy runs, of adapting the selector and of scoring
+
+    sievit ticket pipeline.yaml --set ticket.examples.keep=0.5
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from sievit.pipeline.settings import ModelConfig
+from sievit.pipeline.stage import Config, Context, Stage
+
+from .vision.recipe import Recipe, Settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+
+    from .vision.architecture import Architecture
+    from .vision.dataset import Images, Splits
+    from .vision.network import Network
+    from .vision.preprocessing import Preprocessing
+
+
+class Examples(Settings):
+    """Which training images are kept."""
+
+    method: Literal["random", "el2n", "forgetting"] = Field(
+        "el2n", description="how images are scored; high scores stay"
+    )
+    keep: float = Field(1.0, gt=0, le=1, description="fraction of the training images kept")
+    balanced: bool = Field(True, description="keep the same fraction of every class")
+    skip_hardest: float = Field(
+        0.0, ge=0, lt=1, description="fraction of the highest scores passed over as probable label noise"
+    )
+
+
+class Patches(Settings):
+    """Which patches of each image are kept."""
+
+    method: Literal["random", "saliency", "attention"] = Field("attention", description="how patches are ranked")
+    keep: float = Field(1.0, gt=0, le=1, description="fraction of the patches kept, of every image")
+
+
+class Proxy(Recipe):
+    """The short runs whose statistics score the examples; the first of them is also the start of the selector."""
+
+    epochs: float | None = Field(4, gt=0, le=10_000, description="passes of each run; this or steps")
+    runs: int = Field(1, ge=1, le=20, description="independent runs, averaged")
+    model: ModelConfig | None = Field(
+        None, description="a smaller network for proxy and selector; null: the pipeline's own"
+    )
+
+
+class Selector(Settings):
+    """The frozen network whose attention ranks the patches."""
+
+    source: str | None = Field(None, description="a model artifact such as train@3 instead of the first proxy run")
+    adapt_epochs: float = Field(1.0, ge=0, description="epochs of training with token dropping on")
+    lr: float = Field(2e-4, gt=0, description="peak learning rate of these epochs")
+    blocks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = Field(
+        None, description="blocks that drop tokens; null: at a quarter, a half and three quarters"
+    )
+
+
+class TicketConfig(Config):
+    """Settings of the ticket stage."""
+
+    examples: Examples = Field(Examples(), description="which images")
+    patches: Patches = Field(Patches(), description="which patches")
+    proxy: Proxy = Field(Proxy(), description="short runs that score examples and start the selector")
+    selector: Selector = Field(Selector(), description="the network that ranks patches")
+
+
+def run(ctx: Context) -> None:
+    """Scores, then kept examples; ranks, then a look at them."""
+    import numpy as np
+
+    from .methods.example_scores import select_examples
+    from .methods.token_reduction import keep_count
+    from .vision.dataset import load_splits
+    from .vision.device import open_device
+
+    config: TicketConfig = ctx.config
+    device = open_device(ctx.device)
+    splits = load_splits(ctx.data.model_dump(), ctx.base)
+    _tell(ctx, splits)
+    begun = time.monotonic()
+    proxies = _Proxies(ctx, splits, device)
+    architecture = proxies.target
+    patches = keep_count(architecture.patches, config.patches.keep)
+    whole = patches == architecture.patches
+    if not whole and config.patches.method == "attention":
+        proxies.check_selector(patches)
+    scores = _score_examples(ctx, splits, proxies)
+    kept = select_examples(
+        scores,
+        splits.train.labels,
+        config.examples.keep,
+        balanced=config.examples.balanced,
+        skip_hardest=config.examples.skip_hardest,
+    )
+    np.save(ctx.out / "kept.npy", kept)
+    np.save(ctx.out / "scores.npy", scores.astype(np.float32))
+
+    if not whole:
+        _write_ranks(ctx, splits, proxies, patches)
+
+    examples_metrics = {
+        "method": config.examples.method if config.examples.keep < 1 else "all",
+        "keep": config.examples.keep,
+        "kept": len(kept),
+        "of": len(splits.train),
+    }
+    patches_metrics = {
+        "method": "all" if whole else config.patches.method,
+        "keep": config.patches.keep,
+        "kept_per_image": patches,
+        "of": architecture.patches,
+    }
+    ctx.metrics |= {"examples": examples_metrics, "patches": patches_metrics}
+    record = {
+        "schema": 1,
+        "examples": examples_metrics,
+        "patches": {**patches_metrics, "grid": architecture.grid, "view": "plain"},
+    }
+    (ctx.out / "tickets.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    ctx.ledger |= {
+        "images": proxies.images,
+        "scoring_macs": proxies.macs,
+        "scoring_seconds": round(time.monotonic() - begun + proxies.earlier_seconds, 3),
+    }
+
+
+def _tell(ctx: Context, splits: Splits) -> None:
+    """What the user should know about the data before anything is computed from it."""
+    ctx.progress.note(
+        f"{len(splits.train)} training, {len(splits.calibration)} calibration, {len(splits.test)} test images"
+    )
+    if splits.skipped:
+        ctx.progress.warn(f"{len(splits.skipped)} broken images skipped, the first: {splits.skipped[0]}")
+    if leaked := splits.leaked():
+        ctx.progress.warn(f"{leaked} test images are also training images, pixel for pixel")
+
+
+class _Proxies:
+    """The proxy runs, trained when first asked for, and what they cost."""
+
+    def __init__(self, ctx: Context, splits: Splits, device: torch.device) -> None:
+        self.ctx, self.splits, self.device = ctx, splits, device
+        self.config: TicketConfig = ctx.config
+        self.model = self.config.proxy.model or ctx.model
+        self.images = 0
+        self.macs = 0
+        self.earlier_seconds = 0.0  # spent on these runs before a kill
+        self._trained: list[Network] = []
+
+    def network(self, model: ModelConfig) -> Network:
+        from .vision.network import create
+
+        return create(
+            model.name,
+            classes=len(self.splits.train.classes),
+            image_size=self.ctx.data.image_size,
+            args=dict(model.args),
+            pretrained=model.pretrained,
+            weights=None if model.weights is None else self.ctx.base / model.weights,
+            drop_path=self.config.proxy.drop_path,
+        )
+
+    @cached_property
+    def target(self) -> Architecture:
+        """The architecture whose patches the tickets are about: the pipeline's model, weights left out."""
+        return self.network(self.ctx.model.model_copy(update={"pretrained": False, "weights": None})).architecture
+
+    def preprocessing(self, network: Network) -> Preprocessing:
+        from .vision.preprocessing import choose
+
+        loaded = self.model.pretrained or self.model.weights is not None
+        return choose(network, self.ctx.data, self.splits.train.classes, loaded)
+
+    def train(self) -> tuple[list[Network], np.ndarray, np.ndarray]:
+        """Networks, class probabilities (R, M, K) at the end of each run, and correct (R, E, M) after each epoch."""
+        import numpy as np
+        import torch
+
+        probabilities, correct = [], []
+        for number in range(self.config.proxy.runs):
+            torch.manual_seed(self.ctx.seed * 1000 + number)
+            network = self._run(number)
+            stem = self.ctx.work / f"proxy-{number}"
+            epochs = sorted(self.ctx.work.glob(f"{stem.name}-epoch-*.npy"))
+            answers = [np.load(path) for path in epochs]
+            correct.append(np.stack([a.argmax(1) == self.splits.train.labels for a in answers]))
+            probabilities.append(answers[-1])
+            if number == len(self._trained):
+                self._trained.append(network)
+        return self._trained, np.stack(probabilities), np.stack(correct)
+
+    def _run(self, number: int) -> Network:
+        import numpy as np
+
+        from .vision.evaluate import logits
+        from .vision.training import Pool, fit
+
+        network = self.network(self.model)
+        normalise = self.preprocessing(network).normaliser(self.device)
+        train = self.splits.train
+        recipe = self.config.proxy
+        steps = recipe.total_steps(len(train))
+
+        def remember(epoch: int, current: Network) -> None:
+            answers = logits(current, train, normalise, self.device).softmax(1).numpy().astype(np.float32)
+            _save_array(self.ctx.work / f"proxy-{number}-epoch-{epoch:04d}.npy", answers)
+
+        with self.ctx.progress.task(f"proxy run {number + 1}/{recipe.runs}", steps) as task:
+            fitted = fit(
+                network,
+                Pool(train, np.arange(len(train))),
+                recipe,
+                seed=self.ctx.seed * 1000 + number,
+                device=self.device,
+                normalise=normalise,
+                after_epoch=remember,
+                checkpoint=self.ctx.work / f"proxy-{number}.safetensors",
+                tick=lambda n, values: task.advance(n, **values),
+            )
+        self.images += fitted.images
+        self.earlier_seconds += fitted.earlier_seconds
+        # Forward and backward are three forwards; each epoch's look at all images is one more.
+        self.macs += network.architecture.macs() * (3 * fitted.images + len(fitted.curve) * len(train))
+        return fitted.network
+
+    def check_selector(self, patches: int) -> None:
+        """Refuse a selector that cannot rank these patches before anything is trained for it."""
+        from .vision.selector import arrange
+
+        if self.config.selector.source is None:
+            bare = self.network(self.model.model_copy(update={"pretrained": False, "weights": None}))
+            arrange(bare.architecture, self.target, self.config.selector.blocks, patches)
+
+    def selector(self, patches: int) -> tuple[Network, Preprocessing]:
+        """The adapted, token-dropping network."""
+        import numpy as np
+
+        from .vision.preprocessing import check, load
+        from .vision.selector import arrange
+        from .vision.training import Pool, fit
+        from .vision.weights import load_network
+
+        settings = self.config.selector
+        if settings.source is not None:
+            artifact = self.ctx.inputs["selector"]
+            network, preprocessing = load_network(artifact.root), load(artifact.root)
+            check(preprocessing, None, self.ctx.data.image_size, f"selector.source {artifact.ref}")
+        else:
+            network = (self._trained or self.train()[0])[0]
+            preprocessing = self.preprocessing(network)
+        drops = arrange(network.architecture, self.target, settings.blocks, patches)
+        dropping = network.with_tokens(drops)
+        if settings.adapt_epochs > 0:
+            recipe = self.config.proxy.model_copy(
+                update={"epochs": settings.adapt_epochs, "steps": None, "lr": settings.lr}
+            )
+            train = self.splits.train
+            with self.ctx.progress.task("adapting the selector", recipe.total_steps(len(train))) as task:
+                fitted = fit(
+                    dropping,
+                    Pool(train, np.arange(len(train))),
+                    recipe,
+                    seed=self.ctx.seed * 1000 + 999,
+                    device=self.device,
+                    normalise=preprocessing.normaliser(self.device),
+                    checkpoint=self.ctx.work / "selector.safetensors",
+                    tick=lambda n, values: task.advance(n, **values),
+                )
+            dropping = fitted.network
+            self.images += fitted.images
+            self.earlier_seconds += fitted.earlier_seconds
+            self.macs += 3 * fitted.images * dropping.architecture.macs()
+        return dropping.to(self.device).eval(), preprocessing
+
+
+def _score_examples(ctx: Context, splits: Splits, proxies: _Proxies) -> np.ndarray:
+    """(M,) float32; with keep: 1 nothing needs a score and none is paid for."""
+    import torch
+
+    from .methods.example_scores import el2n, forgetting, random_scores
+
+    settings = ctx.config.examples
+    if settings.keep == 1 or settings.method == "random":
+        return random_scores(len(splits.train), ctx.seed).numpy()
+    _, probabilities, correct = proxies.train()
+    if settings.method == "el2n":
+        return el2n(torch.from_numpy(probabilities), torch.from_numpy(splits.train.labels)).numpy()
+    return forgetting(torch.from_numpy(correct)).numpy()
+
+
+def _write_ranks(ctx: Context, splits: Splits, proxies: _Proxies, patches: int) -> None:
+    """Ranks of all three splits, and a picture of a few tickets."""
+    import numpy as np
+
+    from .vision import ranking
+
+    method = ctx.config.patches.method
+    grid = proxies.target.grid
+    total = grid[0] * grid[1]
+    # 255 is the highest rank of 256 patches: one byte a patch where that is enough.
+    kind = np.uint8 if total <= 256 else np.uint16
+    selector = proxies.selector(patches) if method == "attention" else None
+    for name, images, salt in (
+        ("ranks", splits.train, 0),
+        ("ranks_calibration", splits.calibration, 1),
+        ("ranks_test", splits.test, 2),
+    ):
+        if selector is not None:
+            ranks = ranking.by_attention(selector[0], images, selector[1].normaliser(proxies.device), proxies.device)
+            proxies.macs += selector[0].architecture.macs() * len(images)
+        elif method == "saliency":
+            ranks = ranking.by_saliency(images, grid)
+        else:
+            ranks = ranking.by_chance(len(images), total, ctx.seed * 3 + salt)
+        np.save(ctx.out / f"{name}.npy", ranks.astype(kind))
+        if name == "ranks":
+            _draw(ctx, images, ranks, patches, grid)
+
+
+def _draw(ctx: Context, images: Images, ranks: np.ndarray, patches: int, grid: tuple[int, int]) -> None:
+    import numpy as np
+
+    from .vision import figures
+
+    first = np.array([np.flatnonzero(images.labels == c)[:2] for c in range(min(8, len(images.classes)))], dtype=object)
+    chosen = np.concatenate(list(first)).astype(np.int64)[:16]
+    names = [images.classes[label] for label in images.labels[chosen]]
+    ctx.figure(
+        "tickets",
+        figures.tickets(images.pixels(chosen), ranks[chosen], patches, grid, names),
+        title="Patch tickets",
+        caption=f"{patches} of {ranks.shape[1]} patches kept by {ctx.config.patches.method}; the others are tinted.",
+    )
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    """A file that a kill leaves whole or not at all."""
+    import numpy as np
+
+    temporary = path.with_suffix(".part")
+    with temporary.open("wb") as file:
+        np.save(file, array)
+    temporary.replace(path)
+
+
+def _references(config: TicketConfig) -> dict[str, str]:
+    return {} if config.selector.source is None else {"selector": config.selector.source}
+
+
+STAGE = Stage(
+    name="ticket",
+    version=1,
+    config=TicketConfig,
+    run=run,
+    reads=(),
+    writes="tickets",
+    manual=__doc__,
+    packages=("torch", "timm", "numpy"),
+    uses=frozenset({"data", "model", "seed", "device"}),
+    references=_references,
+)

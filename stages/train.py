@@ -1,0 +1,188 @@
+"""Train a network on the tickets: from random or pretrained weights, on the kept examples and the kept patches of each.
+
+Optimiser, cosine schedule, warm-up, label smoothing, mixup, cutmix, RandAugment and the weight average are timm's.
+The network embeds and attends to the kept patches only, so a step costs what its tokens cost. With `weights: {method:
+group_lasso}` a penalty pushes whole heads and MLP units towards zero, the groups that `prune` removes.
+
+A network trained on tickets alone answers badly on whole images, so the last `finish` of the steps see all patches.
+Accuracy is reported for all patches, for tickets and for random patches of the same number. `finetune` ends on what is
+deployed.
+
+reads    tickets (optional: without them, all images and all patches)
+writes   model.safetensors, architecture.json, preprocessing.json; early/epoch-N.safetensors for every epoch in
+         keep_epochs
+ledger   images (forward and backward), tokens per image, epochs, steps, MACs, seconds
+
+    sievit train pipeline.yaml --set train.epochs=40
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from sievit.pipeline.stage import Config, Context, Reads, Stage
+
+from .vision.recipe import Recipe, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from .vision.network import Network
+
+
+class Penalty(Settings):
+    """A penalty added to the loss."""
+
+    method: Literal["group_lasso"] = Field("group_lasso", description="sum of group norms of heads and MLP units")
+    strength: float = Field(1e-4, gt=0, description="its weight in the loss")
+
+
+class TrainConfig(Recipe, Config):
+    """Settings of the train stage."""
+
+    epochs: float | None = Field(None, gt=0, le=10_000, description="passes over the kept examples; this or steps")
+    weights: Penalty | None = Field(None, description="a penalty that prepares the cut; null for none")
+    finish: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="share of the steps, at the end, on all patches: a network trained on tickets alone answers badly "
+        "on whole images, and teaches as badly",
+    )
+    keep_epochs: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="epochs after which a copy of the raw weights is kept, for rewinding"
+    )
+
+
+def run(ctx: Context) -> None:
+    """Data and tickets, network, training, then accuracy under every token policy."""
+    import torch
+
+    from .vision import figures, tickets
+    from .vision.dataset import load_splits
+    from .vision.device import open_device
+    from .vision.evaluate import top1
+    from .vision.network import create
+    from .vision.preprocessing import choose
+    from .vision.tensors import write_tensors
+    from .vision.training import fit
+    from .vision.weights import save_network
+
+    config: TrainConfig = ctx.config
+    _check_epochs(config)
+    device = open_device(ctx.device)
+    splits = load_splits(ctx.data.model_dump(), ctx.base)
+    loaded = tickets.load(ctx.inputs["tickets"].root) if "tickets" in ctx.inputs else None
+
+    torch.manual_seed(ctx.seed)
+    network = create(
+        ctx.model.name,
+        classes=len(splits.train.classes),
+        image_size=ctx.data.image_size,
+        args=dict(ctx.model.args),
+        pretrained=ctx.model.pretrained,
+        weights=None if ctx.model.weights is None else ctx.base / ctx.model.weights,
+        drop_path=config.drop_path,
+    )
+    tickets.check(loaded, splits, network.architecture.patches, config.cutmix)
+    preprocessing = choose(
+        network, ctx.data, splits.train.classes, ctx.model.pretrained or ctx.model.weights is not None
+    )
+    normalise = preprocessing.normaliser(device)
+    pool = tickets.pool(splits.train, loaded)
+
+    with ctx.progress.task("training", config.total_steps(len(pool.members))) as task:
+        fitted = fit(
+            network,
+            pool,
+            config,
+            seed=ctx.seed,
+            device=device,
+            normalise=normalise,
+            finish=config.finish,
+            penalty=_penalty(config),
+            judge=lambda current: top1(current, splits.calibration, normalise, device),
+            keep_epochs=config.keep_epochs,
+            checkpoint=ctx.work / "training.safetensors",
+            tick=lambda n, values: task.advance(n, **values),
+        )
+    network = fitted.network
+    save_network(network, ctx.out)
+    preprocessing.save(ctx.out)
+    for epoch, state in fitted.early.items():
+        (ctx.out / "early").mkdir(exist_ok=True)
+        write_tensors(ctx.out / "early" / f"epoch-{epoch}.safetensors", state)
+
+    architecture = network.architecture
+    tokens = pool.patches or architecture.patches
+    whole = fitted.images - fitted.ticketed
+    ctx.metrics |= {
+        "top1": tickets.accuracy(network, splits.test, loaded, normalise, device, seed=ctx.seed),
+        "policy": "all" if pool.whole else f"tickets, then all for {config.finish:.0%} of the steps",
+        "curve": fitted.curve,
+        "parameters": network.parameter_count(),
+        "macs": architecture.macs(),
+    }
+    ctx.ledger |= {
+        "images": fitted.images,
+        "tokens_per_image": round((fitted.ticketed * tokens + whole * architecture.patches) / fitted.images, 2),
+        "epochs": round(fitted.steps / -(-len(pool.members) // config.batch_size), 3),
+        "steps": fitted.steps,
+        "train_macs": 3 * (fitted.ticketed * architecture.macs(start_patches=tokens) + whole * architecture.macs()),
+        "seconds": round(fitted.seconds, 3),
+    }
+    ctx.figure(
+        "curve",
+        figures.curve(fitted.curve),
+        title="Training",
+        caption="Accuracy on the calibration split, all patches.",
+    )
+
+
+def _check_epochs(config: TrainConfig) -> None:
+    from .methods import InvalidInput
+
+    if config.keep_epochs and config.epochs is not None and max(config.keep_epochs) > config.epochs:
+        raise InvalidInput(
+            f"train.keep_epochs names epoch {max(config.keep_epochs)}, training ends after {config.epochs:g}",
+            "name epochs from 1 to the last",
+        )
+
+
+def _penalty(config: TrainConfig) -> Callable[[Network], Tensor] | None:
+    """The penalty as a function of the network, or None."""
+    from .methods.regularisers import group_lasso, head_norms, unit_norms
+
+    if config.weights is None:
+        return None
+    strength = config.weights.strength
+
+    def penalty(network: Network) -> Tensor:
+        total = network.body.patch_embed.proj.weight.new_zeros(())
+        for block in network.body.blocks:
+            a, mlp = block.attn, block.mlp
+            heads = head_norms(a.qkv.weight, a.proj.weight, a.heads, a.qk, a.v)
+            units = unit_norms(mlp.fc1.weight, mlp.fc2.weight)
+            per_head = 2 * (a.qk + a.v) * a.qkv.in_features
+            total = total + group_lasso(heads, per_head) + group_lasso(units, 2 * mlp.fc1.in_features)
+        weighted: Tensor = strength * total
+        return weighted
+
+    return penalty
+
+
+STAGE = Stage(
+    name="train",
+    version=1,
+    config=TrainConfig,
+    run=run,
+    reads=(Reads("tickets", "tickets", optional=True),),
+    writes="model",
+    manual=__doc__,
+    packages=("torch", "timm", "numpy"),
+    uses=frozenset({"data", "model", "seed", "device"}),
+)
