@@ -1,0 +1,105 @@
+"""Our network against timm's own forward, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from tiny_vision import ARGS, FAMILIES, images, network
+
+from sievit.stages.methods import InvalidInput
+from sievit.stages.vision.architecture import load_architecture
+from sievit.stages.vision.network import create
+from sievit.stages.vision.weights import load_network, save_network
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_without_tickets_and_reduction_it_computes_what_timm_computes(family: str) -> None:
+    ours = network(family)
+    name, args = FAMILIES[family]
+    theirs = timm.create_model(name, num_classes=5, img_size=32, **args).eval()
+    theirs.load_state_dict(ours.body.state_dict())
+    assert torch.allclose(ours(images(3)), theirs(images(3)), atol=1e-5)
+
+
+def test_local_weights_of_a_timm_model_load(tmp_path: Path) -> None:
+    theirs = timm.create_model("deit_tiny_patch16_224", num_classes=5, img_size=32, **ARGS).eval()
+    save_file(theirs.state_dict(), tmp_path / "w.safetensors")
+    ours = create(
+        "deit_tiny_patch16_224", classes=5, image_size=32, args=ARGS, weights=tmp_path / "w.safetensors"
+    ).eval()
+    assert torch.allclose(ours(images(2)), theirs(images(2)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "part"),
+    [
+        ("deit_tinny_patch16_224", {}, "did you mean"),
+        ("resnet18", {}, "ViT or DeiT"),
+        ("swin_tiny_patch4_window7_224", {}, "ViT or DeiT"),
+        ("deit_tiny_patch16_224", {"depht": 3}, "depht"),
+        ("deit_tiny_patch16_224", {"embed_dim": 50, "num_heads": 3}, "embed_dim"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_by_name(name: str, args: dict[str, Any], part: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        create(name, classes=5, image_size=32, args=args)
+    assert part in f"{caught.value} {caught.value.hint}"
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "w.pth")
+    with pytest.raises(InvalidInput, match="safetensors"):
+        create("deit_tiny_patch16_224", classes=5, image_size=32, args=ARGS, weights=tmp_path / "w.pth")
+
+
+def _damage(folder: Path, change: str) -> None:
+    weights, record = folder / "model.safetensors", folder / "architecture.json"
+    raw = json.loads(record.read_text())
+    if change == "half a file":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif change == "no file":
+        weights.unlink()
+    elif change == "NaN":
+        net = load_network(folder)
+        with torch.no_grad():
+            net.body.norm.weight[0] = float("nan")
+        save_network(net, folder)
+        return
+    elif change == "a width of 0":
+        raw["blocks"][0]["mlp"] = 0
+    elif change == "another width":
+        raw["blocks"][1]["mlp"] += 8
+    elif change == "a missing field":
+        del raw["embed"]
+    elif change == "another schema":
+        raw["schema"] = 99
+    elif change == "too many tokens":
+        raw["tokens"] = [{"block": 1, "keep": 99}]
+    record.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "half a file",
+        "no file",
+        "NaN",
+        "a width of 0",
+        "another width",
+        "a missing field",
+        "another schema",
+        "too many tokens",
+    ],
+)
+def test_a_damaged_model_is_refused_and_the_file_named(change: str, tmp_path: Path) -> None:
+    save_network(network(), tmp_path)
+    assert load_architecture(tmp_path / "architecture.json") == network().architecture
+    _damage(tmp_path, change)
+    with pytest.raises(InvalidInput, match=str(tmp_path)):
+        load_network(tmp_path)

@@ -1,0 +1,298 @@
+"""INT8 is chosen only where it is as good and faster; what stays float stays float; equal input gives equal bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import tiny_onnx
+from onnx import TensorProto, helper, numpy_helper
+from test_benchmark import Folder, Listening
+
+from sievit.pipeline.errors import SievitError
+from sievit.pipeline.settings import DataConfig, ModelConfig
+from sievit.pipeline.stage import Context
+from sievit.stages import quantize
+from sievit.stages.deploy.bundle import open_bundle
+from sievit.stages.deploy.predict import Accuracy, accuracy, scores
+from sievit.stages.deploy.quantizer import describe, fold_scales
+from sievit.stages.methods import InvalidInput
+from sievit.stages.vision.dataset import load_split
+
+DATA = DataConfig(source="builtin:digits", image_size=8)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    folder = tmp_path_factory.mktemp("export")
+    path = tiny_onnx.transformer(folder / "model.onnx", classes=10)
+    tiny_onnx.sidecar(path, classes=10, parameters=17_000, macs=70_000)
+    return Folder(folder, key="a" * 12, digest="b" * 64)
+
+
+def context(
+    tmp_path: Path, exported: Folder, name: str = "first", tickets: Folder | None = None, **config: Any
+) -> Context:
+    out, work = tmp_path / name / "out", tmp_path / name / "work"
+    out.mkdir(parents=True)
+    work.mkdir()
+    inputs: dict[str, Any] = {"onnx": exported} | ({"tickets": tickets} if tickets else {})
+    return Context(
+        config=quantize.QuantizeConfig(**({"calibration_images": 32, "seconds": 0.2} | config)),
+        data=DATA,
+        model=ModelConfig(),
+        seed=0,
+        device="cpu",
+        arm="main",
+        entry="quantize",
+        base=tmp_path,
+        out=out,
+        work=work,
+        inputs=inputs,
+        many=(),
+        references={},
+        progress=Listening(),  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory, exported: Folder) -> Context:
+    """A run that takes INT8 whatever its speed."""
+    ctx = context(tmp_path_factory.mktemp("chosen"), exported, max_drop=1.0, min_speedup=None)
+    quantize.run(ctx)
+    return ctx
+
+
+def test_the_product_is_an_int8_bundle_that_plain_onnxruntime_runs(chosen: Context, exported: Folder) -> None:
+    assert sorted(path.name for path in chosen.out.iterdir()) == ["model.json", "model.onnx"]
+    made = open_bundle(chosen.out / "model.onnx")
+    assert made.sidecar is not None
+    assert made.sidecar.precision == "int8"
+    assert made.sidecar.parameters == 17_000
+    assert made.sidecar.source == {"stage": "export", "key": "a" * 12, "digest": "b" * 64}
+    images = load_split(DATA.model_dump(), chosen.base, "calibration")
+    ours = scores(made.path, images.pixels())
+    theirs = scores(exported.file("model.onnx"), images.pixels())
+    cosine = (ours * theirs).sum() / np.sqrt((ours**2).sum() * (theirs**2).sum())
+    assert cosine > 0.99
+    assert not np.array_equal(ours, theirs)
+    session = ort.InferenceSession(str(made.path), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"input": np.zeros((3, 3, 8, 8), np.float32)})[0].shape == (3, 10)
+
+
+def test_only_linear_layers_become_8_bit(chosen: Context, exported: Folder) -> None:
+    """Two blocks of six products with weights, and the head; their weights are stored as int8."""
+    before = open_bundle(exported.file("model.onnx")).nodes
+    floats = chosen.metrics["float_nodes"]
+    assert chosen.metrics["quantized_nodes"] == 2 * 6 + 1
+    assert chosen.metrics["astray"] == {}
+    for operator in ("Add", "LayerNormalization", "Softmax", "Gelu", "Conv", "ReduceMean"):
+        assert floats[operator] >= before[operator]
+    assert floats["MatMul"] == 2 * 2  # scores and mixing of two blocks
+    model = onnx.load(chosen.out / "model.onnx")
+    eight = [
+        tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT8 and len(tensor.dims) == 2
+    ]
+    assert len(eight) == 13
+    assert chosen.metrics["bytes"]["int8"] < chosen.metrics["bytes"]["fp32"]
+
+
+def test_top1_is_judged_on_the_calibration_split(chosen: Context, exported: Folder) -> None:
+    images = load_split(DATA.model_dump(), chosen.base, "calibration")
+    for name, path in (("fp32", exported.file("model.onnx")), ("int8", chosen.out / "model.onnx")):
+        assert chosen.metrics["top1"][name] == accuracy(scores(path, images.pixels()), images.labels).top1
+    assert chosen.metrics["drop"] == chosen.metrics["top1"]["fp32"] - chosen.metrics["top1"]["int8"]
+
+
+def test_a_second_run_gives_the_same_bytes_quietly_and_never_opens_the_test_split(
+    chosen: Context,
+    exported: Folder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[str] = []
+
+    def remembering(data: Any, base: Path, split: Any) -> Any:
+        asked.append(split)
+        return load_split(data, base, split)
+
+    monkeypatch.setattr("sievit.stages.vision.dataset.load_split", remembering)
+    again = context(tmp_path, exported, max_drop=1.0, min_speedup=None)
+    quantize.run(again)
+    for name in ("model.onnx", "model.json"):
+        assert (again.out / name).read_bytes() == (chosen.out / name).read_bytes()
+    assert set(asked) == {"calibration"}
+    assert capfd.readouterr() == ("", "")  # nncf's bars and lines stay in its own process
+
+
+@pytest.mark.usefixtures("ready")
+def test_float_is_kept_when_int8_is_not_faster_and_the_int8_file_stays_beside_it(
+    exported: Folder, tmp_path: Path
+) -> None:
+    ctx = context(tmp_path, exported, max_drop=1.0, min_speedup=1000.0)
+    quantize.run(ctx)
+    assert ctx.metrics["chosen"] == "fp32"
+    assert "more than 1000" in ctx.metrics["reason"]
+    assert ctx.metrics["speedup"].keys() == {"ratio", "low", "high", "noise"}
+    assert sorted(path.name for path in ctx.out.iterdir()) == ["int8.json", "int8.onnx", "model.json", "model.onnx"]
+    for name in ("model.onnx", "model.json"):
+        assert (ctx.out / name).read_bytes() == exported.file(name).read_bytes()
+    sidecar = open_bundle(ctx.out / "int8.onnx").sidecar
+    assert sidecar is not None
+    assert sidecar.precision == "int8"
+    assert any("float is kept" in note for note in ctx.progress.notes)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def ready(chosen: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INT8 files come from `chosen` instead of another run of nncf."""
+
+    def copied(ctx: Context, config: Any, source: Path, target: Path, *_: Any) -> dict[str, Any]:
+        shutil.copyfile(chosen.out / "model.onnx", target)
+        return {name: chosen.metrics[name] for name in ("quantized_nodes", "float_nodes", "astray")}
+
+    monkeypatch.setattr(quantize, "_quantized", copied)
+
+
+@pytest.mark.usefixtures("ready")
+def test_a_resumed_run_keeps_the_decision_that_was_taken(exported: Folder, tmp_path: Path) -> None:
+    ctx = context(tmp_path, exported, max_drop=1.0)
+    speed = {"ratio": 0.5, "low": 0.4, "high": 0.6, "noise": 1.01}
+    decision = {"chosen": "fp32", "reason": "it was slower before the kill", "speedup": speed}
+    (ctx.work / "decision.json").write_text(json.dumps(decision))
+    quantize.run(ctx)
+    assert {name: ctx.metrics[name] for name in decision} == decision
+    assert (ctx.out / "model.onnx").read_bytes() == exported.file("model.onnx").read_bytes()
+
+
+@pytest.mark.usefixtures("ready")
+def test_float_is_kept_when_int8_loses_too_much_and_smoothing_was_tried(
+    exported: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[str] = []
+
+    def spoiled(path: Path, images: Any, ctx: Context) -> Accuracy:
+        judged.append(path.name)
+        top1 = 0.0 if "int8" in path.name else 0.9
+        return Accuracy(round(10 * top1), 10, top1, 0.0, 1.0)
+
+    monkeypatch.setattr(quantize, "_accuracy", spoiled)
+    ctx = context(tmp_path, exported)
+    quantize.run(ctx)
+    assert judged == ["model.onnx", "int8-plain.onnx", "int8-0.5.onnx"]
+    assert ctx.metrics["chosen"] == "fp32"
+    assert ctx.metrics["reason"] == "INT8 loses 90.0 points of top-1 on the calibration split, 1.0 are allowed"
+    assert ctx.metrics["speedup"] is None
+
+
+@pytest.mark.usefixtures("ready")
+def test_float_is_kept_when_more_than_linear_layers_became_8_bit(
+    exported: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = {"quantized_nodes": 13, "float_nodes": {}, "astray": {"Add": 4}}
+    copied = quantize._quantized
+    monkeypatch.setattr(quantize, "_quantized", lambda *arguments: copied(*arguments) | graph)
+    ctx = context(tmp_path, exported, max_drop=1.0, min_speedup=None)
+    quantize.run(ctx)
+    assert (ctx.metrics["chosen"], ctx.metrics["reason"]) == (
+        "fp32",
+        "nncf quantized more than linear layers (4 Add)",
+    )
+
+
+def test_calibration_takes_ticket_examples_only_and_all_classes_alike(exported: Folder, tmp_path: Path) -> None:
+    labels = np.repeat(np.arange(4), [100, 50, 10, 2])
+    members = np.arange(0, 162, 2)
+    chosen = quantize.balanced(labels, members, 20, seed=3)
+    assert np.isin(chosen, members).all()
+    assert len(np.unique(chosen)) == 20
+    assert np.bincount(labels[chosen]).tolist() == [7, 7, 5, 1]
+    np.testing.assert_array_equal(chosen, quantize.balanced(labels, members[::-1], 20, seed=3))
+    assert len(quantize.balanced(labels, members, 1000, seed=3)) == len(members)
+
+    tickets = Folder(tmp_path / "tickets")
+    tickets.root.mkdir()
+    kept = np.array([1, 5, 9, 700])
+    np.save(tickets.file("kept.npy"), kept)
+    ctx = context(tmp_path, exported, tickets=tickets)
+    pixels, origin = quantize._calibration(ctx, ctx.config)
+    assert origin == "ticket examples"
+    np.testing.assert_array_equal(pixels, load_split(DATA.model_dump(), tmp_path, "train").pixels(kept))
+    np.save(tickets.file("kept.npy"), np.array([1, 10**6]))
+    with pytest.raises(InvalidInput, match="do not belong to this training split"):
+        quantize._calibration(ctx, ctx.config)
+
+
+def test_a_quantized_residual_is_noticed() -> None:
+    """The oracle is a graph written by hand: a linear layer as it should be, an addition that reads 8-bit numbers."""
+    scale, zero = numpy_helper.from_array(np.float32(1), "s"), numpy_helper.from_array(np.int8(0), "z")
+    weight = numpy_helper.from_array(np.zeros((4, 4), np.int8), "w")
+
+    def pair(x: str) -> list[onnx.NodeProto]:
+        return [
+            helper.make_node("QuantizeLinear", [x, "s", "z"], [f"{x}_q"], name=f"{x}_q"),
+            helper.make_node("DequantizeLinear", [f"{x}_q", "s", "z"], [f"{x}_dq"], name=f"{x}_dq"),
+        ]
+
+    nodes = [
+        *pair("x"),
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["w_dq"], name="w_dq"),
+        helper.make_node("Transpose", ["x_dq"], ["turned"], name="turned"),
+        helper.make_node("MatMul", ["x_dq", "w_dq"], ["y"], name="y"),
+        helper.make_node("Add", ["y", "x"], ["sum"], name="sum"),
+    ]
+    graph = helper.make_graph(nodes, "g", [], [], [scale, zero, weight])
+    model = helper.make_model(graph)
+    assert describe(model) == {"quantized_nodes": 1, "float_nodes": {"Transpose": 1, "Add": 1}, "astray": {}}
+    graph.node[-1].input[1] = "turned"
+    assert describe(helper.make_model(graph))["astray"] == {"Add": 1}
+
+
+def test_folding_a_scale_into_a_norm_changes_no_output(tmp_path: Path) -> None:
+    """One norm may take its scale; the other is read elsewhere too and must not."""
+    rng = np.random.default_rng(0)
+
+    def constant(name: str, *shape: int) -> onnx.TensorProto:
+        return numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+
+    nodes = [
+        helper.make_node("LayerNormalization", ["input", "g1", "b1"], ["n1"], axis=-1),
+        helper.make_node("Mul", ["n1", "s1"], ["m1"]),
+        helper.make_node("LayerNormalization", ["m1", "g2", "b2"], ["n2"], axis=-1),
+        helper.make_node("Mul", ["n2", "s2"], ["m2"]),
+        helper.make_node("Add", ["m2", "n2"], ["logits"]),
+    ]
+    constants = [constant(f"{name}{index}", 8) for name in "gb" for index in (1, 2)]
+    constants += [constant("s1", 1, 1, 8), constant("s2", 1, 1, 8)]
+    path = tiny_onnx.save(tmp_path / "a.onnx", nodes, constants, ["b", 3, 8, 8], ["b", 3, 8, 8])
+    inputs = {"input": rng.standard_normal((2, 3, 8, 8)).astype(np.float32)}
+    before = ort.InferenceSession(str(path)).run(None, inputs)[0]
+    model = onnx.load(path)
+    assert fold_scales(model) == 1
+    after = ort.InferenceSession(model.SerializeToString()).run(None, inputs)[0]
+    assert [node.op_type for node in model.graph.node].count("Mul") == 1
+    assert "s1" not in [tensor.name for tensor in model.graph.initializer]
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_an_int8_file_is_not_quantized_again(chosen: Context, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="is not a float file"):
+        quantize.run(context(tmp_path, Folder(chosen.out)))
+
+
+def test_a_graph_that_nncf_cannot_take_gives_its_own_message(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Flatten", ["input"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["logits"])]
+    weight = numpy_helper.from_array(np.zeros((192, 10), np.float32), "w")
+    path = tiny_onnx.save(tmp_path / "model.onnx", nodes, [weight], ["batch", 3, 8, 8], ["batch", 10], opset=9)
+    tiny_onnx.sidecar(path, classes=10, opset=9)
+    with pytest.raises(SievitError) as error:
+        quantize.run(context(tmp_path, Folder(tmp_path)))
+    assert "nncf: quantize failed" in error.value.message
+    assert "opset version < 10" in error.value.message

@@ -1,0 +1,536 @@
+"""What the report promises: it says what the manifests say, claims no more, and shows all text as text."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_run import RUN, SPEC_TEXT, Bench, Shelf, measurement, prune_metrics, row, svg, train_metrics, whole_run
+
+from sievit.pipeline.errors import InputError, IntegrityError
+from sievit.pipeline.report import numbers
+from sievit.pipeline.report import page as report
+from sievit.pipeline.report.facts import collect
+from sievit.pipeline.report.steps import PAGE_BUDGET
+from sievit.pipeline.report.verdict import verdict
+
+VOID = {"meta", "link", "img", "br", "rect", "line", "circle", "input", "hr"}
+HOSTILE = "<script>alert(1)</script>"
+
+
+@dataclass
+class Page(HTMLParser):
+    """The page as elements: every opened tag is closed in order, text is kept by element."""
+
+    tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
+    open: list[str] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open, f"</{tag}> closes nothing"
+            assert self.open.pop() == tag, f"</{tag}> closes another element, at {self.getpos()}"
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def all(self, name: str) -> Iterator[dict[str, str | None]]:
+        return (attrs for tag, attrs in self.tags if tag == name)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(data for tag, data in self.texts if tag not in ("style", "script")).split())
+
+
+def parsed(html: str) -> Page:
+    page = Page()
+    page.feed(html)
+    page.close()
+    assert not page.open, f"left open: {page.open}"
+    return page
+
+
+def written(record: dict[str, Any], shelf: Shelf, spec_text: str = SPEC_TEXT) -> tuple[Page, str]:
+    html, markdown = report.write(record, shelf, spec_text=spec_text)
+    return parsed(html.read_text(encoding="utf-8")), markdown.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[dict[str, Any], Shelf]:
+    return whole_run(tmp_path)
+
+
+def measured(root: Path, rows: list[dict[str, Any]], **metrics: Any) -> tuple[dict[str, Any], Shelf]:
+    """A run of a single benchmark with these rows."""
+    bench = Bench(root)
+    bench.add("main", "benchmark", {**measurement(), "gates": {}, "rows": rows, **metrics})
+    return bench.record(spec={}), bench.shelf
+
+
+def sentence(run: tuple[dict[str, Any], Shelf]) -> str:
+    return verdict(collect(*run)).text
+
+
+# ---- the verdict ------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_names_speed_and_accuracy_with_their_intervals(run: tuple[dict[str, Any], Shelf]) -> None:
+    expected = (
+        "The compressed file is 2.31× faster (95% interval 2.22–2.43×) than dense at batch 1 on 1 thread (cpu), "
+        "with top-1 97.6% against 97.9% (95% intervals 96.0–98.5% and 96.3–98.8%)."
+    )
+    page, markdown = written(*run)
+    assert sentence(run) == expected
+    assert expected in page.text
+    assert f"**{expected}**" in markdown
+
+
+def test_the_verdict_speaks_of_the_first_configured_setting(run: tuple[dict[str, Any], Shelf]) -> None:
+    facts = collect(*run)  # the manifest lists a row of batch 8 first, the config batch 1
+    assert facts.shipped is not None
+    assert (facts.shipped.batch, facts.shipped.variant) == (1, "int8")
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "words"),
+    [
+        (0.95, 1.02, 1.09, "is not measurably faster than dense: its speed-up is 1.02×"),  # the interval holds 1
+        (1.003, 1.012, 1.02, "is not measurably faster than dense"),  # within what two runs of one file differ by
+        (0.70, 0.74, 0.78, "is slower than dense: its speed-up is 0.74×"),
+        (1.30, 1.40, 1.50, "is 1.40× faster (95% interval 1.30–1.50×)"),
+        (None, 1.40, None, "without an interval to judge it by"),
+    ],
+)
+def test_the_verdict_claims_no_speed_that_the_interval_does_not_show(
+    tmp_path: Path, low: float | None, value: float, high: float | None, words: str
+) -> None:
+    ends = {"speedup_low": low, "speedup_high": high}
+    dense = row("dense", "export", "fp32", 2.0, 0.97, 1.0, final=True)
+    said = sentence(measured(tmp_path, [row("main", "export", "fp32", 1.9, 0.97, value, final=True, **ends), dense]))
+    assert words in said
+    assert ("faster (" in said) == (words.startswith("is 1.40"))
+
+
+def test_without_a_dense_arm_the_verdict_says_that_speed_is_open(tmp_path: Path) -> None:
+    said = sentence(measured(tmp_path, [row("main", "export", "fp32", 1.6, 0.97, final=True)], baseline=None))
+    assert "p50 1.60 ms (95% interval 1.57–1.65)" in said
+    assert said.endswith("whether it is faster is open, because there is no dense arm to compare it with.")
+
+
+def test_overlapping_accuracies_and_a_busy_host_are_said(tmp_path: Path) -> None:
+    rows = [row("main", "export", "fp32", 1.0, 0.97, 2.0, final=True), row("dense", "export", "fp32", 2.0, 0.975, 1.0)]
+    remarks = " ".join(verdict(collect(*measured(tmp_path, rows, disturbed=True))).remarks)
+    assert "intervals overlap" in remarks
+    assert "busy" in remarks
+    assert verdict(collect(*measured(tmp_path / "c", rows))).tone == "good"
+    assert verdict(collect(*measured(tmp_path / "d", rows, disturbed=True))).tone == "plain"
+    rows[1] |= {"top1": 0.999, "top1_low": 0.998, "top1_high": 1.0}
+    remarks = " ".join(verdict(collect(*measured(tmp_path / "b", rows))).remarks)
+    assert "overlap" not in remarks
+
+
+def test_gates_are_shown_met_missed_or_not_measured(run: tuple[dict[str, Any], Shelf]) -> None:
+    record, shelf = run
+    record["gates"]["speedup"] = {"measured": 1.4, "bound": 2.0, "passed": False}
+    page, markdown = written(record, shelf)
+    assert "Speed-up of p50 against dense: at least 2.00×; measured 1.40×: missed" in page.text
+    assert "Top-1 lost against dense: at most 1.0 points; measured 0.3 points: met" in page.text
+    assert "Gate missed: Speed-up of p50" in markdown
+    assert verdict(collect(record, shelf)).tone == "bad"
+    unmeasured, shelf = whole_run(shelf.root / "again")
+    unmeasured["nodes"] = unmeasured["nodes"][:3]
+    unmeasured["gates"] = {}
+    assert "at least 2.00×; not measured" in written(unmeasured, shelf)[0].text
+
+
+# ---- runs that did not end well -----------------------------------------------------------------------------------
+
+
+def test_a_failed_run_says_where_and_why(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.add("main", "train", train_metrics(0.97))
+    bench.node(
+        "main",
+        "prune",
+        state="failed",
+        key="0123456789ab",
+        error="nothing was pruned: target.macs is 1.0\nset it lower",
+    )
+    bench.node("main", "export")
+    page, markdown = written(bench.record("failed", finished=None), bench.shelf)
+    said = "The run failed in main / prune: nothing was pruned: target.macs is 1.0. 1 of 3 stages are done."
+    assert said in page.text
+    assert said in markdown
+    assert "target.macs is 1.0 set it lower" in page.text  # the whole message stands with its stage
+    assert "export has no result (state: waiting)" in page.text
+    assert "Top-1 97.0% on the test split" in page.text  # what was done is still reported
+
+
+def test_an_interrupted_run_says_where_and_that_it_can_go_on(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.node("main", "train", state="running", key="0123456789ab")
+    page, _ = written(bench.record("interrupted", finished=None), bench.shelf)
+    assert "The run was interrupted in main / train." in page.text
+    assert "the same command goes on from there" in page.text
+
+
+def test_an_artifact_that_is_gone_is_named_and_nothing_is_invented(run: tuple[dict[str, Any], Shelf]) -> None:
+    record, shelf = run
+    benchmark = next(node for node in record["nodes"] if node["stage"] == "benchmark")
+    (shelf.root / "benchmark" / benchmark["key"] / "manifest.json").unlink()
+    page, markdown = written({**record, "gates": {}}, shelf)
+    assert "Nothing can be said: benchmark@1 is no longer in the store." in page.text
+    assert "×" not in markdown.split("### Training ledger")[0].replace("at least 2.00×", "")
+    assert "Deployment" not in markdown
+
+
+def test_a_damaged_artifact_does_not_stop_the_report(run: tuple[dict[str, Any], Shelf]) -> None:
+    record, shelf = run
+
+    class Damaged(Shelf):
+        def find(self, stage: str, key: str) -> Any:
+            if stage == "prune":
+                raise IntegrityError("the manifest was changed")
+            return super().find(stage, key)
+
+    page, _ = written(record, Damaged(shelf.root))
+    assert "prune@1 cannot be read: the manifest was changed" in page.text
+
+
+@pytest.mark.parametrize("record", [{"id": "a1"}, {"id": "a1", "nodes": None}, {"id": "a1", "nodes": [{}, None, 3]}])
+def test_a_record_that_lacks_nearly_everything_still_makes_a_page(tmp_path: Path, record: dict[str, Any]) -> None:
+    page, markdown = written(record, Shelf(tmp_path), spec_text="")
+    assert "unnamed" in page.text
+    assert markdown.startswith("## unnamed")
+
+
+def test_metrics_of_the_wrong_shape_become_dashes_not_errors(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    wrong: list[Any] = [None, 3, "text", [], [1, None], {"a": 1}, {"before": 3}, True]
+    names = ("examples", "patches", "top1", "curve", "asked", "reached", "widths", "parity", "nodes", "speedup", "rows")
+    for stage in ("ticket", "train", "prune", "finetune", "export", "quantize", "benchmark", "other"):
+        for i, value in enumerate(wrong):
+            fields: dict[str, Any] = {"ledger": value, "inputs": value, "notes": value, "command": value, "host": value}
+            bench.add(
+                "main", stage, dict.fromkeys((*names, "noise_floor", "host"), value), entry=f"{stage}{i}", **fields
+            )
+    page, _ = written(bench.record(), bench.shelf)
+    assert "benchmark7" in page.text
+
+
+def test_a_run_id_that_would_leave_the_folder_is_refused(tmp_path: Path) -> None:
+    for bad in ("../x", "", "a/b", ".", None):
+        with pytest.raises(InputError, match="no usable id"):
+            report.write({"id": bad}, Shelf(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------
+
+
+def test_the_ledger_sums_the_stages_of_an_arm_and_sets_them_against_dense(run: tuple[dict[str, Any], Shelf]) -> None:
+    facts = collect(*run)
+    costs = {cost.label: cost for cost in facts.costs}
+    assert set(costs) == {"main", "dense", "random", "float"}
+    main, dense = costs["main"], costs["dense"]
+    train, tune = 19_400, 9_696
+    assert main.values["images"] == 3000 + train + tune  # those of the proxy runs that scored the examples, too
+    assert main.values["tokens_per_image"] == pytest.approx((train * 52 + tune * 65) / (train + tune))
+    assert main.values["epochs"] == 28
+    assert main.values["train_macs"] == pytest.approx(3 * train * 45.6e6 * 0.8 + 1.5e12)
+    every = (3 * train * 45.6e6 * 0.8 + 1.5e12 + 4.1e11) / (3 * 24_240 * 45.6e6)
+    assert main.macs_ratio == pytest.approx(every)  # scoring is not free
+    assert dense.macs_ratio == 1
+    assert costs["float"].values == main.values  # shared stages count in each arm
+
+
+def test_a_sum_that_misses_a_stage_is_a_lower_bound_without_a_ratio(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.add("main", "train", train_metrics(0.9), ledger={"images": 100, "train_macs": 1e9, "seconds": 2.0})
+    bench.add("main", "finetune", train_metrics(0.9), ledger={"images": 50, "seconds": 1.0})
+    bench.add("dense", "train", train_metrics(0.9), ledger={"images": 100, "train_macs": 1e9, "seconds": 2.0})
+    facts = collect(bench.record(), bench.shelf)
+    main = next(cost for cost in facts.costs if cost.label == "main")
+    assert (main.values["train_macs"], main.macs_ratio) == (1e9, None)
+    assert main.partial["train_macs"] == "finetune did not record it"
+    assert main.seconds_ratio == pytest.approx(1.5)
+    assert "≥ 1.00 G" in report.render_markdown(facts).replace("\u202f", " ")
+
+
+def test_every_row_reaches_the_deployment_table_and_a_missing_value_says_why(run: tuple[dict[str, Any], Shelf]) -> None:
+    page, markdown = written(*run)
+    table = markdown.split("### Deployment")[1].split("\n\n")[1].splitlines()
+    assert len(table) - 2 == len(measurement()["rows"])
+    assert "0.894 0.876–0.921" in page.text
+    reasons = [attrs["title"] for attrs in page.all("span") if attrs.get("class") == "missing"]
+    assert "too few samples for this percentile (2,400)" in reasons
+
+
+def test_what_arms_share_stands_once(run: tuple[dict[str, Any], Shelf]) -> None:
+    record, shelf = run
+    facts = collect(record, shelf)
+    shared = [step for step in facts.steps if step.ref == "train@1"]
+    assert [step.arms for step in shared] == ["main, float"]
+    page, _ = written(record, shelf)
+    pictures = sum(len(json.loads(p.read_text())["figures"]) for p in shelf.root.glob("*/*/manifest.json"))
+    assert len(list(page.all("img"))) == pictures == 6
+
+
+def test_each_stage_tells_what_was_asked_and_what_was_reached(run: tuple[dict[str, Any], Shelf]) -> None:
+    page, markdown = written(*run)
+    told = (
+        "Examples by el2n: kept 970 of 1,212 (80.0%), asked 80.0%.",
+        "Top-1 95.1% on the test split with ticket patches only.",
+        "Asked to keep 50.0% of MACs; reached 48.1% of MACs, 46.7% of parameters.",
+        "logits differ by at most 2.4e-6, same top-1 on 100%, at batch 1 and 7.",
+        "Chosen: INT8, because it is 1.25x faster and loses 0.2 points.",
+        "Top-1 on the calibration split: FP32 97.8% → INT8 97.6% (drop 0.2 points, 1.0 points allowed).",
+    )
+    for sentence_ in told:
+        assert sentence_ in page.text
+        assert sentence_ in markdown
+
+
+def test_widths_stand_before_and_after_for_every_block(run: tuple[dict[str, Any], Shelf]) -> None:
+    page, _ = written(*run)
+    last = prune_metrics()["widths"]["after"][-1]
+    assert f"384 → {last['mlp']}" in page.text
+    assert "Embedding 96 → 80" in page.text
+    assert len([attrs for attrs in page.all("svg") if attrs.get("class") == "bar"]) == 2 * (6 * 4 + 1)
+
+
+def test_lineage_names_reference_key_inputs_and_command(run: tuple[dict[str, Any], Shelf]) -> None:
+    record, shelf = run
+    page, _ = written(record, shelf)
+    for node in record["nodes"]:
+        assert node["ref"] in page.text
+        assert node["key"] in page.text
+    assert "model finetune@1" in page.text
+    assert "sievit run pipeline.yaml --store artifacts" in page.text
+    assert SPEC_TEXT.split("\n")[2] in "".join(data for _, data in page.texts)
+
+
+# ---- safety and self-containment ----------------------------------------------------------------------------------
+
+
+def hostile_run(root: Path) -> tuple[dict[str, Any], Shelf]:
+    bench = Bench(root)
+    bad_row = row(HOSTILE, HOSTILE, "fp32", 1.0, 0.9, 1.0, provider=HOSTILE, verdict=HOSTILE, final=True)
+    bench.add(
+        HOSTILE,
+        "benchmark",
+        {"rows": [bad_row], "host": {HOSTILE: HOSTILE}, "baseline": {"arm": "x", "entry": "y"}},
+        entry=HOSTILE,
+        data={"source": HOSTILE, "classes": [HOSTILE, 'b"><img src=x onerror=alert(1)>']},
+        notes=[{"level": HOSTILE, "text": HOSTILE}],
+        command=HOSTILE,
+        inputs={HOSTILE: {"ref": HOSTILE}},
+        pictures=[("a.svg", HOSTILE, HOSTILE, svg("x") + HOSTILE)],
+    )
+    bench.node("main", HOSTILE, state="failed", error=HOSTILE)
+    return bench.record("failed", pipeline=HOSTILE, command=HOSTILE, spec={"device": HOSTILE}), bench.shelf
+
+
+def test_a_class_named_script_shows_as_text(tmp_path: Path) -> None:
+    page, markdown = written(*hostile_run(tmp_path), spec_text=f"name: {HOSTILE}\n")
+    assert list(page.all("script")) == [{}]  # our own, and no other
+    assert f"2 classes: {HOSTILE}" in page.text
+    assert all((attrs.get("src") or "").startswith("data:image/svg+xml;base64,") for attrs in page.all("img"))
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    outside_code = re.sub(r"(`+)[^`].*?\1", "", markdown, flags=re.DOTALL)
+    assert "<script" not in outside_code
+    assert "&lt;script&gt;" in outside_code
+
+
+def test_only_the_pages_own_script_may_run(run: tuple[dict[str, Any], Shelf]) -> None:
+    import hashlib
+
+    html, _ = report.write(*run)
+    page = parsed(html.read_text(encoding="utf-8"))
+    script = "".join(data for tag, data in page.texts if tag == "script")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(attrs["content"] for attrs in page.all("meta") if attrs.get("http-equiv"))
+    assert policy is not None
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in policy
+
+
+def test_the_page_asks_nothing_of_the_network(run: tuple[dict[str, Any], Shelf]) -> None:
+    page, _ = written(*run)
+    targets = [
+        attrs[name] or "" for _, attrs in page.tags for name in ("src", "href", "srcset", "data") if name in attrs
+    ]
+    assert targets
+    assert all(target.startswith(("#", "data:")) for target in targets)
+    style = "".join(data for tag, data in page.texts if tag == "style")
+    assert "@import" not in style
+    assert "url(" not in style
+
+
+def test_a_picture_outside_the_artifact_is_never_read(tmp_path: Path) -> None:
+    (tmp_path / "secret.svg").write_text(svg("secret"))
+    bench = Bench(tmp_path / "store")
+    figures = [
+        {"file": name, "title": "t", "caption": ""} for name in ("../../../secret.svg", str(tmp_path / "secret.svg"))
+    ]
+    bench.add("main", "train", train_metrics(0.9), figures=figures)
+    page, _ = written(bench.record(), bench.shelf)
+    assert list(page.all("img")) == []
+    assert "the file of this picture is not in the artifact" in page.text
+
+
+def test_a_page_with_fifty_large_pictures_stays_below_3_mb(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    large = svg("x" * 60_000)
+    pictures = [(f"p{i}.svg", f"Picture {i}", "", large if i else svg("small")) for i in range(50)]
+    bench.add("main", "ticket", {}, pictures=pictures)
+    html, _ = report.write(bench.record(), bench.shelf)
+    page = parsed(html.read_text(encoding="utf-8"))
+    assert html.stat().st_size < 3_000_000
+    shown = len(list(page.all("img")))
+    assert shown == 1 + (PAGE_BUDGET - 3_000) // (len(large) * 4 // 3)
+    assert page.text.count("left out to keep the page below 3 MB") == 50 - shown
+    assert all(f"Picture {i}" in page.text for i in range(50))
+
+
+def test_the_benchmarks_own_picture_stands_at_the_top_and_only_there(run: tuple[dict[str, Any], Shelf]) -> None:
+    record, shelf = run
+    assert "Every file in the setting cpu, batch 1, 1 thread" in written(record, shelf)[0].text
+    bench = Bench(shelf.root / "own")
+    own = ("tradeoff.svg", "Accuracy against p50 latency", "", svg("own"))
+    bench.add("main", "benchmark", measurement(), pictures=[own])
+    page, _ = written(bench.record(), bench.shelf)
+    assert [attrs["alt"] for attrs in page.all("img")] == ["Accuracy against p50 latency"]
+    assert not [attrs for attrs in page.all("svg") if attrs.get("class") == "plot"]
+
+
+# ---- reading it -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_can_be_read_by_keyboard_and_screen_reader(run: tuple[dict[str, Any], Shelf]) -> None:
+    page, _ = written(*run)
+    assert [attrs["lang"] for attrs in page.all("html")] == ["en"]
+    for landmark in ("header", "main", "nav", "footer"):
+        assert len(list(page.all(landmark))) == 1
+    ids = [attrs["id"] for _, attrs in page.tags if attrs.get("id")]
+    assert len(ids) == len(set(ids))
+    linked = {(attrs["href"] or "")[1:] for attrs in page.all("a")}
+    labelled = {name for _, attrs in page.tags for name in (attrs.get("aria-labelledby") or "").split()}
+    assert linked | labelled <= set(ids)
+    assert all(attrs.get("alt") for attrs in page.all("img"))
+    assert all(attrs.get("aria-label") or attrs.get("aria-hidden") for attrs in page.all("svg"))
+    assert all(attrs.get("scope") in ("col", "row") for attrs in page.all("th"))
+    assert len(list(page.all("caption"))) == len(list(page.all("table")))
+    scrolling = [attrs for attrs in page.all("div") if attrs.get("class") == "scroll"]
+    assert len(scrolling) == len(list(page.all("table")))
+    assert all(attrs.get("tabindex") == "0" for attrs in scrolling)
+    headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert headings[0] == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(headings))
+
+
+def test_the_markdown_tables_have_as_many_cells_in_every_row(tmp_path: Path) -> None:
+    record, shelf = hostile_run(tmp_path)
+    record["pipeline"] = "a|b `c`"
+    for node in record["nodes"]:
+        node["entry"] = "x|y\nz"
+    for markdown in (written(record, shelf)[1], written(*whole_run(tmp_path / "whole"))[1]):
+        for table in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE):
+            cells = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+            assert len(cells) == 1, table
+
+
+def test_a_report_replaces_the_one_before_and_leaves_nothing_else(run: tuple[dict[str, Any], Shelf]) -> None:
+    record, shelf = run
+    report.write(record, shelf)
+    html, markdown = report.write({**record, "pipeline": "renamed"}, shelf)
+    assert sorted(path.name for path in (shelf.root / "runs" / RUN).iterdir()) == ["report.html", "report.md"]
+    assert "<h1>renamed</h1>" in html.read_text(encoding="utf-8")
+    assert "## renamed" in markdown.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "expected"),
+    [
+        ("significant", 0.01234, "0.0123"),
+        ("significant", 9.996, "10.0"),
+        ("significant", 12345.6, "12,346"),
+        ("significant", 0, "0"),
+        ("big", 999_960, "1.00 M"),
+        ("big", 5_526_000, "5.53 M"),
+        ("big", 1.26e9, "1.26 G"),
+        ("size", 999, "999 bytes"),
+        ("size", 472_300, "472 KB"),
+        ("size", 22_100_000, "22.1 MB"),
+        ("percent", 0.9764, "97.6%"),
+        ("percent", 1, "100%"),
+        ("points", 0.0031, "0.3 points"),
+        ("points", -0.012, "−1.2 points"),
+        ("points", -0.0001, "0.0 points"),
+        ("ratio", 2.314, "2.31×"),
+        ("ratio", 12.41, "12.4×"),
+        ("duration", 0.0123, "0.01 s"),
+        ("duration", 59.99, "1 min 00 s"),
+        ("duration", 3661, "1 h 01 min"),
+        ("count", 3.5, "3.50"),
+        ("count", None, "–"),
+    ],
+)
+def test_numbers_are_short_and_carry_their_unit(form: str, value: float | None, expected: str) -> None:
+    assert getattr(numbers, form)(value).replace("\u202f", " ") == expected
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_tables_sort_in_a_real_browser_and_the_console_stays_empty(
+    run: tuple[dict[str, Any], Shelf], tmp_path: Path
+) -> None:
+    def opened(page: Path) -> subprocess.CompletedProcess[str]:
+        quiet = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'p'}",
+        ]
+        command = [str(BROWSER), *quiet, "--dump-dom", page.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+    html, _ = report.write(*run)
+    assert "CONSOLE" not in opened(html).stderr
+    clicks = """<script>
+    const table = document.querySelector("#deployment table");
+    const column = [...table.tHead.rows[0].cells].findIndex((head) => head.textContent.startsWith("p99"));
+    const shown = () => [...table.tBodies[0].rows].map((row) => row.cells[column].dataset.sort ?? "none").join(" ");
+    const press = () => { table.tHead.rows[0].cells[column].querySelector("button").click(); return shown(); };
+    document.body.dataset.sorted = press() + "|" + press();
+    </script>"""
+    text = re.sub(r"<meta http-equiv[^>]*>", "", html.read_text(encoding="utf-8"))  # else the clicks could not run
+    copy = tmp_path / "clicked.html"
+    copy.write_text(text.replace("</body>", f"{clicks}</body>"), encoding="utf-8")
+    found = re.search(r'data-sorted="([^"|]*)\|([^"]*)"', opened(copy).stdout)
+    assert found is not None
+    known = sorted(one["p99_ms"] for one in measurement()["rows"] if one["p99_ms"] is not None)
+    for order, expected in zip(found.groups(), (known, known[::-1]), strict=True):
+        values = order.split()
+        assert [float(value) for value in values[: len(known)]] == expected
+        assert set(values[len(known) :]) == {"none"}  # missing values stay at the end, whichever way
