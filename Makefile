@@ -1,7 +1,7 @@
 # Four verbs. All a machine needs is Python 3.11 or newer; `PYTHON=python3.12 make run` chooses another one.
 #
 #   make run      make .venv, install Sievit, run pipeline.yaml and print where the report is
-#   make test     the tests
+#   make test     the tests, a file at a time on each core
 #   make check    ruff, mypy strict and the import contracts
 #   make clean    remove .venv and the tools' caches; artifacts/ stays
 
@@ -19,7 +19,7 @@ run: $(VENV)/run.stamp
 	$(BIN)/sievit run $(PIPELINE)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
