@@ -37,8 +37,6 @@ from sievit.pipeline.stage import Config, Context, Stage
 from .vision.recipe import Recipe, Settings
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
     import torch
 
@@ -210,52 +208,31 @@ class _Proxies:
         import numpy as np
         import torch
 
-        probabilities, correct = [], []
-        for number in range(self.config.proxy.runs):
+        from .vision.proxy import train_proxy
+
+        recipe, runs = self.config.proxy, []
+        for number in range(recipe.runs):
             torch.manual_seed(self.ctx.seed * 1000 + number)
-            network = self._run(number)
-            stem = self.ctx.work / f"proxy-{number}"
-            epochs = sorted(self.ctx.work.glob(f"{stem.name}-epoch-*.npy"))
-            answers = [np.load(path) for path in epochs]
-            correct.append(np.stack([a.argmax(1) == self.splits.train.labels for a in answers]))
-            probabilities.append(answers[-1])
-            if number == len(self._trained):
-                self._trained.append(network)
-        return self._trained, np.stack(probabilities), np.stack(correct)
-
-    def _run(self, number: int) -> Network:
-        import numpy as np
-
-        from .vision.evaluate import logits
-        from .vision.training import Pool, fit
-
-        network = self.network(self.model)
-        normalise = self.preprocessing(network).normaliser(self.device)
-        train = self.splits.train
-        recipe = self.config.proxy
-        steps = recipe.total_steps(len(train))
-
-        def remember(epoch: int, current: Network) -> None:
-            answers = logits(current, train, normalise, self.device).softmax(1).numpy().astype(np.float32)
-            _save_array(self.ctx.work / f"proxy-{number}-epoch-{epoch:04d}.npy", answers)
-
-        with self.ctx.progress.task(f"proxy run {number + 1}/{recipe.runs}", steps) as task:
-            fitted = fit(
-                network,
-                Pool(train, np.arange(len(train))),
-                recipe,
-                seed=self.ctx.seed * 1000 + number,
-                device=self.device,
-                normalise=normalise,
-                after_epoch=remember,
-                checkpoint=self.ctx.work / f"proxy-{number}.safetensors",
-                tick=lambda n, values: task.advance(n, **values),
-            )
-        self.images += fitted.images
-        self.earlier_seconds += fitted.earlier_seconds
-        # Forward and backward are three forwards; each epoch's look at all images is one more.
-        self.macs += network.architecture.macs() * (3 * fitted.images + len(fitted.curve) * len(train))
-        return fitted.network
+            network = self.network(self.model)
+            steps = recipe.total_steps(len(self.splits.train))
+            with self.ctx.progress.task(f"proxy run {number + 1}/{recipe.runs}", steps) as task:
+                run = train_proxy(
+                    network,
+                    self.splits.train,
+                    recipe,
+                    seed=self.ctx.seed * 1000 + number,
+                    device=self.device,
+                    normalise=self.preprocessing(network).normaliser(self.device),
+                    work=self.ctx.work,
+                    stem=f"proxy-{number}",
+                    tick=lambda n, values, task=task: task.advance(n, **values),  # type: ignore[misc]
+                )
+            self.images += run.images
+            self.macs += run.macs
+            self.earlier_seconds += run.earlier_seconds
+            runs.append(run)
+        self._trained = [run.network for run in runs]
+        return self._trained, np.stack([r.probabilities for r in runs]), np.stack([r.correct for r in runs])
 
     def check_selector(self, patches: int) -> None:
         """Refuse a selector that cannot rank these patches before anything is trained for it."""
@@ -365,16 +342,6 @@ def _draw(ctx: Context, images: Images, ranks: np.ndarray, patches: int, grid: t
         title="Patch tickets",
         caption=f"{patches} of {ranks.shape[1]} patches kept by {ctx.config.patches.method}; the others are tinted.",
     )
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    """A file that a kill leaves whole or not at all."""
-    import numpy as np
-
-    temporary = path.with_suffix(".part")
-    with temporary.open("wb") as file:
-        np.save(file, array)
-    temporary.replace(path)
 
 
 def _references(config: TicketConfig) -> dict[str, str]:
