@@ -129,7 +129,7 @@ def run(ctx: Context) -> None:
 def _with_tokens(config: FinetuneConfig, network: Network) -> Network:
     """The network with the token policy that is deployed. Raises: InvalidInput for blocks that it does not have."""
     from .methods import InvalidInput
-    from .vision.network import drops_for
+    from .vision.vit import drops_for
 
     if config.tokens is None:
         return network.with_tokens(())

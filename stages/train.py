@@ -163,7 +163,7 @@ def _penalty(config: TrainConfig) -> Callable[[Network], Tensor] | None:
 
     def penalty(network: Network) -> Tensor:
         total = network.body.patch_embed.proj.weight.new_zeros(())
-        for block in network.body.blocks:
+        for block in network.blocks:
             a, mlp = block.attn, block.mlp
             heads = head_norms(a.qkv.weight, a.proj.weight, a.heads, a.qk, a.v)
             units = unit_norms(mlp.fc1.weight, mlp.fc2.weight)

@@ -15,9 +15,10 @@ from test_surgery import AXES, kept_of
 from tiny_vision import images, network
 
 from sievit.stages.vision.attention import set_fused
-from sievit.stages.vision.network import Network, drops_for
+from sievit.stages.vision.network import Network
 from sievit.stages.vision.onnx_export import export
 from sievit.stages.vision.surgery import cut
+from sievit.stages.vision.vit import drops_for
 
 
 def variant(kind: str) -> Network:

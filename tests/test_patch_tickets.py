@@ -19,8 +19,8 @@ from sievit.stages.methods.patch_tickets import (
     saliency,
 )
 from sievit.stages.methods.token_reduction import gather_tokens, keep_count, prefix_attention, top_tokens
-from sievit.stages.vision.network import drops_for
 from sievit.stages.vision.selector import arrange
+from sievit.stages.vision.vit import drops_for
 
 
 def composed_by_loop(stages: list[tuple[list[float], list[int]]], patches: int) -> list[int]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from sievit.stages.methods import InvalidInput
 from sievit.stages.methods.allocation import Kept, KeptBlock, Pressure, allocate
 from sievit.stages.vision.attention import Attention, set_fused
-from sievit.stages.vision.network import Network, drops_for, rebuild
+from sievit.stages.vision.network import Network, rebuild
 from sievit.stages.vision.surgery import cut, kept_architecture, score
+from sievit.stages.vision.vit import drops_for
 from sievit.stages.vision.weights import load_network, save_network
 
 AXES = {

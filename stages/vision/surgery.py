@@ -21,12 +21,13 @@ from ..methods import InvalidInput, importance
 from ..methods.allocation import Kept, KeptBlock, Scores
 from .architecture import Architecture
 from .attention import Attention, set_fused
-from .network import Network, rebuild
+from .network import rebuild
+from .vit import ViT
 
 Importance = Literal["taylor", "l1", "random"]
 
 
-def score(network: Network, method: Importance, seed: int) -> Scores:
+def score(network: ViT, method: Importance, seed: int) -> Scores:
     """Importance of all that can go. Taylor reads the gradients that the caller has accumulated (loss.backward()).
 
     Scores of MLP units and embedding channels come from Torch-Pruning's groups (GroupTaylorImportance,
@@ -74,11 +75,11 @@ def kept_architecture(architecture: Architecture, kept: Kept) -> Architecture:
     return replace(architecture, embed=len(kept.embed), blocks=blocks)
 
 
-def cut(network: Network, kept: Kept) -> Network:
+def cut(network: ViT, kept: Kept) -> ViT:
     """A new network without what is not kept; the old one is left as it was. The softmax scale of every block stays
     the trained one.
     """
-    clone = Network(copy.deepcopy(network.body), network.architecture).cpu()
+    clone = ViT(copy.deepcopy(network.body), network.architecture).cpu()
     for p in clone.parameters():
         p.grad = None
     for block, keep in zip(clone.body.blocks, kept.blocks, strict=True):
@@ -127,7 +128,7 @@ def _linear(old: nn.Linear, weight: Tensor, rows: Tensor | None) -> nn.Linear:
     return new
 
 
-def _graph(network: Network) -> Any:
+def _graph(network: ViT) -> Any:
     """The dependency graph of the body, raw parameters (tokens, position embedding, layer scales) included."""
     body = network.body
     raw: list[tuple[nn.Parameter, int]] = []
@@ -144,7 +145,7 @@ def _graph(network: Network) -> Any:
     set_fused(body, False)  # plain products: what the graph's tracer knows
     body.eval()
     try:
-        dense = Network(body, replace(network.architecture, tokens=()))
+        dense = ViT(body, replace(network.architecture, tokens=()))
         return tp.DependencyGraph().build_dependency(dense, example, unwrapped_parameters=raw, verbose=False)
     finally:
         body.train(training)

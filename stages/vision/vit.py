@@ -1,0 +1,192 @@
+"""The ViT family: a timm ViT or DeiT with stated attention, tickets and token reduction.
+
+`ViT` runs timm's own modules one after the other. What it adds to timm's forward is two things that timm has not:
+an argument `kept` (a patch ticket: only these patches enter the blocks) and token reduction at chosen blocks (only
+the patches that the prefix tokens attend to most go on). Without both it computes what timm computes.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from timm.layers import LayerScale, Mlp
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..methods import InvalidInput
+from ..methods.token_reduction import gather_tokens, keep_count, top_tokens
+from .architecture import Architecture, Block, TokenDrop
+from .attention import Attention, from_timm
+
+
+class ViT(nn.Module):
+    """images (B, 3, S, S) normalised -> logits (B, K); in distilled training a pair (class head, distillation head)."""
+
+    def __init__(self, body: VisionTransformer, architecture: Architecture) -> None:
+        super().__init__()
+        self.body = body
+        self.architecture = architecture
+        self.drops = {drop.block: drop.keep for drop in architecture.tokens}
+
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Any:
+        """kept: (B, K) patch indices of a ticket, or None for all patches."""
+        return self.body.forward_head(self._features(images, kept)[0])
+
+    def select(self, images: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Logits, and per token-dropping block the scores (B, n) of the patches that reached it and the positions (B,
+        K) kept.
+        """
+        features, scores, positions = self._features(images, None)
+        return self.body.forward_head(features), scores, positions
+
+    def _features(self, images: Tensor, kept: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        body, prefix = self.body, self.architecture.prefix
+        x = body._pos_embed(body.patch_embed(images))
+        if kept is not None:
+            x = gather_tokens(x, kept, prefix)
+        x = body.norm_pre(x)
+        all_scores: list[Tensor] = []
+        all_positions: list[Tensor] = []
+        for index, block in enumerate(body.blocks):
+            count = self.drops.get(index)
+            if count is not None and x.shape[1] - prefix <= count:
+                count = None  # a ticket has left no more patches than that already
+            attended, scores = block.attn.attend(block.norm1(x), 0 if count is None else prefix)
+            x = x + block.drop_path1(block.ls1(attended))
+            if count is not None:
+                positions = top_tokens(scores, count)
+                x = gather_tokens(x, positions, prefix)
+                all_scores.append(scores)
+                all_positions.append(positions)
+            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return body.norm(x), all_scores, all_positions
+
+    def set_distilled_training(self, on: bool) -> None:
+        """Let the two heads of a distilled DeiT answer separately in training mode. Nothing to do for other models."""
+        if isinstance(self.body, VisionTransformerDistilled):
+            self.body.set_distilled_training(on)
+
+    @property
+    def blocks(self) -> list[Any]:
+        """timm's blocks in order of execution, with our attention."""
+        return list(self.body.blocks)
+
+    @property
+    def attentions(self) -> list[Attention]:
+        return [cast(Attention, block.attn) for block in self.body.blocks]
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def with_tokens(self, drops: tuple[TokenDrop, ...]) -> ViT:
+        """The same weights (shared) with another token reduction."""
+        return ViT(self.body, self.architecture.with_tokens(drops))
+
+
+def adopt(body: VisionTransformer) -> VisionTransformer:
+    """Refuse what we could not cut, then give every block our attention (weights shared)."""
+    if body.attn_pool is not None:
+        raise InvalidInput(
+            "a ViT with attention pooling cannot be pruned", "use one with a class token or average pooling"
+        )
+    if body.dynamic_img_size:
+        raise InvalidInput("dynamic_img_size has no fixed number of patches", "leave it out of model.args")
+    for block in body.blocks:
+        plain = type(block) is TimmBlock and type(block.mlp) is Mlp and isinstance(block.mlp.norm, nn.Identity)
+        if not plain:
+            raise InvalidInput(
+                f"block of class {type(block).__name__} with {type(block.mlp).__name__} cannot be pruned",
+                "use a plain ViT or DeiT",
+            )
+        if not isinstance(block.attn, Attention):
+            block.attn = from_timm(block.attn)
+    return body
+
+
+def describe(body: VisionTransformer, name: str, args: dict[str, Any], classes: int, image_size: int) -> Architecture:
+    """The architecture record of a network as it stands."""
+    blocks = tuple(Block(b.attn.heads, b.attn.qk, b.attn.v, b.attn.scale, b.mlp.fc1.out_features) for b in body.blocks)
+    grid = body.patch_embed.grid_size
+    return Architecture(
+        model=name,
+        args=dict(args),
+        classes=classes,
+        image_size=image_size,
+        patch=body.patch_embed.patch_size[0],
+        grid=(int(grid[0]), int(grid[1])),
+        prefix=int(body.num_prefix_tokens),
+        heads_out=2 if isinstance(body, VisionTransformerDistilled) else 1,
+        embed=int(body.patch_embed.proj.out_channels),
+        blocks=blocks,
+    )
+
+
+def resize(body: VisionTransformer, architecture: Architecture) -> None:
+    """Give every layer the widths of the record. The new layers are untrained: load a state dict next."""
+    width = architecture.embed
+    conv = body.patch_embed.proj
+    body.patch_embed.proj = nn.Conv2d(
+        conv.in_channels,
+        width,
+        conv.kernel_size,
+        conv.stride,
+        bias=conv.bias is not None,
+    )
+    for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
+        old = getattr(body, name, None)
+        if old is not None:
+            setattr(body, name, nn.Parameter(torch.zeros(*old.shape[:-1], width)))
+    for block, shape in zip(body.blocks, architecture.blocks, strict=True):
+        old = cast(Attention, block.attn)
+        new = Attention(
+            width, shape.heads, shape.qk, shape.v, shape.scale,
+            qkv_bias=old.qkv.bias is not None, proj_bias=old.proj.bias is not None, dropout=old.dropout,
+        )  # fmt: skip
+        new.q_norm, new.k_norm = _norm(old.q_norm, shape.qk), _norm(old.k_norm, shape.qk)
+        new.proj_drop = old.proj_drop
+        block.attn = new
+        block.mlp.fc1 = nn.Linear(width, shape.mlp, bias=block.mlp.fc1.bias is not None)
+        block.mlp.fc2 = nn.Linear(shape.mlp, width, bias=block.mlp.fc2.bias is not None)
+        block.norm1, block.norm2 = _norm(block.norm1, width), _norm(block.norm2, width)
+        block.ls1, block.ls2 = _scale(block.ls1, width), _scale(block.ls2, width)
+    for name in ("norm_pre", "norm", "fc_norm"):
+        setattr(body, name, _norm(getattr(body, name), width))
+    for name in ("head", "head_dist"):
+        if isinstance(getattr(body, name, None), nn.Linear):
+            setattr(body, name, nn.Linear(width, architecture.classes))
+    body.embed_dim = body.num_features = body.head_hidden_size = width
+
+
+def _norm(norm: nn.Module, width: int) -> nn.Module:
+    """A fresh norm of the same kind over `width` channels; Identity stays."""
+    if isinstance(norm, nn.Identity):
+        return norm
+    if isinstance(norm, nn.LayerNorm):
+        fresh = copy.copy(norm)  # timm's subclasses differ in their constructors; a copy keeps eps and flags
+        fresh._parameters = dict(norm._parameters)
+        fresh.normalized_shape = (width,)
+        if norm.elementwise_affine:
+            fresh.weight = nn.Parameter(torch.ones(width))
+            fresh.bias = nn.Parameter(torch.zeros(width)) if norm.bias is not None else None
+        return fresh
+    raise InvalidInput(f"norm of class {type(norm).__name__} cannot be cut", "use a ViT with LayerNorm")
+
+
+def _scale(scale: nn.Module, width: int) -> nn.Module:
+    return scale if isinstance(scale, nn.Identity) else LayerScale(width)
+
+
+def drops_for(architecture: Architecture, blocks: tuple[int, ...], keep: float) -> tuple[TokenDrop, ...]:
+    """Token reduction at these blocks, `keep` of the patches that reach each. K is a plain number, recorded, never
+    recomputed.
+    """
+    left = architecture.patches
+    drops = []
+    for block in sorted(blocks):
+        left = keep_count(left, keep)
+        drops.append(TokenDrop(block, left))
+    return tuple(drops)
