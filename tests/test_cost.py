@@ -29,9 +29,11 @@ def test_deit_small_costs_what_evit_published(keep: float, published: float) -> 
 
 
 @pytest.mark.parametrize("family", ["deit", "distilled"])
-def test_macs_equal_torchs_counter(family: str) -> None:
+@pytest.mark.parametrize("patches", [None, 5])
+def test_macs_equal_torchs_counter(family: str, patches: int | None) -> None:
     net = network(family)
     set_fused(net, False)
+    ticket = None if patches is None else torch.arange(patches).unsqueeze(0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.zeros(1, 3, 32, 32))
-    assert net.architecture.macs() == counter.get_total_flops() // 2
+        net(torch.zeros(1, 3, 32, 32), ticket)
+    assert net.architecture.macs(start_patches=patches) == counter.get_total_flops() // 2

@@ -47,11 +47,13 @@ def vit_macs(
         patches: N of the image; patch_values: numbers in a patch (3 * p * p).
         prefix: P. classes, heads_out: output width and number of classifier heads (2 for a distilled DeiT).
         reduction: block index -> patch tokens kept from that block's MLP on.
-        start_patches: patch tokens that enter the blocks, when a ticket has left some out; N by default.
+        start_patches: patch tokens that are embedded and enter the blocks, when a ticket has left some out; N by
+            default.
     """
     reduction = reduction or {}
-    total = patches * patch_values * embed
-    tokens = (patches if start_patches is None else start_patches) + prefix
+    entering = patches if start_patches is None else start_patches
+    total = entering * patch_values * embed
+    tokens = entering + prefix
     for index, widths in enumerate(blocks):
         after = reduction[index] + prefix if index in reduction else tokens
         total += block_macs(embed, widths, tokens, after)

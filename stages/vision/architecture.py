@@ -63,7 +63,9 @@ class Architecture:
         return [BlockWidths(b.heads, b.qk, b.v, b.mlp) for b in self.blocks]
 
     def macs(self, start_patches: int | None = None) -> int:
-        """Multiply-accumulates for one image; start_patches: patch tokens entering the blocks, all by default."""
+        """Multiply-accumulates for one image; start_patches: patches embedded and entering the blocks, all by
+        default.
+        """
         return vit_macs(
             self.embed,
             self.widths(),

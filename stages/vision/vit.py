@@ -21,6 +21,7 @@ from ..methods import InvalidInput
 from ..methods.token_reduction import gather_tokens, keep_count, top_tokens
 from .architecture import Architecture, Block, TokenDrop
 from .attention import Attention, from_timm
+from .embedding import embed
 
 
 class ViT(nn.Module):
@@ -45,10 +46,7 @@ class ViT(nn.Module):
 
     def _features(self, images: Tensor, kept: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         body, prefix = self.body, self.architecture.prefix
-        x = body._pos_embed(body.patch_embed(images))
-        if kept is not None:
-            x = gather_tokens(x, kept, prefix)
-        x = body.norm_pre(x)
+        x = body.norm_pre(embed(body, images, kept))
         all_scores: list[Tensor] = []
         all_positions: list[Tensor] = []
         for index, block in enumerate(body.blocks):
