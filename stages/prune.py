@@ -236,7 +236,7 @@ def _save_plan(ctx: Context, kept: Kept) -> None:
 
 STAGE = Stage(
     name="prune",
-    version=2,
+    version=3,
     config=PruneConfig,
     run=run,
     reads=(Reads("model", "model"), Reads("tickets", "tickets", optional=True)),

@@ -98,6 +98,19 @@ def test_a_pruned_model_equals_the_masked_model_it_was_cut_from(family: str, axe
     assert torch.allclose(smaller(x), masked(net, kept)(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["deit", "registers, average pool"])
+def test_channels_stay_in_their_order_however_few_are_kept(family: str) -> None:
+    """A set of few numbers out of many does not list them in ascending order: 1, 2, 33, 5."""
+    net = network(family)
+    blocks = tuple(
+        KeptBlock(torch.arange(3), torch.arange(16).expand(3, -1), torch.arange(16).expand(3, -1), torch.arange(192))
+        for _ in range(3)
+    )
+    kept = Kept(blocks, torch.tensor([1, 2, 5, 7, 16, 33, 44, 45]))
+    x = images(4)
+    assert torch.allclose(cut(net, kept)(x), masked(net, kept)(x), atol=1e-5)
+
+
 def test_the_oracle_sees_a_wrong_cut() -> None:
     net = network()
     kept = kept_of(net, AXES["heads"], 0.8)

@@ -86,19 +86,38 @@ def cut(network: ViT, kept: Kept) -> ViT:
         graph = _graph(clone)
         removed = _complement(keep.mlp, block.mlp.fc1.out_features)
         if removed:
-            graph.get_pruning_group(block.mlp.fc1, tp.prune_linear_out_channels, idxs=removed).prune()
+            _prune(graph.get_pruning_group(block.mlp.fc1, tp.prune_linear_out_channels, idxs=removed))
         _cut_attention(block.attn, keep)
     removed = _complement(kept.embed, clone.body.patch_embed.proj.out_channels)
     if removed:
-        _graph(clone).get_pruning_group(clone.body.patch_embed.proj, tp.prune_conv_out_channels, idxs=removed).prune()
+        _prune(_graph(clone).get_pruning_group(clone.body.patch_embed.proj, tp.prune_conv_out_channels, idxs=removed))
     fresh = rebuild(kept_architecture(network.architecture, kept))
     fresh.body.load_state_dict(clone.body.state_dict())
     return fresh.train(network.training)
 
 
-def _complement(kept: Tensor, size: int) -> list[int]:
+def _prune(group: Any) -> None:
+    """Cut a group of the graph, LayerNorms by our own hand.
+
+    Torch-Pruning 1.6 keeps the channels of a LayerNorm in the order in which a Python set gives them (it sorts a tensor
+    and drops the result). Where few channels stay, that is not their order, and weights would land on other channels.
+    """
+    norms = []
+    for dependency, removed in group:
+        norm = dependency.target.module
+        if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:
+            kept = _complement(torch.tensor(removed), norm.normalized_shape[-1])
+            norms.append((norm, {n: p.detach()[kept].clone() for n, p in norm.named_parameters()}))
+    group.prune()
+    for norm, parameters in norms:
+        for name, values in parameters.items():
+            setattr(norm, name, nn.Parameter(values))
+
+
+def _complement(indices: Tensor, size: int) -> list[int]:
+    """The numbers below `size` that are not among `indices`, ascending."""
     mask = torch.ones(size, dtype=torch.bool)
-    mask[kept] = False
+    mask[indices] = False
     return [int(i) for i in mask.nonzero().flatten()]
 
 
