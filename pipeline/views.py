@@ -14,7 +14,19 @@ from rich.text import Text
 
 from .console import Document
 from .diagnostics import printable
-from .report.numbers import DASH, NARROW, big, duration, percent, points, ratio, significant, size
+from .report.numbers import (
+    DASH,
+    NARROW,
+    Format,
+    big,
+    duration,
+    interval,
+    percent,
+    points,
+    ratio,
+    significant,
+    size,
+)
 
 STATES = {
     "cached": "dim",
@@ -164,6 +176,8 @@ def measurement(document: Document) -> RenderableType:
     host = (document.get("host") or {}).get("processor")
     for title, rows in _settings(document["rows"]).items():
         parts += [*([Text("")] if parts else []), line(f"{host}, {title}" if host else title, "bold"), _measured(rows)]
+    images = next((row["test_images"] for row in document["rows"] if row.get("test_images")), None)
+    parts.append(line(f"below: 95% intervals{f'; top-1 of {images} test images' if images else ''}", "dim"))
     floor = (document.get("noise_floor") or {}).get("percent")
     if floor is not None:
         parts.append(line(f"noise floor: {floor:.1f}% between equal files", "dim"))
@@ -184,41 +198,39 @@ def _settings(rows: Iterable[Document]) -> dict[str, list[Document]]:
 
 
 def _measured(rows: Sequence[Document]) -> Table:
-    return table(
-        "file",
-        "top-1",
-        "p50 ms",
-        "p90 ms",
-        "size",
-        "MACs",
-        "speed-up",
-        rows=[
-            (
-                _name(row),
-                percent(row.get("top1")),
-                significant(row.get("p50_ms")),
-                significant(row.get("p90_ms")),
-                size(row.get("bytes")),
-                big(row.get("macs")),
-                _speedup(row),
-            )
-            for row in rows
-        ],
-        right={"top-1", "p50 ms", "p90 ms", "size", "MACs", "speed-up"},
-    )
+    """Two lines a file: what was measured, and under it the 95 % interval, or why there is none."""
+    columns = ("file", "top-1", "p50 ms", "p90 ms", "p99 ms", "speed-up")
+    shown = [
+        (
+            _two_lines(_name(row), ", ".join(_weight(row))),
+            _estimate(row, "top1", "top1", percent),
+            *(_estimate(row, f"{rank}_ms", rank, significant) for rank in ("p50", "p90", "p99")),
+            _estimate(row, "speedup", "speedup", ratio),
+        )
+        for row in rows
+    ]
+    return table(*columns, rows=shown, right=columns[1:])
+
+
+def _weight(row: Document) -> list[str]:
+    """What the file weighs, as far as it is known: 472 KB, 21.9 M MACs."""
+    macs = row.get("macs")
+    return [size(row.get("bytes")), *([f"{big(macs)} MACs"] if macs is not None else [])]
+
+
+def _estimate(row: Document, value: str, ends: str, form: Format) -> Text:
+    low, high, unsaid = (row.get(f"{ends}_{part}") for part in ("low", "high", "unsaid"))
+    below = "" if row.get(value) == low == high else interval(low, high, form)  # the baseline is 1 exactly
+    return _two_lines(form(row.get(value)), below or (unsaid or "").replace(", ", ",\n"))
+
+
+def _two_lines(above: str, below: str) -> Text:
+    return Text("\n").join([line(above), line(below, "dim")]) if below else line(above)
 
 
 def _name(row: Document) -> str:
     named = "/".join(str(row[part]) for part in ("arm", "entry") if row.get(part)) or str(row.get("file", DASH))
     return f"{named} {row['variant']}" if row.get("variant") else named
-
-
-def _speedup(row: Document) -> str:
-    if row.get("speedup") is None:
-        return DASH
-    ends = [row.get("speedup_low"), row.get("speedup_high")]
-    shown = f"{row['speedup']:.2f}×"
-    return shown if None in ends else f"{shown} [{ends[0]:.2f}, {ends[1]:.2f}]"
 
 
 # ---- inspection

@@ -2,10 +2,10 @@
 
 Each file (and the INT8 file that `quantize` made but did not choose) gets a process of its own with pinned threads.
 In each round every file runs once, in random order; rounds are repeated over several sessions with new processes.
-Speed-ups are ratios within a round against the dense arm's file,
-with 95 % bootstrap intervals over sessions and rounds.
-The baseline runs twice: what that pair shows is the noise floor, and a difference inside it is called no difference.
-Percentiles are printed only with enough samples (p90 from 64 calls, p95 from 130, p99 from 662).
+Speed-ups are ratios within a round against the dense arm's file, with 95 % bootstrap intervals over sessions and
+rounds. The baseline runs twice: what that pair shows is the noise floor, and a difference inside it is called no
+difference. p50, p90 and p99 have 95 % intervals from how sessions differ; p90 is said from 64 calls on, p99 from 662
+(raise `seconds` for more), and a row without one says so. Top-1 has its Wilson interval.
 
 A provider that is not installed, does not start, or leaves matrix products to another one is an error, never a silent
 fall-back. On a card, rows with io "device" keep data there, rows with io "copy" carry it there and back.
@@ -93,7 +93,7 @@ def run(ctx: Context) -> None:
     metrics, results = _timed(variants, baseline, settings, plan, ctx.progress)
     for row, variant in zip(metrics["rows"], [v for _ in settings for v in variants], strict=True):
         found = accuracies[variant.bundle.sha256, row["provider"]]
-        row |= {"top1": found.top1, "top1_low": found.low, "top1_high": found.high}
+        row |= {"top1": found.top1, "top1_low": found.low, "top1_high": found.high, "test_images": found.images}
     metrics["test_images"] = len(images)
     metrics["gates"] = _gates(metrics["rows"], variants, baseline)
     ctx.metrics |= metrics
@@ -245,6 +245,7 @@ def _identity(variant: Variant) -> dict[str, Any]:
         "top1": None,
         "top1_low": None,
         "top1_high": None,
+        "test_images": None,
     }
 
 
@@ -327,7 +328,7 @@ def _keep(ctx: Context, results: Results, first: Setting) -> None:
 
 STAGE = Stage(
     name="benchmark",
-    version=1,
+    version=2,
     config=BenchmarkConfig,
     run=run,
     reads=(Reads("files", "onnx", many=True),),

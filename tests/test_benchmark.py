@@ -133,7 +133,15 @@ def test_the_stage_measures_every_file_of_every_arm_once_and_compares_with_dense
         path = folder.file("int8.onnx" if row["variant"] == "int8" else "model.onnx")
         assert row["top1"] == accuracy(scores(path, images.pixels()), images.labels).top1
         assert row["top1_low"] <= row["top1"] <= row["top1_high"]
+        assert row["test_images"] == len(images)
         assert row["p50_low"] <= row["p50_ms"] <= row["p50_high"]
+        for rank, needed in (("p90", 64), ("p99", 662)):
+            if row["samples"] < needed:
+                assert [row[f"{rank}_{part}"] for part in ("ms", "low", "high")] == [None] * 3
+                assert row[f"{rank}_unsaid"] == f"{row['samples']} calls, {needed} needed"
+            else:
+                assert row[f"{rank}_low"] <= row[f"{rank}_ms"] <= row[f"{rank}_high"]
+                assert row[f"{rank}_unsaid"] == ""
         assert row["bytes"] == path.stat().st_size
         assert row["samples"] > 0
         assert (row["verdict"] == "baseline") == (row["arm"] == "dense")

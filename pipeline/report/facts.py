@@ -35,6 +35,10 @@ class Row:
     def get(self, name: str) -> float | None:
         return number(self.values, name)
 
+    def unsaid(self, percentile: str) -> str:
+        """Why a percentile (p90, p99) is missing."""
+        return text(self.values, f"{percentile}_unsaid") or "not recorded"
+
     @property
     def label(self) -> str:
         return " ".join(word for word in (self.arm, self.variant.upper()) if word)
@@ -104,6 +108,11 @@ class Facts:
 
     def _first(self, wanted: Any) -> Row | None:
         return next((row for row in self.first_setting if wanted(row)), None) if self.rows else None
+
+    @property
+    def test_images(self) -> float | None:
+        """How many images the top-1 of the rows is of."""
+        return next((images for row in self.rows if (images := row.get("test_images")) is not None), None)
 
     @property
     def unfinished(self) -> tuple[Step, ...]:

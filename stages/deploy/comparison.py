@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .isa import busy_cores, graphics_cards, host_facts
 from .latency import TWIN, Progress, Results, Setting, Subject
 from .sessions import GRAPHICS
-from .statistics import Interval, Slot, median_interval, noise_factor, percentile, ratio_interval, verdict
+from .statistics import Interval, Slot, noise_factor, percentile_interval, ratio_interval, too_few, verdict
 
 # Below this share of its wall time on a core, the calling thread was pushed aside by others.
 QUIET_SHARE = 0.9
@@ -56,12 +56,12 @@ def latency_row(
 ) -> dict[str, Any]:
     """Latency, throughput, cold start, memory and the speed-up of one file in one setting. Times in ms.
 
-    A percentile is None when there are too few samples to say it (statistics.ENOUGH). cpu_ms is the processor time of a
-    call over all threads; speedup_cpu compares that, and is the steadier of the two on a busy machine.
+    Percentiles have 95 % intervals, _low and _high. Where there are too few calls to say one, all three are None and
+    _unsaid tells why. cpu_ms is the processor time of a call over all threads; speedup_cpu compares that, and is the
+    steadier of the two on a busy machine.
     """
     measured = results[subject.name, setting]
-    samples = np.concatenate([slot.wall_ms for slot in measured.slots])
-    median = median_interval(measured.slots)
+    median = percentile_interval(measured.slots, 50)
     row: dict[str, Any] = {
         "provider": setting.provider,
         "batch": setting.batch,
@@ -70,10 +70,8 @@ def latency_row(
         "p50_ms": median.value,
         "p50_low": median.low,
         "p50_high": median.high,
-        "p90_ms": percentile(samples, 90),
-        "p95_ms": percentile(samples, 95),
-        "p99_ms": percentile(samples, 99),
-        "samples": len(samples),
+        **_tails(measured.slots),
+        "samples": sum(len(slot.wall_ms) for slot in measured.slots),
         "throughput": setting.batch / median.value * 1e3,
         "cpu_ms": float(np.median([slot.cpu_ms for slot in measured.slots])),
         "load_ms": float(np.median(measured.load_ms)),
@@ -100,6 +98,22 @@ def latency_row(
         "speedup_cpu": ratio_interval(first, measured.slots, of=lambda slot: slot.cpu_ms).value,
         "verdict": verdict(ratio, floor.factor),
     }
+
+
+def _tails(slots: Sequence[Slot]) -> dict[str, Any]:
+    """p90 and p99 with their intervals, or why they are not said."""
+    calls = sum(len(slot.wall_ms) for slot in slots)
+    row: dict[str, Any] = {}
+    for rank in (90, 99):
+        reason = too_few(calls, rank)
+        found = None if reason else percentile_interval(slots, rank)
+        row |= {
+            f"p{rank}_ms": found.value if found else None,
+            f"p{rank}_low": found.low if found else None,
+            f"p{rank}_high": found.high if found else None,
+            f"p{rank}_unsaid": reason,
+        }
+    return row
 
 
 def processor_share(results: Results, settings: Sequence[Setting]) -> float | None:

@@ -1,25 +1,25 @@
 """What may be said from samples: percentiles with enough of them, intervals, paired ratios, noise floor, verdicts.
 
 A round is one pass over all variants in random order, a session one life of all worker processes. Calls within a slot
-(one variant's turn in one round) share the machine's mood, so they are not independent: intervals are bootstrapped over
-sessions and, within them, over rounds; ratios are taken within a round, so that a slow second hits both sides.
+(one variant's turn in one round) share the machine's mood, those of one process its place in memory, so they are not
+independent. The interval of a percentile therefore asks only how much it moves when a session is left out. Ratios are
+taken within a round, so that a slow second hits both sides, and bootstrapped over sessions and the rounds in them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 Floats = NDArray[np.float64]
 
 # The smallest number of samples at which a percentile is printed: with 99 % confidence the true percentile is not above
 # the largest sample but one (MLPerf's early-stopping rule: P[Binomial(n, 1 - p) <= 1] <= 0.01).
-ENOUGH = {50: 11, 90: 64, 95: 130, 99: 662}
+ENOUGH = {90: 64, 99: 662}
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 
@@ -37,23 +37,41 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate with its 95 % bootstrap interval."""
+    """An estimate with its 95 % interval."""
 
     value: float
     low: float
     high: float
 
 
-def percentile(samples: Floats, rank: int) -> float | None:
-    """The percentile `rank` (50, 90, 95 or 99) of the samples, or None when there are too few to say."""
-    if len(samples) < ENOUGH[rank]:
-        return None
-    return float(np.percentile(samples, rank))
+def too_few(calls: int, rank: int) -> str:
+    """Why the percentile `rank` (90 or 99) is not said of so many calls; "" when it is."""
+    return "" if calls >= ENOUGH[rank] else f"{calls} calls, {ENOUGH[rank]} needed"
 
 
-def median_interval(slots: Sequence[Slot], seed: int = 0) -> Interval:
-    """The median latency over all calls, ms."""
-    return _bootstrap(slots, lambda chosen: float(np.median(np.concatenate([slot.wall_ms for slot in chosen]))), seed)
+def percentile_interval(slots: Sequence[Slot], rank: int) -> Interval:
+    """The percentile `rank` of all calls, ms, and how far it can be trusted, from two sessions on.
+
+    Delete-a-group jackknife (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 11) with the sessions as
+    groups, on the logarithm, with Student's t for as many sessions less one. Three sessions rightly make a wide one:
+    order statistics and bootstraps are narrower, and miss the truth too often when sessions differ (docs/LOG.md).
+    Raises ValueError for a single session.
+    """
+    sessions = [
+        np.concatenate([slot.wall_ms for slot in slots if slot.session == number])
+        for number in sorted({slot.session for slot in slots})
+    ]
+    count = len(sessions)
+    if count < 2:
+        raise ValueError("one session tells nothing about how sessions differ")
+    value = float(np.percentile(np.concatenate(sessions), rank))
+    without = [
+        np.log(np.percentile(np.concatenate([*sessions[:place], *sessions[place + 1 :]]), rank))
+        for place in range(count)
+    ]
+    deviation = np.sqrt((count - 1) ** 2 / count * np.var(without, ddof=1))
+    spread = float(np.exp(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * deviation))
+    return Interval(value, value / spread, value * spread)
 
 
 def ratio_interval(
@@ -73,7 +91,7 @@ def ratio_interval(
     ]
     if not pairs:
         raise ValueError("the two variants share no round")
-    return _bootstrap(pairs, lambda chosen: float(np.median([pair.ratio for pair in chosen])), seed)
+    return _bootstrap(pairs, seed)
 
 
 def noise_factor(same: Interval) -> float:
@@ -94,11 +112,8 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     """The 95 % Wilson interval of a proportion; (0, 1) without trials."""
     if trials == 0:
         return 0.0, 1.0
-    z, p = 1.959963984540054, successes / trials
-    centre = p + z * z / (2 * trials)
-    spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    ends = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
+    return float(ends.low), float(ends.high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,25 +122,22 @@ class _Pair:
     ratio: float
 
 
-T = TypeVar("T", Slot, _Pair)
-
-
 def _slot_median(slot: Slot) -> float:
     return float(np.median(slot.wall_ms))
 
 
-def _bootstrap(items: Sequence[T], statistic: Callable[[Sequence[T]], float], seed: int) -> Interval:
-    """Two-stage bootstrap: sessions with replacement, then as many rounds of each with replacement."""
-    sessions = [[item for item in items if item.session == number] for number in sorted({i.session for i in items})]
+def _bootstrap(pairs: Sequence[_Pair], seed: int) -> Interval:
+    """Of the median ratio. Two stages: sessions with replacement, then as many rounds of each with replacement."""
+    sessions = [[p.ratio for p in pairs if p.session == number] for number in sorted({p.session for p in pairs})]
     rng = np.random.default_rng(seed)
     draws = np.empty(RESAMPLES)
     for index in range(RESAMPLES):
-        chosen: list[T] = []
+        chosen: list[float] = []
         for number in rng.integers(len(sessions), size=len(sessions)):
             rounds = sessions[number]
             chosen.extend(rounds[place] for place in rng.integers(len(rounds), size=len(rounds)))
-        draws[index] = statistic(chosen)
+        draws[index] = np.median(chosen)
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(draws, [tail, 100 - tail])
-    value = statistic(items)
+    value = float(np.median([pair.ratio for pair in pairs]))
     return Interval(value, min(float(low), value), max(float(high), value))
