@@ -48,10 +48,10 @@ def check_references(plan: Plan, store: Store) -> None:
                 store.resolve(edge.ref)
 
 
-def forecast(plan: Plan, store: Store, *, force: bool = False) -> list[Forecast]:
+def forecast(plan: Plan, store: Store, *, force: bool = False, facts: Facts | None = None) -> list[Forecast]:
     """A forecast for each node of the plan, in its order. Manifests are read, files are not."""
     check_references(plan, store)
-    facts = Facts(plan, store)
+    facts = facts or Facts(plan, store)
     made: dict[Place, Artifact] = {}
     planned: dict[tuple[str, str], str] = {}  # (stage, key) -> the arm that will make it
     found: list[Forecast] = []

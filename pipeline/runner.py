@@ -17,8 +17,9 @@ from . import keys, records
 from .alone import inputs_alone
 from .errors import InputError, Interrupted, SievitError, Terminated, UsageError
 from .execute import Setting, Stop, execute, stoppable
-from .forecast import check_references
+from .forecast import forecast
 from .manifest import sha256_of
+from .preflight import check_stages
 from .records import NodeRecord, RunRecord
 from .resolve import Facts, Inputs, Place, gather, place, sources
 
@@ -55,12 +56,17 @@ def run(
     SievitError and its kin: what failed. The record on the disk says how far the run came.
     """
     wanted, chosen = select(plan, until=until, only=only, arms=arms)
-    check_references(plan, store)
-    with stoppable(), store.in_use():
-        pass_ = _Pass(plan, store, progress, invalid_input, force, wait_s, sys.argv if command is None else command)
-        pass_.record.touched = {place(node) for node in chosen}
-        with pass_.recorded(), progress.run(len(chosen)):
-            pass_.go_through(chosen, may_make=wanted if only else None, keep_going=keep_going)
+    with stoppable():
+        facts = Facts(plan, store, progress)
+        asked = {place(node) for node in chosen}
+        ahead = forecast(plan, store, force=force, facts=facts)
+        will_run = [one.node for one in ahead if one.state in ("run", "unknown") and place(one.node) in asked]
+        check_stages(plan, will_run, store, invalid_input)
+        with store.in_use():
+            pass_ = _Pass(plan, store, facts, progress, invalid_input, force, wait_s, command or sys.argv)
+            pass_.record.touched = asked
+            with pass_.recorded(), progress.run(len(chosen)):
+                pass_.go_through(chosen, may_make=wanted if only else None, keep_going=keep_going)
     return pass_.record
 
 
@@ -85,12 +91,16 @@ def run_stage(
 
     InputError: there is none yet. UsageError: the stage has no such role.
     """
-    with stoppable(), store.in_use():
-        pass_ = _Pass(plan, store, progress, invalid_input, force, wait_s, sys.argv if command is None else command)
-        pass_.record.touched = {place(node)}
+    with stoppable():
+        facts = Facts(plan, store, progress)
         inputs = inputs_alone(plan, node, store, inputs_override or {}, progress)
-        with pass_.recorded(), progress.run(1):
-            pass_.make(1, node, inputs, may_make=True)
+        if force or store.find(node.stage.name, keys.key_of(facts.material(node, inputs))) is None:
+            check_stages(plan, [node], store, invalid_input, inputs)
+        with store.in_use():
+            pass_ = _Pass(plan, store, facts, progress, invalid_input, force, wait_s, command or sys.argv)
+            pass_.record.touched = {place(node)}
+            with pass_.recorded(), progress.run(1):
+                pass_.make(1, node, inputs, may_make=True)
     return pass_.record
 
 
@@ -138,6 +148,7 @@ class _Pass:
         self,
         plan: Plan,
         store: Store,
+        facts: Facts,
         display: Display,
         invalid_input: tuple[type[Exception], ...],
         force: bool,
@@ -149,7 +160,7 @@ class _Pass:
         self.display = display
         self.force = force
         self.wait_s = wait_s
-        self.facts = Facts(plan, store, display)
+        self.facts = facts
         self.setting = Setting(plan, self.facts.device, display, invalid_input, command)
         self.made: dict[Place, Artifact] = {}
         self.record = _new_record(plan, self.facts, self.setting.command_line)

@@ -42,6 +42,34 @@ class Reads:
 
 
 @dataclass(frozen=True)
+class Preflight:
+    """A stage as it is going to run: all that is settled about it before anything does, for its checks to look at.
+
+    reads:  role -> the stage of this plan whose result it will read; roles that take many are left out.
+    inputs: role -> an artifact that is there already: named as train@7, or handed to a stage command.
+    base:   the folder of pipeline.yaml.
+    """
+
+    config: Any
+    data: DataConfig
+    model: ModelConfig
+    seed: int
+    arm: str
+    entry: str
+    base: Path
+    reads: Mapping[str, Preflight] = field(default_factory=dict)
+    inputs: Mapping[str, Artifact] = field(default_factory=dict)
+
+    def at(self, path: str) -> str:
+        """The place of one of its own settings in pipeline.yaml, for an error to point to: "stages.train.cutmix"."""
+        return f"stages.{self.entry}.{path}"
+
+
+def _nothing_to_check(preflight: Preflight) -> None:
+    """For stages whose settings cannot be wrong in any way that their config does not refuse by itself."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """The declaration of a stage. `version` is raised whenever its results change for equal inputs."""
 
@@ -59,6 +87,10 @@ class Stage:
     # artifact reference (train@7), or "timm:<model name>", which the engine leaves to the stage.
     references: Callable[[Any], Mapping[str, str]] = lambda config: {}
     reference_kind: Kind = "model"  # what all of them must be
+    # Refuses what can be known to be wrong before the stage runs. Called for every stage that is about to execute,
+    # before the first of them does and before anything is written; it may import torch. What it raises may carry
+    # `field`, a path in pipeline.yaml such as "model.name" or preflight.at("tokens.blocks"): the user sees the line.
+    preflight: Callable[[Preflight], None] = _nothing_to_check
 
 
 class Task(Protocol):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from sievit.pipeline.stage import Config, Context, Reads, Stage
+from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 from .vision.recipe import Recipe, Settings
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from .vision.architecture import Architecture
     from .vision.network import Network
     from .vision.training import Batch, Objective
 
@@ -128,22 +129,51 @@ def run(ctx: Context) -> None:
 
 def _with_tokens(config: FinetuneConfig, network: Network) -> Network:
     """The network with the token policy that is deployed. Raises: InvalidInput for blocks that it does not have."""
-    from .methods import InvalidInput
     from .vision.vit import drops_for
 
     if config.tokens is None:
         return network.with_tokens(())
-    depth, blocks = len(network.architecture.blocks), config.tokens.blocks
+    _check_tokens(config.tokens, network.architecture)
+    return network.with_tokens(drops_for(network.architecture, config.tokens.blocks, config.tokens.keep))
+
+
+def _check_tokens(tokens: Tokens, architecture: Architecture) -> None:
+    """Raises: InvalidInput for a network that cannot drop tokens at these blocks."""
+    from .methods import InvalidInput
+
+    depth, blocks = len(architecture.blocks), tokens.blocks
+    if architecture.prefix == 0:
+        raise InvalidInput(
+            f"finetune.tokens: {architecture.model} has no prefix token to rank patches by",
+            "leave tokens out",
+            field="tokens",
+        )
     if max(blocks) >= depth or len(set(blocks)) != len(blocks):
         raise InvalidInput(
             f"finetune.tokens.blocks: {list(blocks)} for a network of {depth} blocks",
             f"use different numbers from 0 to {depth - 1}",
+            field="tokens.blocks",
         )
-    if network.architecture.prefix == 0:
-        raise InvalidInput(
-            f"finetune.tokens: {network.architecture.model} has no prefix token to rank patches by", "leave tokens out"
-        )
-    return network.with_tokens(drops_for(network.architecture, blocks, config.tokens.keep))
+
+
+def preflight(seen: Preflight) -> None:
+    """Refuse token reduction that the network cannot have."""
+    from .methods import InvalidInput
+    from .vision.architecture import load_architecture
+    from .vision.network import outline
+
+    config: FinetuneConfig = seen.config
+    if config.tokens is None:
+        return
+    if "model" in seen.inputs:
+        architecture = load_architecture(seen.inputs["model"].root / "architecture.json")
+    else:
+        architecture = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
+    try:
+        _check_tokens(config.tokens, architecture)
+    except InvalidInput as error:
+        error.field = seen.at(error.field)
+        raise
 
 
 class _Teacher:
@@ -222,4 +252,5 @@ STAGE = Stage(
     packages=("torch", "timm", "numpy"),
     uses=frozenset({"data", "seed", "device"}),
     references=_references,
+    preflight=preflight,
 )

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from sievit.pipeline.settings import ModelConfig
-from sievit.pipeline.stage import Config, Context, Stage
+from sievit.pipeline.stage import Config, Context, Preflight, Stage
 
 from .vision.recipe import Recipe, Settings
 
@@ -344,6 +344,39 @@ def _draw(ctx: Context, images: Images, ranks: np.ndarray, patches: int, grid: t
     )
 
 
+def preflight(seen: Preflight) -> None:
+    """Refuse a network, a proxy or a selector that cannot be built, and blocks that they do not have."""
+    from .methods import InvalidInput
+    from .methods.token_reduction import keep_count
+    from .vision.architecture import load_architecture
+    from .vision.network import outline
+    from .vision.selector import arrange
+
+    config: TicketConfig = seen.config
+    size = seen.data.image_size
+    target = outline(seen.model.name, image_size=size, args=seen.model.args)
+    proxy = target
+    if (own := config.proxy.model) is not None:
+        try:
+            proxy = outline(own.name, image_size=size, args=own.args)
+        except InvalidInput as error:
+            if error.field.startswith("model."):
+                error.field = seen.at(f"proxy.{error.field}")
+            raise
+    patches = keep_count(target.patches, config.patches.keep)
+    if patches == target.patches or config.patches.method != "attention":
+        return
+    if config.selector.source is not None:
+        if "selector" not in seen.inputs:
+            return  # a stage of this plan, whose network is not there yet
+        proxy = load_architecture(seen.inputs["selector"].root / "architecture.json")
+    try:
+        arrange(proxy, target, config.selector.blocks, patches)
+    except InvalidInput as error:
+        error.field = seen.at(error.field)
+        raise
+
+
 def _references(config: TicketConfig) -> dict[str, str]:
     return {} if config.selector.source is None else {"selector": config.selector.source}
 
@@ -359,4 +392,5 @@ STAGE = Stage(
     packages=("torch", "timm", "numpy"),
     uses=frozenset({"data", "model", "seed", "device"}),
     references=_references,
+    preflight=preflight,
 )

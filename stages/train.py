@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from sievit.pipeline.stage import Config, Context, Reads, Stage
+from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 from .vision.recipe import Recipe, Settings
 
@@ -175,6 +175,13 @@ def _penalty(config: TrainConfig) -> Callable[[Network], Tensor] | None:
     return penalty
 
 
+def preflight(seen: Preflight) -> None:
+    """Refuse a network that cannot be built."""
+    from .vision.network import outline
+
+    outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
+
+
 STAGE = Stage(
     name="train",
     version=1,
@@ -185,4 +192,5 @@ STAGE = Stage(
     manual=__doc__,
     packages=("torch", "timm", "numpy"),
     uses=frozenset({"data", "model", "seed", "device"}),
+    preflight=preflight,
 )

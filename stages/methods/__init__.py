@@ -9,12 +9,14 @@ from __future__ import annotations
 
 
 class InvalidInput(ValueError):
-    """Data or a file that the user gave is wrong. `hint` says what to do about it.
+    """Data, a file or a setting that the user gave is wrong. `hint` says what to do about it; `field`, where it is
+    given, is the place in pipeline.yaml that caused it, such as "model.name".
 
     It stands here because vision, deploy and methods all raise it and none of them may know the engine, which prints
     it.
     """
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", *, field: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+        self.field = field

@@ -80,11 +80,14 @@ def from_timm(attention: nn.Module) -> Attention:
         raise InvalidInput(
             f"attention of class {type(attention).__name__} cannot be pruned or reduced",
             "use a plain ViT or DeiT of timm (vit_*, deit_*, deit3_*)",
+            field="model.name",
         )
     plain: Any = attention  # timm is not typed here
     if plain.gate is not None or not isinstance(plain.norm, nn.Identity):
         raise InvalidInput(
-            "gated attention and attention with a normalised output cannot be pruned", "use a plain ViT or DeiT of timm"
+            "gated attention and attention with a normalised output cannot be pruned",
+            "use a plain ViT or DeiT of timm",
+            field="model.name",
         )
     ours = Attention(
         plain.qkv.in_features,

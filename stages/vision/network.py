@@ -8,6 +8,8 @@ belongs to which family is decided here, by the class of timm's network, and now
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,30 +48,30 @@ def create(
     Raises: InvalidInput for an unknown name, wrong arguments, or a family that cannot be cut.
     """
     kwargs: dict[str, Any] = {**args, "num_classes": classes, "img_size": image_size, "drop_path_rate": drop_path}
-    patch = args.get("patch_size")
-    if isinstance(patch, int) and patch > 0 and image_size % patch:
-        raise InvalidInput(
-            f"data.image_size {image_size} is no multiple of patch_size {patch}", "patches must cover the image exactly"
-        )
+    _check_grid(image_size, args.get("patch_size"))
     try:
         body = timm.create_model(name, pretrained=pretrained, **kwargs)
-    except RuntimeError as error:
-        raise InvalidInput(f"model: {error}", _nearest(name)) from error
-    except (TypeError, AssertionError, ValueError, KeyError) as error:
-        if timm.is_model(name) and timm.models.model_entrypoint(name).__module__ not in MODULES:
-            raise InvalidInput(f"{name} is of no family that is known here", FAMILIES) from error
-        raise InvalidInput(
-            f"model {name!r} does not accept args {args}: {error}", "see the model's page in timm"
-        ) from error
+    except (RuntimeError, TypeError, AssertionError, ValueError, KeyError, ZeroDivisionError) as error:
+        raise _refused(name, args, error) from error
     except OSError as error:  # the hub is out of reach
         raise InvalidInput(
             f"model {name!r}: pretrained weights could not be fetched ({error})",
             "check the network, or name a local file: model.weights",
+            field="model.name",
         ) from error
     network = _of_family(body, name, args, classes, image_size)
+    _check_grid(image_size, network.architecture.patch)
     if weights is not None:
         _load_local(network.body, weights)
     return network
+
+
+def outline(name: str, *, image_size: int, args: Mapping[str, Any]) -> Architecture:
+    """The architecture of a timm name and its arguments, without the memory or the time of its weights. Its number of
+    classes means nothing. Raises: InvalidInput as `create`.
+    """
+    with torch.device("meta"):
+        return create(name, classes=2, image_size=image_size, args=dict(args)).architecture
 
 
 def rebuild(architecture: Architecture, *, drop_path: float = 0.0, device: str = "cpu") -> Network:
@@ -101,7 +103,43 @@ def _of_family(body: nn.Module, name: str, args: dict[str, Any], classes: int, i
     if isinstance(body, vision_transformer.VisionTransformer):
         adopted = vit.adopt(body)
         return ViT(adopted, vit.describe(adopted, name, args, classes, image_size))
-    raise InvalidInput(f"{name} ({type(body).__name__} of timm) is of no family that is known here", FAMILIES)
+    raise InvalidInput(
+        f"{name} ({type(body).__name__} of timm) is of no family that is known here", FAMILIES, field="model.name"
+    )
+
+
+def _check_grid(image_size: int, patch: object) -> None:
+    """timm's patch embedding would leave out the pixels at the border in silence."""
+    if isinstance(patch, int) and patch > 0 and image_size % patch:
+        raise InvalidInput(
+            f"data.image_size {image_size} is no multiple of patch_size {patch}",
+            f"patches must cover the image exactly: {max(patch, image_size - image_size % patch)} does",
+            field="data.image_size",
+        )
+
+
+def _refused(name: str, args: dict[str, Any], error: Exception) -> InvalidInput:
+    """What timm's refusal is about, as far as it can be told: the name, the family, or one of the arguments."""
+    if "pretrained tag" in str(error) or (":" not in name and not timm.is_model(name)):
+        return InvalidInput(f"model.name: {error}", _nearest(name), field="model.name")
+    if ":" not in name and timm.models.model_entrypoint(name).__module__ not in MODULES:
+        return InvalidInput(f"{name} is of no family that is known here", FAMILIES, field="model.name")
+    if "embed_dim" in args or "num_heads" in args:
+        default = outline(name, image_size=224, args={})
+        width = args.get("embed_dim", default.embed)
+        heads = args.get("num_heads", default.blocks[0].heads)
+        if isinstance(width, int) and isinstance(heads, int) and (heads < 1 or width % heads):
+            return InvalidInput(
+                f"model.args: embed_dim {width} is no multiple of num_heads {heads}",
+                "every head takes an equal share of the width",
+                field="model.args.embed_dim" if "embed_dim" in args else "model.args.num_heads",
+            )
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if unknown:
+        message, field = f"model.args: {name} does not take {unknown[1]!r}", f"model.args.{unknown[1]}"
+    else:
+        message, field = f"model.args: {name} cannot be built with them: {error}", "model.args"
+    return InvalidInput(message, "they go to the model's class in timm as keyword arguments", field=field)
 
 
 def _load_local(body: nn.Module, path: Path) -> None:

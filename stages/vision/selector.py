@@ -17,7 +17,7 @@ def arrange(
         target: the network that the tickets are for; both must see the same patches.
         blocks: where to drop; None: at a quarter, a half and three quarters of the depth.
     Returns: at least one drop, counts strictly falling; a block at which rounding would drop nothing is left out.
-    Raises: InvalidInput when this network cannot rank these patches.
+    Raises: InvalidInput when this network cannot rank these patches; its field is one of the ticket stage's settings.
     """
     if architecture.grid != target.grid or architecture.image_size != target.image_size:
         raise InvalidInput(
@@ -30,6 +30,7 @@ def arrange(
         raise InvalidInput(
             f"{architecture.model} has no prefix token to rank patches by",
             "use patches.method: saliency, or a model with a class token",
+            field="patches.method",
         )
     depth = len(architecture.blocks)
     chosen = sorted({depth // 4, depth // 2, (3 * depth) // 4} if blocks is None else blocks)
@@ -37,6 +38,7 @@ def arrange(
         raise InvalidInput(
             f"selector.blocks {chosen} do not fit a network of {depth} blocks",
             f"use different numbers from 0 to {depth - 1}",
+            field="selector.blocks",
         )
     share = patches / architecture.patches
     drops, left = [], architecture.patches

@@ -89,16 +89,34 @@ def adopt(body: VisionTransformer) -> VisionTransformer:
     """Refuse what we could not cut, then give every block our attention (weights shared)."""
     if body.attn_pool is not None:
         raise InvalidInput(
-            "a ViT with attention pooling cannot be pruned", "use one with a class token or average pooling"
+            "a ViT with attention pooling cannot be pruned",
+            "use one with a class token or average pooling",
+            field="model.name",
         )
     if body.dynamic_img_size:
-        raise InvalidInput("dynamic_img_size has no fixed number of patches", "leave it out of model.args")
+        raise InvalidInput(
+            "dynamic_img_size has no fixed number of patches",
+            "leave it out of model.args",
+            field="model.args.dynamic_img_size",
+        )
+    if not len(body.blocks):
+        raise InvalidInput(
+            "a network without blocks cannot be pruned", "give depth 1 or more", field="model.args.depth"
+        )
+    high, wide = body.patch_embed.patch_size
+    if high != wide:
+        raise InvalidInput(
+            f"patches of {high} x {wide} pixels are not square",
+            "give patch_size one number",
+            field="model.args.patch_size",
+        )
     for block in body.blocks:
         plain = type(block) is TimmBlock and type(block.mlp) is Mlp and isinstance(block.mlp.norm, nn.Identity)
         if not plain:
             raise InvalidInput(
                 f"block of class {type(block).__name__} with {type(block.mlp).__name__} cannot be pruned",
                 "use a plain ViT or DeiT",
+                field="model.name",
             )
         if not isinstance(block.attn, Attention):
             block.attn = from_timm(block.attn)

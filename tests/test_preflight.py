@@ -1,0 +1,291 @@
+"""What a user sees for settings that are refused before anything runs, as whole printed texts; and that nothing was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+
+from sievit.pipeline.errors import SievitError
+from sievit.pipeline.plan import make_plan
+from sievit.pipeline.progress import Silent
+from sievit.pipeline.runner import run, run_stage
+from sievit.pipeline.spec import load_pipeline
+from sievit.pipeline.stage import Preflight, Stage
+from sievit.pipeline.store import Store
+from sievit.stages.__main__ import STAGES
+from sievit.stages.methods import InvalidInput
+
+
+class Project:
+    """A pipeline file, and what running it prints."""
+
+    def __init__(self, folder: Path, text: str, stages: Sequence[Stage] = STAGES) -> None:
+        self.folder, self.stages = folder, stages
+        (folder / "pipeline.yaml").write_text(text)
+        self.store = Store(folder / "artifacts")
+
+    def run(self, *overrides: str, alone: str = "", **options: Any) -> None:
+        plan = make_plan(load_pipeline(self.folder / "pipeline.yaml", self.stages, overrides), self.stages)
+        if alone:
+            node = plan.node("main", alone)
+            assert node is not None
+            run_stage(plan, node, self.store, progress=Silent(), invalid_input=(InvalidInput,), **options)
+        else:
+            run(plan, self.store, progress=Silent(), invalid_input=(InvalidInput,), **options)
+
+    def refused(self, *overrides: str, **options: Any) -> str:
+        """The printed text, the folder of the file taken off."""
+        with pytest.raises(SievitError) as caught:
+            self.run(*overrides, **options)
+        assert caught.value.exit_code == 3
+        return caught.value.text().replace(f"{self.folder}/", "")
+
+
+# ---- the seam, on stages that need no torch
+
+
+def with_preflight(name: str, preflight: Callable[[Preflight], None]) -> tuple[Stage, ...]:
+    return tuple(replace(s, preflight=preflight) if s.name == name else s for s in fakes.STAGES)
+
+
+def no_opset_18(seen: Preflight) -> None:
+    if seen.config.opset == 18:
+        raise InvalidInput("18 does not go", "take 20", field=seen.at("opset"))
+
+
+def test_nothing_is_written_when_the_last_stage_refuses(tmp_path: Path) -> None:
+    project = Project(tmp_path, fakes.PIPELINE.replace("opset: 20", "opset: 18"), with_preflight("export", no_opset_18))
+    assert (
+        project.refused()
+        == """\
+invalid pipeline: 18 does not go
+  --> pipeline.yaml:10:22
+   |
+10 |   export:    {opset: 18}
+   |                      ^^
+  help: take 20"""
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline.yaml"]
+
+
+def test_a_refusal_of_an_override_is_shown_in_the_option(tmp_path: Path) -> None:
+    project = Project(tmp_path, fakes.PIPELINE, with_preflight("export", no_opset_18))
+    assert (
+        project.refused("export.opset=18")
+        == """\
+invalid pipeline: 18 does not go
+  --> --set export.opset=18
+                         ^^
+  help: take 20"""
+    )
+
+
+def test_a_refusal_in_an_arm_is_shown_where_the_arm_says_it(tmp_path: Path) -> None:
+    text = fakes.PIPELINE.replace("gates:", "  old: {export: {opset: 18}}\ngates:")
+    project = Project(tmp_path, text, with_preflight("export", no_opset_18))
+    assert (
+        project.refused()
+        == """\
+invalid pipeline: 18 does not go
+  --> pipeline.yaml:16:25
+   |
+16 |   old: {export: {opset: 18}}
+   |                         ^^
+  help: take 20"""
+    )
+    project.run(arms=("random",))  # the mistake of an arm that is not asked for is not this run's
+
+
+def test_every_stage_is_asked_before_the_first_one_runs_and_cached_ones_are_not(tmp_path: Path) -> None:
+    asked: list[tuple[str, str]] = []
+    stages = tuple(replace(s, preflight=lambda seen: asked.append((seen.arm, seen.entry))) for s in fakes.STAGES)
+    project = Project(tmp_path, fakes.PIPELINE, stages)
+    project.run()
+    assert {"ticket", "train", "prune", "finetune", "export", "quantize", "benchmark"} == {
+        entry for arm, entry in asked if arm == "main"
+    }
+    asked.clear()
+    project.run()
+    assert asked == []
+    project.run(alone="export")
+    assert asked == []
+    project.run(alone="export", force=True)
+    assert asked == [("main", "export")]
+
+
+def test_a_stage_sees_the_stages_that_it_reads_and_the_artifacts_that_it_is_given(tmp_path: Path) -> None:
+    seen: list[Preflight] = []
+    project = Project(tmp_path, fakes.PIPELINE, with_preflight("finetune", seen.append))
+    project.run()
+    main = seen[0]
+    assert {role: other.entry for role, other in main.reads.items()} == {
+        "model": "prune",
+        "tickets": "ticket",
+        "teacher": "train",
+    }
+    assert main.reads["model"].reads["model"].config.epochs == 20
+    assert not main.inputs
+    seen.clear()
+    project.run("finetune.epochs=3", alone="finetune", inputs_override={"model": "train@1"})
+    assert not seen[0].reads
+    assert seen[0].inputs["model"].ref == "train@1"
+    seen.clear()
+    project.run("finetune.distill.teacher=train@1", "finetune.epochs=5")
+    assert seen[0].inputs["teacher"].ref == "train@1"
+    assert set(seen[0].reads) == {"model", "tickets"}
+
+
+# ---- networks that cannot be built
+
+VIT = """\
+data:  {source: "builtin:digits", image_size: 32}
+model: {name: deit_tiny_patch16_224, args: {patch_size: 8, embed_dim: 48, depth: 3, num_heads: 3}}
+stages:
+  ticket: {patches: {keep: 0.5}}
+  train: {epochs: 1}
+  finetune: {epochs: 1}
+"""
+
+
+def test_an_unknown_model_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    assert (
+        Project(tmp_path, VIT.replace("deit_tiny", "deit_tiney")).refused()
+        == """\
+invalid pipeline: model.name: Unknown model (deit_tiney_patch16_224)
+  --> pipeline.yaml:2:15
+   |
+ 2 | model: {name: deit_tiney_patch16_224, args: {patch_size: 8, embed_dim: 48, depth: 3, num_heads: 3}}
+   |               ^^^^^^^^^^^^^^^^^^^^^^
+  help: did you mean deit_tiny_patch16_224, vit_tiny_patch16_224, deit_base_patch16_224?"""
+    )
+
+
+def test_an_argument_that_timm_does_not_know_is_named(tmp_path: Path) -> None:
+    assert (
+        Project(tmp_path, VIT).refused("model.args.depht=3")
+        == """\
+invalid pipeline: model.args: deit_tiny_patch16_224 does not take 'depht'
+  --> --set model.args.depht=3
+                             ^
+  help: they go to the model's class in timm as keyword arguments"""
+    )
+
+
+def test_a_width_that_heads_cannot_share_is_refused(tmp_path: Path) -> None:
+    assert (
+        Project(tmp_path, VIT.replace("embed_dim: 48", "embed_dim: 50")).refused()
+        == """\
+invalid pipeline: model.args: embed_dim 50 is no multiple of num_heads 3
+  --> pipeline.yaml:2:71
+   |
+ 2 | model: {name: deit_tiny_patch16_224, args: {patch_size: 8, embed_dim: 50, depth: 3, num_heads: 3}}
+   |                                                                       ^^
+  help: every head takes an equal share of the width"""
+    )
+
+
+def test_an_image_that_patches_do_not_cover_is_refused_also_with_the_models_own_patch_size(tmp_path: Path) -> None:
+    text = VIT.replace("image_size: 32", "image_size: 40").replace("patch_size: 8, ", "")
+    assert (
+        Project(tmp_path, text).refused()
+        == """\
+invalid pipeline: data.image_size 40 is no multiple of patch_size 16
+  --> pipeline.yaml:1:47
+   |
+ 1 | data:  {source: "builtin:digits", image_size: 40}
+   |                                               ^^
+  help: patches must cover the image exactly: 32 does"""
+    )
+
+
+def test_a_family_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
+    text = VIT.replace(
+        "deit_tiny_patch16_224, args: {patch_size: 8, embed_dim: 48, depth: 3, num_heads: 3}", "resnet18"
+    )
+    assert (
+        Project(tmp_path, text).refused()
+        == """\
+invalid pipeline: resnet18 is of no family that is known here
+  --> pipeline.yaml:2:15
+   |
+ 2 | model: {name: resnet18}
+   |               ^^^^^^^^
+  help: models that work: vit_*, deit_*, deit3_*, distilled ones too"""
+    )
+
+
+def test_a_model_of_an_arm_is_refused_in_the_arm(tmp_path: Path) -> None:
+    text = VIT + "arms:\n  wide: {model: {args: {embed_dim: 50}}}\n"
+    assert (
+        Project(tmp_path, text).refused()
+        == """\
+invalid pipeline: model.args: embed_dim 50 is no multiple of num_heads 3
+  --> pipeline.yaml:8:36
+   |
+ 8 |   wide: {model: {args: {embed_dim: 50}}}
+   |                                    ^^
+  help: every head takes an equal share of the width"""
+    )
+
+
+def test_a_proxy_that_cannot_be_built_is_refused_in_its_own_block(tmp_path: Path) -> None:
+    text = VIT.replace("{patches: {keep: 0.5}}", "{patches: {keep: 0.5}, proxy: {model: {name: resnet18}}}")
+    assert (
+        Project(tmp_path, text).refused()
+        == """\
+invalid pipeline: resnet18 is of no family that is known here
+  --> pipeline.yaml:4:56
+   |
+ 4 |   ticket: {patches: {keep: 0.5}, proxy: {model: {name: resnet18}}}
+   |                                                        ^^^^^^^^
+  help: models that work: vit_*, deit_*, deit3_*, distilled ones too"""
+    )
+
+
+# ---- blocks that the network does not have
+
+
+def test_token_reduction_beyond_the_last_block_is_refused(tmp_path: Path) -> None:
+    assert (
+        Project(tmp_path, VIT.replace("finetune: {", "finetune: {tokens: {blocks: [1, 3], keep: 0.5}, ")).refused()
+        == """\
+invalid pipeline: finetune.tokens.blocks: [1, 3] for a network of 3 blocks
+  --> pipeline.yaml:6:23
+   |
+ 6 |   finetune: {tokens: {blocks: [1, 3], keep: 0.5}, epochs: 1}
+   |                       ^^^^^^
+  help: use different numbers from 0 to 2"""
+    )
+
+
+def test_token_reduction_without_a_prefix_token_is_refused(tmp_path: Path) -> None:
+    text = VIT.replace("finetune: {", "finetune: {tokens: {blocks: [1], keep: 0.5}, ").replace(
+        "{patches: {keep: 0.5}}", "{}"
+    )
+    text = text.replace("num_heads: 3", "num_heads: 3, class_token: false, global_pool: avg").replace("deit_", "vit_")
+    assert (
+        Project(tmp_path, text).refused()
+        == """\
+invalid pipeline: finetune.tokens: vit_tiny_patch16_224 has no prefix token to rank patches by
+  --> pipeline.yaml:6:14
+   |
+ 6 |   finetune: {tokens: {blocks: [1], keep: 0.5}, epochs: 1}
+   |              ^^^^^^
+  help: leave tokens out"""
+    )
+
+
+def test_a_selector_that_drops_beyond_the_last_block_is_refused(tmp_path: Path) -> None:
+    assert (
+        Project(tmp_path, VIT).refused("ticket.selector.blocks=[2, 7]")
+        == """\
+invalid pipeline: selector.blocks [2, 7] do not fit a network of 3 blocks
+  --> --set ticket.selector.blocks=[2, 7]
+                            ^^^^^^
+  help: use different numbers from 0 to 2"""
+    )
