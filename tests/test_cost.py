@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sievit.stages.methods.cost import BlockWidths, vit_macs
 from sievit.stages.methods.token_reduction import keep_count
 from sievit.stages.vision.attention import set_fused
+from sievit.stages.vision.network import create
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,18 @@ def test_deit_small_costs_what_evit_published(keep: float, published: float) -> 
     assert macs / 1e9 == pytest.approx(published, abs=0.06)
 
 
-@pytest.mark.parametrize("family", ["deit", "distilled"])
+@pytest.mark.parametrize(
+    ("name", "millions", "published"), [("lvvit_t", 8.5, 2.9), ("lvvit_s", 26.2, 6.6), ("lvvit_m", 55.8, 12.7)]
+)
+def test_lvvit_has_the_published_size_and_cost(name: str, millions: float, published: float) -> None:
+    """Jiang et al. 2021, table 1 (T), and Rao et al., DynamicViT (NeurIPS 2021), table 3 (S and M)."""
+    with torch.device("meta"):
+        net = create(name, classes=1000, image_size=224, args={})
+    assert net.parameter_count() / 1e6 == pytest.approx(millions, abs=0.06)
+    assert net.architecture.macs() / 1e9 == pytest.approx(published, abs=0.06)
+
+
+@pytest.mark.parametrize("family", ["deit", "distilled", "lv-vit"])
 @pytest.mark.parametrize("patches", [None, 5])
 def test_macs_equal_torchs_counter(family: str, patches: int | None) -> None:
     net = network(family)

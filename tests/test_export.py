@@ -22,8 +22,8 @@ from sievit.stages.vision.vit import drops_for
 
 
 def variant(kind: str) -> Network:
-    family = "distilled" if "distilled" in kind else "registers, average pool" if "registers" in kind else "deit"
-    net = network(family)
+    named = {"distilled": "distilled", "registers": "registers, average pool", "lv-vit": "lv-vit"}
+    net = network(next((family for part, family in named.items() if part in kind), "deit"))
     if "pruned" in kind:
         net = cut(net, kept_of(net, AXES["all"]))
     if "reduced" in kind:
@@ -32,7 +32,18 @@ def variant(kind: str) -> Network:
 
 
 @pytest.mark.parametrize(
-    "kind", ["dense", "distilled", "registers", "pruned", "pruned distilled", "reduced", "pruned reduced"]
+    "kind",
+    [
+        "dense",
+        "distilled",
+        "registers",
+        "lv-vit",
+        "pruned",
+        "pruned distilled",
+        "reduced",
+        "pruned reduced",
+        "pruned reduced lv-vit",
+    ],
 )
 def test_the_file_answers_as_the_network_at_batch_1_and_n(kind: str, tmp_path: Path) -> None:
     net = variant(kind)

@@ -100,7 +100,7 @@ def test_equal_scores_keep_the_lower_index() -> None:
     assert ranks_from_scores(torch.tensor([[1.0, 2.0, 2.0, 0.0]])).tolist() == [[2, 0, 1, 3]]
 
 
-@pytest.mark.parametrize("family", ["deit", "distilled"])
+@pytest.mark.parametrize("family", ["deit", "distilled", "lv-vit"])
 def test_a_ticket_of_all_patches_changes_nothing(family: str) -> None:
     net, x = network(family), images(2)
     every = torch.arange(16).expand(2, -1)

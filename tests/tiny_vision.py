@@ -22,6 +22,7 @@ FAMILIES = {
     "distilled": ("deit_tiny_distilled_patch16_224", ARGS),
     "layer scale": ("deit3_small_patch16_224", ARGS),
     "registers, average pool": ("vit_base_patch16_reg4_gap_256", ARGS),
+    "lv-vit": ("lvvit_s", {**ARGS, "stem_dim": 4}),
 }
 
 

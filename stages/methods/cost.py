@@ -29,6 +29,14 @@ def block_macs(embed: int, widths: BlockWidths, tokens_in: int, tokens_out: int)
     return qkv + attention + proj + 2 * tokens_out * embed * widths.mlp
 
 
+def conv_stem_macs(image_size: int, width: int) -> int:
+    """LV-ViT's stem before it cuts patches, for one image: a 7x7 convolution of stride 2, then two of 3x3, `width`
+    channels each.
+    """
+    positions = (image_size // 2) ** 2
+    return positions * width * (3 * 7 * 7 + 2 * width * 3 * 3)
+
+
 def vit_macs(
     embed: int,
     blocks: list[BlockWidths],
@@ -38,24 +46,30 @@ def vit_macs(
     patch_values: int,
     classes: int,
     heads_out: int = 1,
+    token_heads: int = 0,
+    stem: int = 0,
     reduction: dict[int, int] | None = None,
     start_patches: int | None = None,
 ) -> int:
     """Multiply-accumulates of a whole ViT for one image.
 
     Args:
-        patches: N of the image; patch_values: numbers in a patch (3 * p * p).
+        patches: N of the image; patch_values: numbers in a patch (3 * p * p), or in what a stem made of it.
         prefix: P. classes, heads_out: output width and number of classifier heads (2 for a distilled DeiT).
+        token_heads: classifier heads that answer for every patch token that is left (1 for LV-ViT).
+        stem: multiply-accumulates before patches are cut; with a stem all patches are embedded, whatever a ticket
+            keeps.
         reduction: block index -> patch tokens kept from that block's MLP on.
         start_patches: patch tokens that are embedded and enter the blocks, when a ticket has left some out; N by
             default.
     """
     reduction = reduction or {}
     entering = patches if start_patches is None else start_patches
-    total = entering * patch_values * embed
+    total = stem + (patches if stem else entering) * patch_values * embed
     tokens = entering + prefix
     for index, widths in enumerate(blocks):
         after = reduction[index] + prefix if index in reduction else tokens
         total += block_macs(embed, widths, tokens, after)
         tokens = after
-    return total + heads_out * embed * classes
+    answers = heads_out + token_heads * (tokens - prefix)
+    return total + answers * embed * classes

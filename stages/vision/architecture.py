@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..methods import InvalidInput
-from ..methods.cost import BlockWidths, vit_macs
+from ..methods.cost import BlockWidths, conv_stem_macs, vit_macs
 
 SCHEMA = 1
 
@@ -40,7 +40,8 @@ class TokenDrop:
 @dataclass(frozen=True)
 class Architecture:
     """A network's shape. `args` go to timm.create_model; `prefix`, `grid`, `patch` are recorded for readers and
-    checks.
+    checks. heads_out, token_heads: classifier heads on prefix tokens, and on every patch token. stem: channels of a
+    convolutional stem, 0 where patches are cut from the image itself.
     """
 
     model: str
@@ -54,6 +55,8 @@ class Architecture:
     embed: int
     blocks: tuple[Block, ...]
     tokens: tuple[TokenDrop, ...] = ()
+    token_heads: int = 0
+    stem: int = 0
 
     @property
     def patches(self) -> int:
@@ -71,9 +74,11 @@ class Architecture:
             self.widths(),
             patches=self.patches,
             prefix=self.prefix,
-            patch_values=3 * self.patch * self.patch,
+            patch_values=self.stem * (self.patch // 2) ** 2 if self.stem else 3 * self.patch * self.patch,
             classes=self.classes,
             heads_out=self.heads_out,
+            token_heads=self.token_heads,
+            stem=conv_stem_macs(self.image_size, self.stem) if self.stem else 0,
             reduction={
                 drop.block: drop.keep for drop in self.tokens if start_patches is None or drop.keep < start_patches
             },

@@ -22,13 +22,14 @@ from torch import nn
 from ..methods import InvalidInput
 from . import vit
 from .architecture import Architecture
+from .lvvit import LVViT
 from .tensors import load_state, read_tensors
 from .vit import ViT
 
 Network = ViT
 
-MODULES = ("timm.models.vision_transformer", "timm.models.deit")
-FAMILIES = "models that work: vit_*, deit_*, deit3_*, distilled ones too"
+MODULES = ("timm.models.vision_transformer", "timm.models.deit", LVViT.__module__)
+FAMILIES = "models that work: vit_*, deit_*, deit3_*, distilled ones too; lvvit_t, lvvit_s, lvvit_m"
 
 
 def create(
@@ -153,7 +154,7 @@ def _load_local(body: nn.Module, path: Path) -> None:
     tensors, _ = read_tensors(path)
     loaded = vision_transformer.checkpoint_filter_fn(tensors, body)
     own = body.state_dict()
-    for name in ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias"):
+    for name in [f"{head}.{part}" for head in vit.HEADS for part in ("weight", "bias")]:
         if name in own and (name not in loaded or loaded[name].shape != own[name].shape):
             loaded[name] = own[name]
     load_state(body, loaded, path)

@@ -1,4 +1,4 @@
-"""The ViT family: a timm ViT or DeiT with stated attention, tickets and token reduction.
+"""The ViT family: a timm ViT or DeiT, or an LV-ViT, with stated attention, tickets and token reduction.
 
 `ViT` runs timm's own modules one after the other. What it adds to timm's forward is two things that timm has not:
 an argument `kept` (a patch ticket: only these patches enter the blocks) and token reduction at chosen blocks (only
@@ -22,10 +22,15 @@ from ..methods.token_reduction import gather_tokens, keep_count, top_tokens
 from .architecture import Architecture, Block, TokenDrop
 from .attention import Attention, from_timm
 from .embedding import embed
+from .lvvit import ConvStem, LVViT
+
+HEADS = ("head", "head_dist", "aux_head")
 
 
 class ViT(nn.Module):
-    """images (B, 3, S, S) normalised -> logits (B, K); in distilled training a pair (class head, distillation head)."""
+    """images (B, 3, S, S) normalised -> logits (B, K); in distilled training a pair (class head, distillation head), in
+    token training a pair (class head (B, K), head of the patch tokens (B, N, K)).
+    """
 
     def __init__(self, body: VisionTransformer, architecture: Architecture) -> None:
         super().__init__()
@@ -67,6 +72,18 @@ class ViT(nn.Module):
         """Let the two heads of a distilled DeiT answer separately in training mode. Nothing to do for other models."""
         if isinstance(self.body, VisionTransformerDistilled):
             self.body.set_distilled_training(on)
+
+    def set_token_training(self, on: bool) -> None:
+        """Let the head of an LV-ViT's patch tokens answer separately in training mode.
+
+        Raises: InvalidInput for a network without such a head.
+        """
+        if not isinstance(self.body, LVViT):
+            raise InvalidInput(
+                f"{self.architecture.model} has no head that answers for its patch tokens",
+                "leave token_labels out, or use lvvit_t, lvvit_s or lvvit_m",
+            )
+        self.body.token_training = on
 
     @property
     def blocks(self) -> list[Any]:
@@ -138,6 +155,8 @@ def describe(body: VisionTransformer, name: str, args: dict[str, Any], classes: 
         heads_out=2 if isinstance(body, VisionTransformerDistilled) else 1,
         embed=int(body.patch_embed.proj.out_channels),
         blocks=blocks,
+        token_heads=1 if isinstance(body, LVViT) else 0,
+        stem=body.patch_embed.conv1.out_channels if isinstance(body.patch_embed, ConvStem) else 0,
     )
 
 
@@ -171,7 +190,7 @@ def resize(body: VisionTransformer, architecture: Architecture) -> None:
         block.ls1, block.ls2 = _scale(block.ls1, width), _scale(block.ls2, width)
     for name in ("norm_pre", "norm", "fc_norm"):
         setattr(body, name, _norm(getattr(body, name), width))
-    for name in ("head", "head_dist"):
+    for name in HEADS:
         if isinstance(getattr(body, name, None), nn.Linear):
             setattr(body, name, nn.Linear(width, architecture.classes))
     body.embed_dim = body.num_features = body.head_hidden_size = width
@@ -193,7 +212,7 @@ def _norm(norm: nn.Module, width: int) -> nn.Module:
 
 
 def _scale(scale: nn.Module, width: int) -> nn.Module:
-    return scale if isinstance(scale, nn.Identity) else LayerScale(width)
+    return LayerScale(width) if isinstance(scale, LayerScale) else scale
 
 
 def drops_for(architecture: Architecture, blocks: tuple[int, ...], keep: float) -> tuple[TokenDrop, ...]:
