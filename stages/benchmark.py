@@ -291,28 +291,15 @@ def _gates(rows: Sequence[dict[str, Any]], variants: Sequence[Variant], baseline
 
 
 def _keep(ctx: Context, results: Results, first: Setting) -> None:
-    """Payload and figures."""
+    """Payload and figure."""
     import numpy as np
 
     from .deploy.comparison import raw_samples
-    from .deploy.figures import accuracy_against_latency, latency_distributions
+    from .deploy.figures import latency_distributions
 
-    rows = ctx.metrics["rows"]
     np.savez_compressed(ctx.out / "samples.npz", **raw_samples(results))
-    (ctx.out / "rows.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    shown = [
-        row
-        for row in rows
-        if (row["provider"], row["threads"], row["batch"], row["io"])
-        == (first.provider, first.threads, first.batch, first.io)
-    ]
+    (ctx.out / "rows.json").write_text(json.dumps(ctx.metrics["rows"], indent=1) + "\n", encoding="utf-8")
     setting = f"{first.provider}, batch {first.batch}, {first.threads} thread{'s' * (first.threads != 1)}"
-    ctx.figure(
-        "accuracy-latency",
-        accuracy_against_latency(shown),
-        title="Accuracy against latency",
-        caption=f"Measured on the shipped files ({setting}); bars: 95 % intervals, filled: the arm's final file.",
-    )
     spread = {
         name: np.concatenate([slot.wall_ms for slot in measured.slots])
         for (name, at), measured in results.items()

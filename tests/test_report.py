@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from report_run import RUN, SPEC_TEXT, Bench, Shelf, measurement, prune_metrics, row, svg, train_metrics, whole_run
@@ -425,15 +426,33 @@ def test_a_page_with_fifty_large_pictures_stays_below_3_mb(tmp_path: Path) -> No
     assert all(f"Picture {i}" in page.text for i in range(50))
 
 
-def test_the_benchmarks_own_picture_stands_at_the_top_and_only_there(run: tuple[dict[str, Any], Shelf]) -> None:
-    record, shelf = run
-    assert "Every file in the setting cpu, batch 1, 1 thread" in written(record, shelf)[0].text
-    bench = Bench(shelf.root / "own")
-    own = ("tradeoff.svg", "Accuracy against p50 latency", "", svg("own"))
-    bench.add("main", "benchmark", measurement(), pictures=[own])
-    page, _ = written(bench.record(), bench.shelf)
-    assert [attrs["alt"] for attrs in page.all("img")] == ["Accuracy against p50 latency"]
-    assert not [attrs for attrs in page.all("svg") if attrs.get("class") == "plot"]
+def test_names_of_close_points_cover_no_other_name_mark_or_whisker(tmp_path: Path) -> None:
+    close = [
+        row(arm, entry, variant, p50 + 0.01 * index, 0.976 + 0.001 * index, 2.0, final=entry == "quantize")
+        for index, arm in enumerate(("main", "random", "attention"))
+        for entry, variant, p50 in (("quantize", "int8", 1.0), ("export", "fp32", 1.05))
+    ]
+    html, _ = report.write(*measured(tmp_path, [*close, row("dense", "export", "fp32", 2.1, 0.979, 1.0, final=True)]))
+    drawn = re.search(r'<svg class="plot".*?</svg>', html.read_text(encoding="utf-8"), re.DOTALL)
+    assert drawn is not None
+    points = [child for child in ElementTree.fromstring(drawn[0]) if child.get("class", "").startswith("point")]
+    assert [point.get("class") for point in points].index("point shipped") == len(points) - 1  # on top of the others
+    names: list[tuple[float, float, float, float]] = []  # left, top, right, bottom: 8 px a letter at 13 px
+    marks: list[tuple[float, float, float, float]] = []
+    for point in points:
+        (label,), (circle,) = point.findall("text"), point.findall("circle")
+        x, y, wide = float(label.get("x", "")), float(label.get("y", "")), 8 * len(label.text or "")
+        left = x if label.get("text-anchor") == "start" else x - wide
+        names.append((left, y - 10, left + wide, y + 3))
+        x, y = float(circle.get("cx", "")), float(circle.get("cy", ""))
+        marks.append((x - 6, y - 6, x + 6, y + 6))
+        for whisker in point.findall("line[@class='whisker']"):
+            marks.append(tuple(float(whisker.get(end, "")) for end in ("x1", "y1", "x2", "y2")))  # type: ignore[arg-type]
+    assert (len(names), len(marks)) == (7, 21)
+    for place, name in enumerate(names):
+        for other in names[place + 1 :] + marks:
+            apart = name[0] >= other[2] or other[0] >= name[2] or name[1] >= other[3] or other[1] >= name[3]
+            assert apart, (points[place].findtext("text"), other)
 
 
 # ---- reading it -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from ..commit import Disk
 from ..errors import InputError
 from . import numbers
 from .facts import Facts, collect
-from .pictures import draw_tradeoff, tradeoff_picture
+from .pictures import draw_tradeoff
 from .reading import text
 from .stages import deeds
 from .steps import Picture, Shelf, Step
@@ -56,15 +56,13 @@ def render_html(facts: Facts) -> str:
 
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    own = tradeoff_picture(facts)
     return (
         _environment(autoescape=True)
         .get_template("report.html.j2")
         .render(
             _words(facts),
-            tradeoff=own,
-            drawn=Markup("" if own else draw_tradeoff(facts.first_setting)),  # our own SVG, its text escaped
-            galleries=_galleries(facts, leave_out=own.uri if own else ""),
+            drawn=Markup(draw_tradeoff(facts.first_setting)),  # our own SVG, its text escaped
+            galleries=_galleries(facts),
             style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
             script=Markup(script),
             script_digest=digest,
@@ -91,13 +89,12 @@ def _words(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _galleries(facts: Facts, leave_out: str) -> dict[str, list[tuple[Step, Picture]]]:
-    """Pictures by the arms that share them, each artifact once; the one at the top of the page is not repeated."""
+def _galleries(facts: Facts) -> dict[str, list[tuple[Step, Picture]]]:
+    """Pictures by the arms that share them, each artifact once."""
     galleries: dict[str, list[tuple[Step, Picture]]] = {}
     for step in facts.steps:
         for picture in step.pictures:
-            if not picture.uri or picture.uri != leave_out:
-                galleries.setdefault(step.arms, []).append((step, picture))
+            galleries.setdefault(step.arms, []).append((step, picture))
     return galleries
 
 

@@ -1,4 +1,4 @@
-"""The accuracy-against-latency picture, drawn as inline SVG when the benchmark left none of its own.
+"""The accuracy-against-latency picture, drawn as inline SVG from the rows of the benchmark.
 
 It is plain SVG with classes, so that the page's style sheet colours it for light, dark and print; every point is
 labelled, and carries its numbers as a <title>. All text is escaped.
@@ -10,28 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import NamedTuple
 
-from .facts import Facts, Row
+from .facts import Row
 from .numbers import interval, percent, significant
-from .steps import Picture
 
 WIDTH, HEIGHT = 720, 400
-LEFT, RIGHT, TOP, BOTTOM = 64, 24, 20, 52
-
-
-def tradeoff_picture(facts: Facts) -> Picture | None:
-    """The benchmark's own picture of accuracy against latency, known by its file name or title."""
-    if facts.measurement is None:
-        return None
-    for picture in facts.measurement.pictures:
-        name = f"{picture.file} {picture.title}".lower()
-        if (
-            picture.uri
-            and any(w in name for w in ("accuracy", "top-1", "top1"))
-            and any(w in name for w in ("latency", "p50"))
-        ):
-            return picture
-    return None
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 40, 52
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,65 +67,90 @@ def _axes(across: Axis, up: Axis) -> list[str]:
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="name" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">p50 latency, ms</text>')
-    parts.append(
-        f'<text class="name" transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" '
-        'text-anchor="middle">top-1</text>'
-    )
+    parts.append(f'<text class="name" x="{LEFT - 8}" y="{TOP - 20}" text-anchor="end">top-1</text>')
     return parts
 
 
 def _points(points: Sequence[tuple[Row, float, float]], across: Axis, up: Axis) -> list[str]:
     parts = []
-    taken: list[tuple[float, float, float, float]] = [
-        (across(p50) - 7, up(top1) - 7, across(p50) + 7, up(top1) + 7) for _, p50, top1 in points
-    ]
+    taken = []
     for row, p50, top1 in points:
         x, y = across(p50), up(top1)
-        style = "shipped" if row.final and row.arm == "main" else "baseline" if row.baseline else "other"
-        marks = _whiskers(row, x, y, across, up)
+        taken.append(Box(x - 7, y - 7, x + 7, y + 7))
+        taken += [Box(x1 - 2, y1 - 2, x2 + 2, y2 + 2) for x1, y1, x2, y2 in _whiskers(row, x, y, across, up)]
+    for row, p50, top1 in sorted(points, key=lambda point: _style(point[0]) != "shipped"):
+        x, y = across(p50), up(top1)
+        marks = [_line("whisker", *ends) for ends in _whiskers(row, x, y, across, up)]
         marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>')
-        label_x, label_y, anchor, box = _label_place(row.label, x, y, taken)
-        taken.append(box)
+        label = _placed(row.label, x, y, taken)
+        taken.append(label.box)
+        if label.away:  # too far to be told by nearness
+            marks.insert(0, _line("leader", x, y, label.x, label.y - 5))
         marks.append(
-            f'<text class="label" x="{label_x:.1f}" y="{label_y:.1f}" text-anchor="{anchor}">{escape(row.label)}</text>'
+            f'<text class="label" x="{label.x:.1f}" y="{label.y:.1f}" text-anchor="{label.anchor}">'
+            f"{escape(row.label)}</text>"
         )
-        parts.append(f'<g class="point {style}"><title>{escape(_told(row, p50, top1))}</title>{"".join(marks)}</g>')
-    return parts
+        parts.append(
+            f'<g class="point {_style(row)}"><title>{escape(_told(row, p50, top1))}</title>{"".join(marks)}</g>'
+        )
+    return parts[::-1]  # the shipped file has the first choice of a place, and lies on top
 
 
-def _whiskers(row: Row, x: float, y: float, across: Axis, up: Axis) -> list[str]:
-    marks = []
+def _style(row: Row) -> str:
+    return "shipped" if row.final and row.arm == "main" else "baseline" if row.baseline else "other"
+
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _whiskers(row: Row, x: float, y: float, across: Axis, up: Axis) -> list[tuple[float, float, float, float]]:
+    """Lines from (left, top) to (right, bottom): the intervals of top-1 and p50, as far as they are known."""
+    lines = []
     low, high = row.get("top1_low"), row.get("top1_high")
     if low is not None and high is not None:
-        marks.append(f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{up(low):.1f}" y2="{up(high):.1f}"/>')
+        lines.append((x, up(high), x, up(low)))
     low, high = row.get("p50_low"), row.get("p50_high")
     if low is not None and high is not None:
-        marks.append(
-            f'<line class="whisker" x1="{across(low):.1f}" x2="{across(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-    return marks
+        lines.append((across(low), y, across(high), y))
+    return lines
 
 
-def _label_place(
-    label: str, x: float, y: float, taken: Sequence[tuple[float, float, float, float]]
-) -> tuple[float, float, str, tuple[float, float, float, float]]:
-    """The first free place around the point: right, left, above, below, then further away."""
-    wide = 13 * len(label) + 6  # of the larger letters that a phone shows
-    tries = []
-    for away in (0, 16, 32, 48):
-        tries += [
-            (x + 12, y - 8 - away, "start", x + 12),
-            (x - 12, y - 8 - away, "end", x - 12 - wide),
-            (x + 12, y + 18 + away, "start", x + 12),
-            (x - 12, y + 18 + away, "end", x - 12 - wide),
-        ]
-    for label_x, label_y, anchor, left in tries:
-        box = (left, label_y - 12, left + wide, label_y + 4)
-        inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
-        if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):
-            return label_x, label_y, anchor, box
-    label_x, label_y, anchor, left = tries[0]
-    return label_x, label_y, anchor, (left, label_y - 12, left + wide, label_y + 4)
+class Box(NamedTuple):
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def overlap(self, other: Box) -> float:
+        """The area that both cover."""
+        wide = min(self.right, other.right) - max(self.left, other.left)
+        high = min(self.bottom, other.bottom) - max(self.top, other.top)
+        return max(0.0, wide) * max(0.0, high)
+
+
+class Label(NamedTuple):
+    """Where a name stands, and how far from the nearest place to its point."""
+
+    x: float
+    y: float
+    anchor: str
+    away: int
+    box: Box
+
+
+def _placed(name: str, x: float, y: float, taken: Sequence[Box]) -> Label:
+    """The first free place around the point: beside it, then further up or down; where nothing is free, the freest."""
+    wide = 12 * len(name)  # of the larger letters that a phone shows
+    free = []
+    for away in (0, 18, 36, 54, 72, 90, 126):
+        for level in (y - 8 - away, y + 20 + away):
+            for anchor, edge, left in (("start", x + 12, x + 12), ("end", x - 12, x - 12 - wide)):
+                box = Box(left, level - 15, left + wide, level + 5)
+                if box.left >= LEFT and box.right <= WIDTH and box.top >= TOP - 20 and box.bottom <= HEIGHT - BOTTOM:
+                    free.append(Label(edge, level, anchor, away, box))
+    beside = Label(x + 12, y - 8, "start", 0, Box(x + 12, y - 23, x + 12 + wide, y - 3))  # of a name that fits nowhere
+    return min(free, key=lambda label: sum(label.box.overlap(other) for other in taken), default=beside)
 
 
 def _told(row: Row, p50: float, top1: float) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of a benchmark, as SVG text: accuracy against latency, and how the latencies spread.
+"""The picture of a benchmark, as SVG text: how the latencies spread. Accuracy against latency is drawn by the report.
 
 The same input gives the same bytes.
 """
@@ -6,7 +6,7 @@ The same input gives the same bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# One colour an arm, told apart by people who do not see red and green too (Okabe and Ito).
+# One colour a file, told apart by people who do not see red and green too (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE = {
     "svg.hashsalt": "sievit",
@@ -24,34 +24,6 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-
-
-def accuracy_against_latency(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Top-1 (percent) over p50 (ms) of the rows of one setting, with their intervals.
-
-    Each arm has a colour, each file a marker. Filled: the file that the arm ships. Round: FP32, square: INT8.
-    """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        arms = list(dict.fromkeys(str(row["arm"]) for row in rows))
-        colours = {arm: COLOURS[index % len(COLOURS)] for index, arm in enumerate(arms)}
-        for row in rows:
-            colour = colours[str(row["arm"])]
-            x, y = row["p50_ms"], 100 * row["top1"]
-            across = [[max(0.0, x - row["p50_low"])], [max(0.0, row["p50_high"] - x)]]
-            up = [[max(0.0, y - 100 * row["top1_low"])], [max(0.0, 100 * row["top1_high"] - y)]]
-            axes.errorbar(x, y, xerr=across, yerr=up, color=colour, elinewidth=0.8, capsize=2, fmt="none", alpha=0.7)
-            face = colour if row["final"] else "white"
-            axes.plot(x, y, "s" if row["variant"] == "int8" else "o", color=colour, markerfacecolor=face, markersize=7)
-        axes.margins(x=0.2, y=0.12)
-        axes.set_xlim(left=0)
-        axes.set_xlabel(f"p50 latency, ms ({_setting(rows[0])})")
-        axes.set_ylabel("top-1 on the test split, %")
-        axes.grid(alpha=0.25)
-        _label(figure, axes, rows, colours)
-        return _svg(figure)
 
 
 def latency_distributions(samples: Mapping[str, Any], setting: str) -> str:
@@ -74,37 +46,6 @@ def latency_distributions(samples: Mapping[str, Any], setting: str) -> str:
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8)
         return _svg(figure)
-
-
-def _label(figure: Figure, axes: Any, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
-    """Names to the right of the markers, moved apart so that none covers another, with a thin line to the marker."""
-    figure.draw_without_rendering()  # fixes the layout, which the places below are reckoned from
-    point = figure.dpi / 72
-    placed: list[tuple[float, float, float]] = []  # left, right, baseline of the labels so far, in pixels
-    for row in sorted(rows, key=lambda row: (-row["top1"], row["p50_ms"])):
-        name = " ".join(word for word in (str(row["arm"]), str(row["variant"]).upper()) if word)
-        at = row["p50_ms"], 100 * row["top1"]
-        x, y = axes.transData.transform(at)
-        left, right, height = x + 22 * point, x + (22 + 5.2 * len(name)) * point, y + 8 * point
-        while any(start < right and left < end and abs(line - height) < 11 * point for start, end, line in placed):
-            height -= 1 * point
-        placed.append((left, right, height))
-        colour = colours[str(row["arm"])]
-        axes.annotate(
-            name,
-            at,
-            ((left - x) / point, (height - y) / point),
-            textcoords="offset points",
-            fontsize=8,
-            color=colour,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4},
-        )
-
-
-def _setting(row: Mapping[str, Any]) -> str:
-    threads = f"{row['threads']} thread" + ("s" if row["threads"] != 1 else "")
-    return f"{row['provider']}, batch {row['batch']}, {threads}"
 
 
 def _svg(figure: Figure) -> str:
