@@ -97,6 +97,7 @@ def _outcome(record: RunRecord, plan: Plan, store: Store, seconds: float) -> Doc
         "stages": [_stage(node) for node in record.nodes if (node.arm, node.entry) in record.touched],
         "gates": [{"name": name, **gate} for name, gate in record.gates.items()],
         "rows": [row for row in measured.get("rows", ()) if row.get("final", True)],
+        "over_seeds": measured.get("over_seeds", []),
         "noise_floor": measured.get("noise_floor"),
         "disturbed": measured.get("disturbed", False),
         "host": measured.get("host"),

@@ -82,7 +82,13 @@ def material(
 
 
 def _labelled(one: Labelled) -> dict[str, Any]:
-    return {"arm": one.arm, "entry": one.entry, "final": one.final, "digest": one.artifact.digest}
+    return {
+        "arm": one.arm,
+        "entry": one.entry,
+        "final": one.final,
+        "seed": one.seed,
+        "digest": one.artifact.digest,
+    }
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:

@@ -14,7 +14,8 @@ from .document import Node, describe, read
 from .errors import UsageError
 
 SECTIONS = ("data", "model", "gates")
-FIELDS = ("name", "seed", "device")
+FIELDS = ("name", "seed", "seeds", "device")
+RIVALS = {"seed": "seeds", "seeds": "seed"}  # what an option sets takes the place of what the file says by the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,8 @@ def apply(root: Node, options: Sequence[str]) -> Node:
                 hint = f"keep one of the two; the other is {other.source.name}"
                 raise _usage("the same field is set twice", override.source, override.spans[-1], hint)
         done.append(override)
+    ousted = {RIVALS.get(override.path[0]) for override in done}
+    root = Node({key: node for key, node in root.mapping.items() if key not in ousted}, root.span, root.keys)
     for override in done:
         root = _set(root, override, 0)
     return root

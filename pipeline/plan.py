@@ -1,8 +1,9 @@
 """Which stage runs when, and what each reads: the file's arms as one graph in the order of execution.
 
 The rule of wiring is one sentence: a stage reads what its `needs` name, else the nearest earlier stage of its arm that
-writes what it reads. A stage that stands once for the pipeline (the benchmark) comes last and reads all arms. Planning
-is pure, and everything that can be known to fail before a run starts fails here, at its place in the file.
+writes what it reads. A stage that stands once for the pipeline (the benchmark) comes last and reads all arms, under all
+seeds. Planning is pure, and everything that can be known to fail before a run starts fails here, at its place in the
+file.
 """
 
 from __future__ import annotations
@@ -168,8 +169,9 @@ def _writers(kind: str, arm: ArmSpec, entry: EntrySpec, kinds: Mapping[str, Stag
 def _across(entry: EntrySpec, spec: PipelineSpec, kinds: Mapping[str, Stage], problems: Problems) -> Iterator[Edge]:
     """The edges of a stage that stands once: from every arm what it takes many of, else from the main arm."""
     stage, main = kinds[entry.uses], spec.arms["main"]
-    named = {other.name for other in _needed(main, entry, kinds, problems)}
+    needed = _needed(main, entry, kinds, problems)
     for reads in stage.reads:
+        named = {other.name for other in needed if kinds[other.uses].writes == reads.kind}
         sources = [
             (arm.name, other.name)
             for arm in spec.arms.values()

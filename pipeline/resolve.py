@@ -38,9 +38,12 @@ class Inputs:
     def as_json(self) -> dict[str, Any]:
         """The manifest's `inputs`: role -> which artifact, a list for the roles of many."""
         return {role: _lineage(artifact) for role, artifact in self.single.items()} | {
-            role: [_lineage(one.artifact) | {"arm": one.arm, "entry": one.entry, "final": one.final} for one in ones]
-            for role, ones in self.many.items()
+            role: [_lineage(one.artifact) | _label(one) for one in ones] for role, ones in self.many.items()
         }
+
+
+def _label(one: Labelled) -> dict[str, Any]:
+    return {"arm": one.arm, "entry": one.entry, "final": one.final, "seed": one.seed}
 
 
 def _lineage(artifact: Artifact) -> dict[str, Any]:
@@ -82,7 +85,10 @@ def add(inputs: Inputs, role: str, artifact: Artifact, source: Place, plan: Plan
     """Put an artifact that stands for the node `source` under a role."""
     if many:
         arm, entry = source
-        inputs.many.setdefault(role, []).append(Labelled(arm, entry, artifact, final=_is_final(source, plan)))
+        node = plan.node(arm, entry)
+        # An artifact that does not depend on the seed is shared, and its manifest knows only the first that made it.
+        seed = int(artifact.manifest["seed"]) if node is None else node.seed
+        inputs.many.setdefault(role, []).append(Labelled(arm, entry, artifact, _is_final(source, plan), seed))
     else:
         inputs.single[role] = artifact
 

@@ -280,7 +280,7 @@ def _new_record(plan: Plan, facts: Facts, command: str) -> RunRecord:
         finished=None,
         state="running",
         nodes=nodes,
-        spec={**recipe, "seed": spec.seed, "text": spec.text},
+        spec={**recipe, "seeds": list(spec.seeds), "text": spec.text},
         command=command,
     )
 

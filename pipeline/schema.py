@@ -47,6 +47,13 @@ def schema_of(stages: Sequence[Stage]) -> dict[str, JSON]:
         "properties": {
             "name": {"type": "string", "pattern": NAME_PATTERN, "default": "pipeline"},
             "seed": _seed(),
+            "seeds": {
+                "type": "array",
+                "items": {k: v for k, v in _seed().items() if k != "default"},
+                "minItems": 1,
+                "uniqueItems": True,
+                "description": "instead of seed: all arms under each of them",
+            },
             "device": {"enum": ["auto", "cpu", "cuda"], "default": "auto"},
             "data": _or_null(_ref(names[DataConfig])),
             "model": _or_null(_ref(names[ModelConfig])),

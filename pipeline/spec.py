@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .diagnostics import Problems, Span, located, nearest, suggest
 from .document import EXAMPLE, Node, contents, describe, parse
@@ -34,8 +34,8 @@ __all__ = [
     "load_pipeline",
 ]
 
-TOP_KEYS = ("name", "seed", "device", "data", "model", "stages", "arms", "gates")
-RESERVED = ("name", "seed", "data", "model", "device", "arms", "gates", "stages", "main", "runs")
+TOP_KEYS = ("name", "seed", "seeds", "device", "data", "model", "stages", "arms", "gates")
+RESERVED = ("name", "seed", "seeds", "data", "model", "device", "arms", "gates", "stages", "main", "runs")
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 NAME_RULE = "lower-case letters, digits, '.', '_' and '-', a letter or digit first, at most 64"
 
@@ -45,7 +45,16 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 class _Header(Config):
     name: str = "pipeline"
     seed: Seed = 0
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if self.seeds is not None and "seed" in self.model_fields_set:
+            raise ValueError("seeds: contradicts 'seed'; give one of the two")
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: names a seed twice")
+        return self
 
 
 class _Seed(Config):
@@ -67,7 +76,10 @@ class EntrySpec:
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """A resolved arm: its entries in the order of the file, and where those it leaves out were left out."""
+    """A resolved arm under one seed: its entries in the order of the file, and where those it leaves out were left out.
+
+    Under the first seed it has its name in the file, under seed 1 `main@seed1`: no name in a file can hold an '@'.
+    """
 
     name: str
     seed: int
@@ -87,11 +99,11 @@ class PipelineSpec:
     path: Path
     base: Path
     name: str
-    seed: int
+    seeds: tuple[int, ...]
     device: Literal["auto", "cpu", "cuda"]
     data: DataConfig
     model: ModelConfig
-    arms: Mapping[str, ArmSpec]  # "main" first
+    arms: Mapping[str, ArmSpec]  # "main" first; all arms under the first seed, then all under the next one
     gates: GatesConfig
     text: str = field(repr=False)
     root: Node = field(repr=False, compare=False)
@@ -118,7 +130,7 @@ class _Reader:
 
     def pipeline(self, path: Path, text: str) -> PipelineSpec:
         self.top_keys()
-        header = self.checked(_Header, self.part(("name", "seed", "device")), "")
+        header = self.checked(_Header, self.part(("name", "seed", "seeds", "device")), "")
         if header is not None and "name" in self.root.mapping:
             self.name_ok(header.name, self.root.mapping["name"].span, "a pipeline name")
         data = self.checked(DataConfig, self.section("data"), "data", self.root.keys.get("data"))
@@ -130,9 +142,11 @@ class _Reader:
         assert header is not None and data is not None and model is not None and gates is not None
         resolved = {arm.name: arm for arm in [main, *arms] if arm is not None}
         self.differs(resolved)
+        seeds = header.seeds or (header.seed,)
         base = path.absolute().parent
-        rest = {"data": data, "model": model, "arms": resolved, "gates": gates, "text": text, "root": self.root}
-        return PipelineSpec(path=path, base=base, name=header.name, seed=header.seed, device=header.device, **rest)
+        rest = {"data": data, "model": model, "gates": gates, "text": text, "root": self.root}
+        rest |= {"seeds": seeds, "arms": _under(seeds, resolved)}
+        return PipelineSpec(path=path, base=base, name=header.name, device=header.device, **rest)
 
     def top_keys(self) -> None:
         for key, span in self.root.keys.items():
@@ -196,7 +210,8 @@ class _Reader:
         whole = [e for e in entries if e is not None]
         if header is None or data is None or model is None or len(whole) < len(entries):
             return None
-        return ArmSpec("main", header.seed, data, model, tuple(whole), left_out)
+        seed = header.seeds[0] if header.seeds else header.seed
+        return ArmSpec("main", seed, data, model, tuple(whole), left_out)
 
     def block_ok(self, name: str, node: Node, key: Span) -> bool:
         if node.empty:
@@ -288,11 +303,15 @@ class _Reader:
         return ArmSpec(name, seed, data, model, tuple(present), left_out)
 
     def seed(self, overrides: Node, header: Any, path: str) -> int | None:
+        if "seed" in overrides.mapping and header is not None and header.seeds:
+            message = f"{path}.seed: the pipeline has 'seeds', and every arm runs under each of them"
+            self.problems.add(message, overrides.keys["seed"], "leave it out")
+            return None
         if "seed" in overrides.mapping:
             own = Node({"seed": overrides.mapping["seed"]}, overrides.span, overrides.keys)
             config: _Seed | None = self.checked(_Seed, own, path)
             return config.seed if config else None
-        return header.seed if header else None
+        return (header.seeds[0] if header.seeds else header.seed) if header else None
 
     def merged(self, model: type[Config], name: str, overrides: Node, base: Config | None, path: str) -> Any:
         own = overrides.mapping.get(name)
@@ -335,6 +354,12 @@ class _Reader:
                 message = f"arm '{name}' is equal to the main arm: it compares nothing"
                 self.problems.add(message, self.section("arms").keys[name], "give it a setting that differs")
         self.problems.raise_if_any()
+
+
+def _under(seeds: Sequence[int], arms: Mapping[str, ArmSpec]) -> dict[str, ArmSpec]:
+    """The arms, read under the first seed, under each of them. What does not depend on a seed has equal keys in all."""
+    more = [replace(arm, name=f"{arm.name}@seed{seed}", seed=seed) for seed in seeds[1:] for arm in arms.values()]
+    return {**arms, **{arm.name: arm for arm in more}}
 
 
 def json_schema(stages: Sequence[Stage]) -> dict[str, JSON]:

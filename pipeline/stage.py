@@ -116,10 +116,16 @@ class Progress(Protocol):
 class Labelled:
     """An input of a stage that stands once for the pipeline: which arm and which stage entry made it."""
 
-    arm: str
+    arm: str  # under one of several seeds: main@seed1
     entry: str
     artifact: Artifact
     final: bool  # the last of its kind in that arm: the file that the arm ships
+    seed: int
+
+    @property
+    def family(self) -> str:
+        """The arm as the file names it, whatever the seed."""
+        return self.arm.partition("@")[0]
 
 
 @dataclass

@@ -182,7 +182,7 @@ def _judged(place: _Place, text: str) -> SpecError:
     if _is_model(place.expected):
         pointed = re.match(r"([a-z_]\w*(?:\.\w+)*): (.+)", text, re.DOTALL)
         if pointed and pointed[1].split(".")[0] in place.expected.model_fields:
-            path, text = f"{path}.{pointed[1]}", pointed[2]
+            path, text = f"{path}.{pointed[1]}".lstrip("."), pointed[2]
             node = place.node
             for step in pointed[1].split("."):
                 if node is None or step not in node.mapping:

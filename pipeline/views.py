@@ -27,6 +27,7 @@ from .report.numbers import (
     significant,
     size,
 )
+from .report.sections import sections
 
 STATES = {
     "cached": "dim",
@@ -183,7 +184,17 @@ def measurement(document: Document) -> RenderableType:
         parts.append(line(f"noise floor: {floor:.1f}% between equal files", "dim"))
     if document.get("disturbed"):
         parts.append(line("the machine was busy: these latencies are disturbed", "yellow"))
-    return Group(*parts)
+    return Group(*parts, *further(document))
+
+
+def further(metrics: Document) -> list[RenderableType]:
+    """The sections of the report that a stage's metrics hold beyond its rows, as tables."""
+    parts: list[RenderableType] = []
+    for section in sections(metrics):
+        head, *others = section.heads
+        drawn = table(*section.heads, rows=section.rows, right=others, whole={head})
+        parts += [Text(""), line(section.title, "bold"), drawn, *(line(f"- {remark}") for remark in section.remarks)]
+    return parts
 
 
 def _settings(rows: Iterable[Document]) -> dict[str, list[Document]]:

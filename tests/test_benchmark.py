@@ -109,9 +109,9 @@ def test_the_stage_measures_every_file_of_every_arm_once_and_compares_with_dense
     quantized = made(tmp_path / "quantize", seed=1)  # float was kept: the same bytes as export's
     made(tmp_path / "quantize", seed=3, precision="int8", name="int8")
     many = [
-        Labelled("main", "export", export, False),  # type: ignore[arg-type]
-        Labelled("main", "quantize", quantized, True),  # type: ignore[arg-type]
-        Labelled("dense", "export", dense, True),  # type: ignore[arg-type]
+        Labelled("main", "export", export, False, 0),  # type: ignore[arg-type]
+        Labelled("main", "quantize", quantized, True, 0),  # type: ignore[arg-type]
+        Labelled("dense", "export", dense, True, 0),  # type: ignore[arg-type]
     ]
     ctx = context(tmp_path, many, batch_sizes=(1, 2))
     run(ctx)
@@ -148,7 +148,7 @@ def test_the_stage_measures_every_file_of_every_arm_once_and_compares_with_dense
     first = {(row["arm"], row["final"]): row for row in rows if row["batch"] == 1}
     assert ctx.metrics["gates"] == {
         "accuracy_drop": first["dense", True]["top1"] - first["main", True]["top1"],
-        "speedup": first["main", True]["speedup"],
+        "speedup": pytest.approx(first["main", True]["speedup"]),
     }
     assert json.loads((ctx.out / "rows.json").read_text()) == json.loads(json.dumps(rows))
     with np.load(ctx.out / "samples.npz", allow_pickle=False) as samples:
@@ -161,10 +161,33 @@ def test_the_stage_measures_every_file_of_every_arm_once_and_compares_with_dense
     json.dumps(ctx.metrics, allow_nan=False)
 
 
+def test_gates_and_the_summary_over_seeds_hold_means_with_each_seed_against_its_own_dense_file(tmp_path: Path) -> None:
+    many = [
+        Labelled(name, "export", made(tmp_path / name, seed=number), True, seed)  # type: ignore[arg-type]
+        for number, (name, seed) in enumerate(
+            [("main", 3), ("dense", 3), ("main@seed5", 5), ("dense@seed5", 5)], start=1
+        )
+    ]
+    ctx = context(tmp_path, many, batch_sizes=(1,), seconds=0.1)
+    run(ctx)
+    rows = {row["arm"]: row for row in ctx.metrics["rows"]}
+    assert [(row["family"], row["seed"]) for row in rows.values()] == [(m.family, m.seed) for m in many]
+    drops = [rows[f"dense{at}"]["top1"] - rows[f"main{at}"]["top1"] for at in ("", "@seed5")]
+    speedups = [rows[f"main{at}"]["speedup"] for at in ("", "@seed5")]
+    assert ctx.metrics["gates"]["accuracy_drop"] == pytest.approx(sum(drops) / 2)
+    assert ctx.metrics["gates"]["speedup"] == pytest.approx((speedups[0] * speedups[1]) ** 0.5)
+    main, dense = ctx.metrics["over_seeds"]
+    assert (main["arm"], main["seeds"], main["speedup"]) == ("main", [3, 5], speedups)
+    top1 = [rows["dense"]["top1"], rows["dense@seed5"]["top1"]]
+    assert dense["top1_mean"] == pytest.approx(sum(top1) / 2)
+    # Student's t with one degree of freedom: 12.706 standard errors, and that of two numbers is half their distance.
+    assert dense["top1_high"] - dense["top1_mean"] == pytest.approx(12.7062047 * abs(top1[0] - top1[1]) / 2)
+
+
 def test_without_a_dense_arm_the_float_file_is_the_baseline_and_there_are_no_gates(tmp_path: Path) -> None:
     many = [
-        Labelled("main", "export", made(tmp_path / "a", seed=1), False),  # type: ignore[arg-type]
-        Labelled("main", "quantize", made(tmp_path / "b", seed=2, precision="int8"), True),  # type: ignore[arg-type]
+        Labelled("main", "export", made(tmp_path / "a", seed=1), False, 0),  # type: ignore[arg-type]
+        Labelled("main", "quantize", made(tmp_path / "b", seed=2, precision="int8"), True, 0),  # type: ignore[arg-type]
     ]
     ctx = context(tmp_path, many, batch_sizes=(1,))
     run(ctx)
@@ -176,7 +199,7 @@ def test_a_file_for_other_classes_than_the_test_split_is_refused(tmp_path: Path)
     folder = tmp_path / "a"
     folder.mkdir()
     tiny_onnx.sidecar(tiny_onnx.linear(folder / "model.onnx"))
-    ctx = context(tmp_path, [Labelled("main", "export", Folder(folder), True)])  # type: ignore[arg-type]
+    ctx = context(tmp_path, [Labelled("main", "export", Folder(folder), True, 0)])  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="tells 4 classes apart, the test split has 10"):
         run(ctx)
 

@@ -340,7 +340,7 @@ def test_the_sections_are_checked(tmp_path: Path, section: str, message: str) ->
 
 def test_the_pipeline_of_the_design_page_loads_and_its_arms_resolve(tmp_path: Path) -> None:
     spec = load(tmp_path, PIPELINE)
-    assert (spec.name, spec.seed, spec.device, spec.base) == ("digits", 0, "auto", tmp_path)
+    assert (spec.name, spec.seeds, spec.device, spec.base) == ("digits", (0,), "auto", tmp_path)
     assert list(spec.arms) == ["main", "dense", "random"]
     assert spec.text == PIPELINE
     dense = spec.arms["dense"]
@@ -391,7 +391,7 @@ def test_an_entry_may_use_a_stage_under_another_name(tmp_path: Path) -> None:
 
 
 def test_an_override_that_changes_nothing_is_fine(tmp_path: Path) -> None:
-    assert load(tmp_path, PIPELINE, "seed=0").seed == 0
+    assert load(tmp_path, PIPELINE, "seed=0").seeds == (0,)
 
 
 def test_an_override_of_main_reaches_every_arm_that_does_not_override_the_field(tmp_path: Path) -> None:

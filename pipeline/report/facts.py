@@ -242,12 +242,13 @@ def _setup(record: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) ->
     def first(*paths: tuple[str, ...]) -> str:
         return next((found for source in sources for path in paths if (found := text(source, *path))), "")
 
+    seeds = listing(record, "spec", "seeds")
     pixels = first(("data", "image_size"), ("data", "config", "image_size"))
     found = {
         "Model": first(("model", "name"), ("model", "config", "name")),
         "Data": first(("data", "source"), ("data", "config", "source")),
         "Image size": f"{pixels} px" if pixels else "",
-        "Seed": first(("seed",)),
+        "Seed" if len(seeds) < 2 else "Seeds": ", ".join(map(text, seeds)) or first(("seed",)),
         "Device": first(("device",)),
     }
     return tuple((name, value) for name, value in found.items() if value)

@@ -21,6 +21,7 @@ from . import numbers
 from .facts import Facts, collect
 from .pictures import draw_tradeoff
 from .reading import text
+from .sections import sections
 from .stages import deeds
 from .steps import Picture, Shelf, Step
 from .verdict import gate_sentence, speed_word, verdict
@@ -86,6 +87,7 @@ def _words(facts: Facts) -> dict[str, Any]:
         "notes": [(step, note) for step in facts.steps for note in step.notes],
         "speed_word": lambda row: speed_word(row, facts),
         "deeds": deeds,
+        "sections": [section for step in facts.steps for section in sections(step.metrics)],
     }
 
 

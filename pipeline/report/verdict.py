@@ -6,12 +6,13 @@ noise floor (what two runs of the same file differ by); a missing interval or ba
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .facts import Facts, Gate, Row
 from .numbers import DASH, interval, percent, points, ratio, significant
-from .reading import dig, number, text
+from .reading import dig, listing, number, text
 
 Tone = Literal["good", "bad", "plain"]
 
@@ -146,7 +147,7 @@ def _unmeasured(facts: Facts) -> str:
 
 def _remarks(facts: Facts, shipped: Row, base: Row | None) -> tuple[str, ...]:
     metrics = facts.measurement.metrics if facts.measurement else {}
-    remarks = []
+    remarks = _of_seeds(metrics, shipped)
     noise = number(metrics, "noise_floor", "percent")
     if noise is not None:
         remarks.append(f"Noise floor: here, two runs of the same file may differ by up to {noise:.1f}%.")
@@ -158,6 +159,24 @@ def _remarks(facts: Facts, shipped: Row, base: Row | None) -> tuple[str, ...]:
             f"The host was busy while measuring{f' ({reason})' if reason else ''}: repeat before relying on it."
         )
     return tuple(remarks)
+
+
+def _of_seeds(metrics: Mapping[str, Any], shipped: Row) -> list[str]:
+    """The sentence above speaks of the first seed; this one of all of them."""
+    first = [
+        line
+        for line in listing(metrics, "over_seeds")
+        if (text(line, "provider"), number(line, "batch"), number(line, "threads"))
+        == (shipped.provider, shipped.batch, shipped.threads)
+    ]
+    said = [
+        f"{text(line, 'arm')} {percent(number(line, 'top1_mean'))}"
+        f"{_interval('95% interval', interval(number(line, 'top1_low'), number(line, 'top1_high'), percent))}"
+        f" at {ratio(number(line, 'speedup_mean'))}"
+        for line in first
+    ]
+    count = max((len(listing(line, "seeds")) for line in first), default=0)
+    return [f"Those are the numbers of the first seed. Means over {count} seeds: {', '.join(said)}."] if said else []
 
 
 def _overlap(one: Row, other: Row) -> bool:
