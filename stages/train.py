@@ -4,21 +4,27 @@ Optimiser, cosine schedule, warm-up, label smoothing, mixup, cutmix, RandAugment
 The network embeds and attends to the kept patches only, so a step costs what its tokens cost. With `weights: {method:
 group_lasso}` a penalty pushes whole heads and MLP units towards zero, the groups that `prune` removes.
 
+With `token_labels` an LV-ViT also learns what is in each patch (Jiang et al., NeurIPS 2021): a trained network labels
+every patch of every view, labels are mixed with their views by the share that each patch has of its own image, and
+follow the ticket's gather; the loss is CE(class token) + weight * mean CE(kept patches). The annotator's cost is in
+the ledger.
+
 A network trained on tickets alone answers badly on whole images, so the last `finish` of the steps see all patches.
 Accuracy is reported for all patches, for tickets and for random patches of the same number. `finetune` ends on what is
 deployed.
 
-reads    tickets (optional: without them, all images and all patches)
+reads    tickets (optional: without them, all images and all patches); with token_labels the annotator
 writes   model.safetensors, architecture.json, preprocessing.json; early/epoch-N.safetensors for every epoch in
          keep_epochs
-ledger   images (forward and backward), tokens per image, epochs, steps, MACs, seconds
+ledger   images (forward and backward), tokens per image, epochs, steps, MACs, seconds; the annotator's forward passes
+         are in scoring_macs
 
     sievit train pipeline.yaml --set train.epochs=40
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -29,9 +35,12 @@ from .vision.recipe import Recipe, Settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch import Tensor
 
+    from .vision.annotator import Annotator
     from .vision.network import Network
+    from .vision.training import Batch, Objective
 
 
 class Penalty(Settings):
@@ -41,11 +50,20 @@ class Penalty(Settings):
     strength: float = Field(1e-4, gt=0, description="its weight in the loss")
 
 
+class TokenLabels(Settings):
+    """A soft label for every patch, which the second head of an LV-ViT learns."""
+
+    source: str = Field(description="who labels: a stage of this pipeline, an artifact (train@7), or timm:<model>")
+    weight: float = Field(0.5, gt=0, le=10, description="of the patches' loss; that of the class token has 1")
+    top: int | None = Field(None, ge=1, description="classes that a label keeps, renormalised; null: all")
+
+
 class TrainConfig(Recipe, Config):
     """Settings of the train stage."""
 
     epochs: float | None = Field(None, gt=0, le=10_000, description="passes over the kept examples; this or steps")
     weights: Penalty | None = Field(None, description="a penalty that prepares the cut; null for none")
+    token_labels: TokenLabels | None = Field(None, description="labels for patches, LV-ViT only; null for none")
     finish: float = Field(
         0.2,
         ge=0,
@@ -94,6 +112,7 @@ def run(ctx: Context) -> None:
     )
     normalise = preprocessing.normaliser(device)
     pool = tickets.pool(splits.train, loaded)
+    annotator = _annotator(ctx, network, splits.train.classes, device)
 
     with ctx.progress.task("training", config.total_steps(len(pool.members))) as task:
         fitted = fit(
@@ -104,6 +123,8 @@ def run(ctx: Context) -> None:
             device=device,
             normalise=normalise,
             finish=config.finish,
+            objective=_objective(config),
+            annotate=annotator,
             penalty=_penalty(config),
             judge=lambda current: top1(current, splits.calibration, normalise, device),
             keep_epochs=config.keep_epochs,
@@ -127,12 +148,15 @@ def run(ctx: Context) -> None:
         "parameters": network.parameter_count(),
         "macs": architecture.macs(),
     }
+    if config.token_labels is not None and annotator is not None:
+        ctx.metrics["token_labels"] = config.token_labels.model_dump() | {"map": annotator.places}
     ctx.ledger |= {
         "images": fitted.images,
         "tokens_per_image": round((fitted.ticketed * tokens + whole * architecture.patches) / fitted.images, 2),
         "epochs": round(fitted.steps / -(-len(pool.members) // config.batch_size), 3),
         "steps": fitted.steps,
         "train_macs": 3 * (fitted.ticketed * architecture.macs(start_patches=tokens) + whole * architecture.macs()),
+        "scoring_macs": 0 if annotator is None else fitted.images * annotator.macs,
         "seconds": round(fitted.seconds, 3),
     }
     ctx.figure(
@@ -151,6 +175,51 @@ def _check_epochs(config: TrainConfig) -> None:
             f"train.keep_epochs names epoch {max(config.keep_epochs)}, training ends after {config.epochs:g}",
             "name epochs from 1 to the last",
         )
+
+
+def _annotator(ctx: Context, network: Network, classes: tuple[str, ...], device: torch.device) -> Annotator | None:
+    """Who labels the patches; the network then answers for each of them."""
+    from .vision import annotator
+
+    settings = ctx.config.token_labels
+    if settings is None:
+        return None
+    network.set_token_training(True)
+    how: dict[str, Any] = {
+        "image_size": ctx.data.image_size,
+        "grid": network.architecture.grid,
+        "top": settings.top,
+    }
+    if "annotator" in ctx.inputs:
+        artifact = ctx.inputs["annotator"]
+        labels = annotator.from_artifact(artifact.root, artifact.ref, classes, device, **how)
+    else:
+        labels = annotator.from_timm(ctx.references["annotator"], len(classes), device, **how)
+    high, wide = labels.places
+    if high * wide == 1:
+        ctx.progress.warn(
+            f"token_labels.source {settings.source} sees one place: all patches of a view are labelled alike"
+        )
+    return labels
+
+
+def _objective(config: TrainConfig) -> Objective:
+    """The labels' loss, and with token labels the patches' beside it (Jiang et al. 2021, eq. 3)."""
+    from .methods.token_labels import token_label_losses
+    from .vision.training import cross_entropy, supervised
+
+    if config.token_labels is None:
+        return supervised
+    weight = config.token_labels.weight
+
+    def objective(current: Network, batch: Batch) -> Tensor:
+        assert batch.token_labels is not None
+        of_class, of_patches = current(batch.images, batch.kept)
+        return (
+            cross_entropy(of_class, batch.targets) + weight * token_label_losses(of_patches, batch.token_labels).mean()
+        )
+
+    return objective
 
 
 def _penalty(config: TrainConfig) -> Callable[[Network], Tensor] | None:
@@ -176,10 +245,21 @@ def _penalty(config: TrainConfig) -> Callable[[Network], Tensor] | None:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a network that cannot be built."""
+    """Refuse a network that cannot be built, and token labels for one that has no head for them."""
+    from .methods import InvalidInput
     from .vision.network import outline
 
-    outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
+    architecture = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
+    if seen.config.token_labels is not None and not architecture.token_heads:
+        raise InvalidInput(
+            f"token_labels: {seen.model.name} has no head that answers for its patch tokens",
+            "leave token_labels out, or use lvvit_t, lvvit_s or lvvit_m",
+            field=seen.at("token_labels"),
+        )
+
+
+def _references(config: TrainConfig) -> dict[str, str]:
+    return {} if config.token_labels is None else {"annotator": config.token_labels.source}
 
 
 STAGE = Stage(
@@ -192,5 +272,6 @@ STAGE = Stage(
     manual=__doc__,
     packages=("torch", "timm", "numpy"),
     uses=frozenset({"data", "model", "seed", "device"}),
+    references=_references,
     preflight=preflight,
 )

@@ -203,9 +203,8 @@ def test_an_unreadable_randaugment_text_is_refused() -> None:
 
 def test_mixed_targets_are_the_mixture_of_both_labels() -> None:
     x = torch.rand(4, 3, 8, 8)
-    images, targets, share = Mixer(0.5, 0.0, 0.0, 3)(
-        x.clone(), torch.tensor([0, 1, 2, 0]), torch.Generator().manual_seed(2)
-    )
+    mixed = Mixer(0.5, 0.0, 0.0, 3)(x.clone(), torch.tensor([0, 1, 2, 0]), torch.Generator().manual_seed(2))
+    images, targets, share = mixed.images, mixed.targets, mixed.share
     assert 0 < share < 1
     assert torch.allclose(images, share * x + (1 - share) * x.flip(0), atol=1e-6)
     onehot = torch.eye(3)[[0, 1, 2, 0]]

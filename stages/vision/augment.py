@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -106,6 +107,18 @@ def _rand(text: str, size: int, colour_only: bool) -> RandAugment:
         ) from error
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """images (B, 3, S, S); soft targets (B, K); the share of each image's own content (1.0: nothing was mixed), and of
+    every pixel, own (S, S) on the CPU.
+    """
+
+    images: Tensor
+    targets: Tensor
+    share: float
+    own: Tensor
+
+
 class Mixer:
     """timm's mixup and cutmix, one draw for a batch; image i is mixed with image B-1-i."""
 
@@ -113,12 +126,16 @@ class Mixer:
         self.smoothing, self.classes = smoothing, classes
         self.mixer = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes) if mixup or cutmix else None
 
-    def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
-        """Returns: images, soft targets (B, K), and the share of each image's own content (1.0 when nothing was
-        mixed).
-        """
-        share = 1.0
+    def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Mixed:
+        """images (B, 3, S, S), which are written over, labels (B,)."""
+        share, own = 1.0, torch.ones(images.shape[2:])
         if self.mixer is not None:
-            np.random.seed(int(torch.randint(2**31, (1,), generator=generator)))
+            seed = int(torch.randint(2**31, (1,), generator=generator))
+            np.random.seed(seed)
             share = float(self.mixer._mix_batch(images))
-        return images, mixup_target(labels, self.classes, share, self.smoothing), share
+            # White mixed with black by the same draws: what is white is an image's own. No box need be known.
+            pair = torch.stack([own, torch.zeros_like(own)]).unsqueeze(1)
+            np.random.seed(seed)
+            self.mixer._mix_batch(pair)
+            own = pair[0, 0]
+        return Mixed(images, mixup_target(labels, self.classes, share, self.smoothing), share, own)

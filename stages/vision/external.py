@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..methods import InvalidInput
 
@@ -48,7 +49,7 @@ def load(text: str, classes: int, image_size: int) -> External:
     config = getattr(network, "pretrained_cfg", {}) or {}
     network.eval()
     try:
-        macs = _macs(network, image_size)
+        macs = count_macs(network, torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError) as error:
         raise InvalidInput(
             f"teacher {text} does not take images of {image_size} px ({error})", "name a teacher of this image size"
@@ -56,10 +57,10 @@ def load(text: str, classes: int, image_size: int) -> External:
     return External(network, tuple(config.get("mean", (0.5,) * 3)), tuple(config.get("std", (0.5,) * 3)), macs)
 
 
-def _macs(network: nn.Module, image_size: int) -> int:
+def count_macs(network: Callable[[Tensor], Tensor], images: Tensor) -> int:
     """Counted by torch's own counter: two operations a multiply-accumulate."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, 3, image_size, image_size))
+        network(images)
     return int(counter.get_total_flops()) // 2

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..methods import InvalidInput
 from ..methods.patch_tickets import kept_patches, map_ranks
+from ..methods.token_labels import labels_of, mixed_labels, patch_shares
 from .augment import Augmenter, Mixer
 from .dataset import Images
 from .network import Network
@@ -46,15 +47,19 @@ class Pool:
 
 @dataclass
 class Batch:
-    """One step's input on the device. clean: the un-mixed labels (B,)."""
+    """One step's input on the device. clean: the un-mixed labels (B,). token_labels: of the kept patches, where there
+    is an annotator.
+    """
 
     images: Tensor  # (B, 3, S, S) normalised
     targets: Tensor  # (B, K) soft
     kept: Tensor | None  # (B, K) patch indices
     clean: Tensor
+    token_labels: Tensor | None = None  # (B, n, K) soft
 
 
 Objective = Callable[[Network, Batch], Tensor]
+Annotate = Callable[[Tensor], Tensor]  # views (B, 3, S, S) -> class probabilities of every patch (B, N, K)
 Tick = Callable[[int, Mapping[str, float]], None]
 
 
@@ -106,6 +111,7 @@ def fit(
     normalise: Normaliser,
     finish: float = 0.0,
     objective: Objective = supervised,
+    annotate: Annotate | None = None,
     penalty: Callable[[Network], Tensor] | None = None,
     judge: Callable[[Network], float] | None = None,
     after_epoch: Callable[[int, Network], None] | None = None,
@@ -118,6 +124,7 @@ def fit(
 
     Args:
         finish: share of the steps at the end that see whole images although the pool has patch tickets.
+        annotate: labels every patch of the un-mixed views in [0, 1]; batches then carry token_labels.
         judge: called after each epoch on the network that would be kept; its answer goes into the curve as
             top1_calibration.
         after_epoch: called after each epoch (number from 1) on the raw network; used for proxy statistics.
@@ -126,7 +133,7 @@ def fit(
             each epoch's end.
     Raises: InvalidInput when the loss is not finite, with the step.
     """
-    run = _Run(network, pool, recipe, seed, device, normalise, finish)
+    run = _Run(network, pool, recipe, seed, device, normalise, finish, annotate)
     begun = time.monotonic()
     before = run.restore(checkpoint)
     saved = time.monotonic()
@@ -172,9 +179,10 @@ class _Run:
         device: torch.device,
         normalise: Normaliser,
         finish: float,
+        annotate: Annotate | None,
     ) -> None:
         self.network, self.pool, self.recipe, self.seed, self.device = network.to(device), pool, recipe, seed, device
-        self.normalise = normalise
+        self.normalise, self.annotate = normalise, annotate
         self.per_epoch = math.ceil(len(pool.members) / recipe.batch_size)
         self.total = recipe.total_steps(len(pool.members))
         self.step = 0
@@ -218,12 +226,17 @@ class _Run:
         if self.mix.mixer is not None and even:
             views, theta, labels, indices = views[:even], theta[:even], labels[:even], indices[:even]
         kept = None
-        images, targets, share = self.mix(views, labels, generator)
+        of_patches = None if self.annotate is None else self.annotate(views)  # before the mixing writes over them
+        mixed = self.mix(views, labels, generator)
         if not self.pool.whole and epoch * self.per_epoch + step < self.whole_from:
-            kept = self._ticket(indices, theta, share)
+            kept = self._ticket(indices, theta, mixed.share)
+        if of_patches is not None:
+            shares = patch_shares(mixed.own, self.network.architecture.grid).to(self.device)
+            of_patches = mixed_labels(of_patches, shares)
+            of_patches = of_patches if kept is None else labels_of(of_patches, kept)
         # Dropout and stochastic depth draw from the global generators.
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-        return Batch(self.normalise(images), targets, kept, labels)
+        return Batch(self.normalise(mixed.images), mixed.targets, kept, labels, of_patches)
 
     def _ticket(self, indices: np.ndarray, theta: Tensor, share: float) -> Tensor:
         """Patches kept of each view: ranks mapped through the view's geometry; of a mixture, the mixture of both

@@ -68,6 +68,13 @@ class ViT(nn.Module):
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         return body.norm(x), all_scores, all_positions
 
+    def patch_logits(self, images: Tensor) -> Tensor:
+        """What the class head answers for every patch token, in an LV-ViT the head for them: (B, N, K)."""
+        features, _, _ = self._features(images, None)
+        if isinstance(self.body, LVViT):
+            return self.body.token_logits(features)
+        return head_on_patches(self.body, features, self.architecture.prefix)
+
     def set_distilled_training(self, on: bool) -> None:
         """Let the two heads of a distilled DeiT answer separately in training mode. Nothing to do for other models."""
         if isinstance(self.body, VisionTransformerDistilled):
@@ -100,6 +107,17 @@ class ViT(nn.Module):
     def with_tokens(self, drops: tuple[TokenDrop, ...]) -> ViT:
         """The same weights (shared) with another token reduction."""
         return ViT(self.body, self.architecture.with_tokens(drops))
+
+
+def head_on_patches(body: VisionTransformer, features: Tensor, prefix: int) -> Tensor:
+    """The class head of a timm ViT on every patch token: (B, P + N, C) -> (B, N, K).
+
+    Each patch token is handed to it as all the tokens of an image, whichever of them it pools.
+    """
+    batch, tokens, width = features.shape
+    alone = features[:, prefix:].reshape(-1, 1, width).expand(-1, prefix + 1, -1)
+    logits: Tensor = body.forward_head(alone).view(batch, tokens - prefix, -1)
+    return logits
 
 
 def adopt(body: VisionTransformer) -> VisionTransformer:
