@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from .vision.architecture import Architecture
+    from .vision.architecture import Architecture, SwinArchitecture
     from .vision.network import Network
     from .vision.preprocessing import Preprocessing
 
@@ -132,7 +132,7 @@ def _parity(
     }
 
 
-def _check_nodes(architecture: Architecture, nodes: dict[str, int]) -> None:
+def _check_nodes(architecture: Architecture | SwinArchitecture, nodes: dict[str, int]) -> None:
     """A LayerNorm taken apart into primitive nodes overflows in half precision and is slow: it must be a node of its
     own.
     """

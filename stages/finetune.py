@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from .vision.architecture import Architecture
+    from .vision.architecture import Architecture, SwinArchitecture
     from .vision.network import Network
     from .vision.training import Batch, Objective
 
@@ -82,7 +82,7 @@ def run(ctx: Context) -> None:
     check(preprocessing, splits.train.classes, ctx.data.image_size, f"model {ctx.inputs['model'].ref}")
     network = _with_tokens(config, network)
     loaded = tickets.load(ctx.inputs["tickets"].root) if "tickets" in ctx.inputs else None
-    tickets.check(loaded, splits, network.architecture.patches, 0.0)
+    tickets.check(loaded, splits, None, 0.0)
     # The deployed policy: the tickets' examples, but not their patches.
     pool = tickets.pool(splits.train, None if loaded is None else replace(loaded, ranks=None))
 
@@ -133,14 +133,21 @@ def _with_tokens(config: FinetuneConfig, network: Network) -> Network:
 
     if config.tokens is None:
         return network.with_tokens(())
-    _check_tokens(config.tokens, network.architecture)
-    return network.with_tokens(drops_for(network.architecture, config.tokens.blocks, config.tokens.keep))
+    architecture = _check_tokens(config.tokens, network.architecture)
+    return network.with_tokens(drops_for(architecture, config.tokens.blocks, config.tokens.keep))
 
 
-def _check_tokens(tokens: Tokens, architecture: Architecture) -> None:
+def _check_tokens(tokens: Tokens, architecture: Architecture | SwinArchitecture) -> Architecture:
     """Raises: InvalidInput for a network that cannot drop tokens at these blocks."""
     from .methods import InvalidInput
+    from .vision.architecture import SwinArchitecture
 
+    if isinstance(architecture, SwinArchitecture):
+        raise InvalidInput(
+            f"finetune.tokens: {architecture.model} cannot drop tokens: its windows must stay whole",
+            "leave tokens out",
+            field="tokens",
+        )
     depth, blocks = len(architecture.blocks), tokens.blocks
     if architecture.prefix == 0:
         raise InvalidInput(
@@ -154,6 +161,7 @@ def _check_tokens(tokens: Tokens, architecture: Architecture) -> None:
             f"use different numbers from 0 to {depth - 1}",
             field="tokens.blocks",
         )
+    return architecture
 
 
 def preflight(seen: Preflight) -> None:
@@ -243,7 +251,7 @@ def _references(config: FinetuneConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="finetune",
-    version=1,
+    version=2,
     config=FinetuneConfig,
     run=run,
     reads=(Reads("model", "model"), Reads("tickets", "tickets", optional=True)),

@@ -10,6 +10,8 @@ target is met; MLP and embedding widths are multiples of round_to, widths of hea
 left over goes back to the MLPs. The smaller network is rebuilt from its architecture record and its weights are
 loaded strictly.
 
+A Swin cannot be cut yet and is refused.
+
 Cutting embedding channels changes what the LayerNorms see: expect low accuracy until `finetune`.
 
 reads    model; tickets (optional: their examples are the calibration images)
@@ -26,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from sievit.pipeline.stage import Config, Context, Reads, Stage
+from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 from .vision.recipe import Settings
 
@@ -37,10 +39,11 @@ if TYPE_CHECKING:
     import torch
 
     from .methods.allocation import Kept
-    from .vision.architecture import Architecture
+    from .vision.architecture import Architecture, SwinArchitecture
     from .vision.dataset import Splits
     from .vision.network import Network
     from .vision.preprocessing import Preprocessing
+    from .vision.vit import ViT
 
 
 class Target(Settings):
@@ -100,7 +103,7 @@ def run(ctx: Context) -> None:
     device = open_device(ctx.device)
     splits = load_splits(ctx.data.model_dump(), ctx.base)
     source = ctx.inputs["model"].root
-    network, preprocessing = load_network(source).to(device), load(source)
+    network, preprocessing = _vit(load_network(source)).to(device), load(source)
     check(preprocessing, splits.train.classes, ctx.data.image_size, f"model {ctx.inputs['model'].ref}")
     before = network.architecture
 
@@ -145,6 +148,33 @@ def run(ctx: Context) -> None:
     )
 
 
+def _vit(network: Network) -> ViT:
+    from .vision.vit import ViT
+
+    _check_family(network.architecture)
+    assert isinstance(network, ViT)
+    return network
+
+
+def _check_family(architecture: Architecture | SwinArchitecture) -> None:
+    from .methods import InvalidInput
+    from .vision.architecture import SwinArchitecture
+
+    if isinstance(architecture, SwinArchitecture):
+        raise InvalidInput(f"{architecture.model} is a Swin, and prune cuts ViTs only", "leave it out: prune: null")
+
+
+def preflight(seen: Preflight) -> None:
+    """Refuse a network that cannot be cut."""
+    from .vision.architecture import load_architecture
+    from .vision.network import outline
+
+    if "model" in seen.inputs:
+        _check_family(load_architecture(seen.inputs["model"].root / "architecture.json"))
+    else:
+        _check_family(outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args))
+
+
 def _accumulate_gradients(
     ctx: Context, network: Network, splits: Splits, preprocessing: Preprocessing, device: torch.device
 ) -> None:
@@ -153,7 +183,7 @@ def _accumulate_gradients(
     import torch
 
     config: PruneConfig = ctx.config
-    pixels, labels = _calibration(ctx, splits, network.architecture.patches)
+    pixels, labels = _calibration(ctx, splits)
     normalise = preprocessing.normaliser(device)
     network.eval()
     with ctx.progress.task("gradients", len(labels)) as task:
@@ -168,7 +198,7 @@ def _accumulate_gradients(
             task.advance(len(target))
 
 
-def _calibration(ctx: Context, splits: Splits, patches: int) -> tuple[np.ndarray, np.ndarray]:
+def _calibration(ctx: Context, splits: Splits) -> tuple[np.ndarray, np.ndarray]:
     """Images for the gradients: of the ticket's examples, else of the training split; the same share of every class."""
     import numpy as np
 
@@ -176,7 +206,7 @@ def _calibration(ctx: Context, splits: Splits, patches: int) -> tuple[np.ndarray
     from .vision.dataset import SPLIT_SEED, at_most
 
     loaded = tickets.load(ctx.inputs["tickets"].root) if "tickets" in ctx.inputs else None
-    tickets.check(loaded, splits, patches, 0.0)
+    tickets.check(loaded, splits, None, 0.0)
     members = np.arange(len(splits.train)) if loaded is None else loaded.kept
     members = at_most(splits.train.labels, members, ctx.config.images, np.random.default_rng(SPLIT_SEED))
     return splits.train.pixels(members), splits.train.labels[members]
@@ -244,4 +274,5 @@ STAGE = Stage(
     manual=__doc__,
     packages=("torch", "timm", "torch-pruning"),
     uses=frozenset({"data", "seed", "device"}),
+    preflight=preflight,
 )

@@ -11,7 +11,9 @@ Patches    random      uniform per image, the control with the same number of pa
                        dropping on, then frozen
 
 `keep` is the fraction kept overall: with 0.7 of 64 patches, 45 go on. The selector drops in stages, keep^(1/stages)
-at each. Ranks are computed once per image on its plain view; train carries them through crop and flip. The test split
+at each. A Swin ranks no patches: its tickets are about the patches of the ViT named in proxy.model.
+
+Ranks are computed once per image on its plain view; train carries them through crop and flip. The test split
 is ranked too, so that a network can be tested on tickets; nothing is chosen by it.
 
 reads    the data block, the model block (for the proxy); with selector.source a model artifact
@@ -40,10 +42,11 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from .vision.architecture import Architecture
+    from .vision.architecture import Architecture, SwinArchitecture
     from .vision.dataset import Images, Splits
     from .vision.network import Network
     from .vision.preprocessing import Preprocessing
+    from .vision.vit import ViT
 
 
 class Examples(Settings):
@@ -193,9 +196,23 @@ class _Proxies:
         )
 
     @cached_property
-    def target(self) -> Architecture:
-        """The architecture whose patches the tickets are about: the pipeline's model, weights left out."""
-        return self.network(self.ctx.model.model_copy(update={"pretrained": False, "weights": None})).architecture
+    def target(self) -> Architecture | SwinArchitecture:
+        """The architecture whose patches the tickets are about: the pipeline's model; for a Swin, which cannot rank
+        patches, the ViT that does.
+        """
+        from .vision.architecture import load_architecture
+        from .vision.selector import ticketed
+
+        own = self.bare(self.ctx.model)
+        if self.config.patches.keep == 1:
+            return own
+        if self.config.selector.source is None:
+            return ticketed(own, self.bare(self.model))
+        return ticketed(own, load_architecture(self.ctx.inputs["selector"].root / "architecture.json"))
+
+    def bare(self, model: ModelConfig) -> Architecture | SwinArchitecture:
+        """The architecture of a model, weights left out."""
+        return self.network(model.model_copy(update={"pretrained": False, "weights": None})).architecture
 
     def preprocessing(self, network: Network) -> Preprocessing:
         from .vision.preprocessing import choose
@@ -239,16 +256,16 @@ class _Proxies:
         from .vision.selector import arrange
 
         if self.config.selector.source is None:
-            bare = self.network(self.model.model_copy(update={"pretrained": False, "weights": None}))
-            arrange(bare.architecture, self.target, self.config.selector.blocks, patches)
+            arrange(self.bare(self.model), self.target, self.config.selector.blocks, patches)
 
-    def selector(self, patches: int) -> tuple[Network, Preprocessing]:
+    def selector(self, patches: int) -> tuple[ViT, Preprocessing]:
         """The adapted, token-dropping network."""
         import numpy as np
 
         from .vision.preprocessing import check, load
         from .vision.selector import arrange
         from .vision.training import Pool, fit
+        from .vision.vit import ViT
         from .vision.weights import load_network
 
         settings = self.config.selector
@@ -281,6 +298,7 @@ class _Proxies:
             self.images += fitted.images
             self.earlier_seconds += fitted.earlier_seconds
             self.macs += 3 * fitted.images * dropping.architecture.macs()
+        assert isinstance(dropping, ViT), "arrange refuses other families"
         return dropping.to(self.device).eval(), preprocessing
 
 
@@ -350,28 +368,30 @@ def preflight(seen: Preflight) -> None:
     from .methods.token_reduction import keep_count
     from .vision.architecture import load_architecture
     from .vision.network import outline
-    from .vision.selector import arrange
+    from .vision.selector import arrange, ticketed
 
     config: TicketConfig = seen.config
     size = seen.data.image_size
-    target = outline(seen.model.name, image_size=size, args=seen.model.args)
-    proxy = target
-    if (own := config.proxy.model) is not None:
+    own = outline(seen.model.name, image_size=size, args=seen.model.args)
+    proxy = own
+    if (other := config.proxy.model) is not None:
         try:
-            proxy = outline(own.name, image_size=size, args=own.args)
+            proxy = outline(other.name, image_size=size, args=other.args)
         except InvalidInput as error:
             if error.field.startswith("model."):
                 error.field = seen.at(f"proxy.{error.field}")
             raise
-    patches = keep_count(target.patches, config.patches.keep)
-    if patches == target.patches or config.patches.method != "attention":
+    if config.patches.keep == 1:
         return
     if config.selector.source is not None:
         if "selector" not in seen.inputs:
             return  # a stage of this plan, whose network is not there yet
         proxy = load_architecture(seen.inputs["selector"].root / "architecture.json")
     try:
-        arrange(proxy, target, config.selector.blocks, patches)
+        target = ticketed(own, proxy)
+        patches = keep_count(target.patches, config.patches.keep)
+        if patches < target.patches and config.patches.method == "attention":
+            arrange(proxy, target, config.selector.blocks, patches)
     except InvalidInput as error:
         error.field = seen.at(error.field)
         raise

@@ -9,6 +9,9 @@ every patch of every view, labels are mixed with their views by the share that e
 follow the ticket's gather; the loss is CE(class token) + weight * mean CE(kept patches). The annotator's cost is in
 the ledger.
 
+A Swin cannot embed single patches. With `patches: zero` it sees the others blanked and pays the full price, which the
+ledger states; with `mosaic` it sees the kept ones packed into a smaller image. Accuracy on tickets is measured so, too.
+
 A network trained on tickets alone answers badly on whole images, so the last `finish` of the steps see all patches.
 Accuracy is reported for all patches, for tickets and for random patches of the same number. `finetune` ends on what is
 deployed.
@@ -64,6 +67,11 @@ class TrainConfig(Recipe, Config):
     epochs: float | None = Field(None, gt=0, le=10_000, description="passes over the kept examples; this or steps")
     weights: Penalty | None = Field(None, description="a penalty that prepares the cut; null for none")
     token_labels: TokenLabels | None = Field(None, description="labels for patches, LV-ViT only; null for none")
+    patches: Literal["zero", "mosaic"] | None = Field(
+        None,
+        description="how a Swin takes patch tickets: zero blanks the other patches and saves nothing, mosaic packs the "
+        "kept ones into a smaller square image; null for a ViT, which embeds the kept ones only",
+    )
     finish: float = Field(
         0.2,
         ge=0,
@@ -106,7 +114,8 @@ def run(ctx: Context) -> None:
         weights=None if ctx.model.weights is None else ctx.base / ctx.model.weights,
         drop_path=config.drop_path,
     )
-    tickets.check(loaded, splits, network.architecture.patches, config.cutmix)
+    network = tickets.adapt(network, loaded, config.patches)
+    tickets.check(loaded, splits, network.ticket_grid[0] * network.ticket_grid[1], config.cutmix)
     preprocessing = choose(
         network, ctx.data, splits.train.classes, ctx.model.pretrained or ctx.model.weights is not None
     )
@@ -139,11 +148,11 @@ def run(ctx: Context) -> None:
         write_tensors(ctx.out / "early" / f"epoch-{epoch}.safetensors", state)
 
     architecture = network.architecture
-    tokens = pool.patches or architecture.patches
+    tokens, ticket_macs = network.ticket_cost(pool.patches or architecture.patches)
     whole = fitted.images - fitted.ticketed
     ctx.metrics |= {
         "top1": tickets.accuracy(network, splits.test, loaded, normalise, device, seed=ctx.seed),
-        "policy": "all" if pool.whole else f"tickets, then all for {config.finish:.0%} of the steps",
+        "policy": _policy(config, pool.whole),
         "curve": fitted.curve,
         "parameters": network.parameter_count(),
         "macs": architecture.macs(),
@@ -155,7 +164,7 @@ def run(ctx: Context) -> None:
         "tokens_per_image": round((fitted.ticketed * tokens + whole * architecture.patches) / fitted.images, 2),
         "epochs": round(fitted.steps / -(-len(pool.members) // config.batch_size), 3),
         "steps": fitted.steps,
-        "train_macs": 3 * (fitted.ticketed * architecture.macs(start_patches=tokens) + whole * architecture.macs()),
+        "train_macs": 3 * (fitted.ticketed * ticket_macs + whole * architecture.macs()),
         "scoring_macs": 0 if annotator is None else fitted.images * annotator.macs,
         "seconds": round(fitted.seconds, 3),
     }
@@ -165,6 +174,13 @@ def run(ctx: Context) -> None:
         title="Training",
         caption="Accuracy on the calibration split, all patches.",
     )
+
+
+def _policy(config: TrainConfig, whole: bool) -> str:
+    if whole:
+        return "all"
+    kind = {None: "tickets", "zero": "tickets with the other patches blanked (no compute saved)", "mosaic": "mosaics"}
+    return f"{kind[config.patches]}, then all for {config.finish:.0%} of the steps"
 
 
 def _check_epochs(config: TrainConfig) -> None:
@@ -180,10 +196,12 @@ def _check_epochs(config: TrainConfig) -> None:
 def _annotator(ctx: Context, network: Network, classes: tuple[str, ...], device: torch.device) -> Annotator | None:
     """Who labels the patches; the network then answers for each of them."""
     from .vision import annotator
+    from .vision.vit import ViT
 
     settings = ctx.config.token_labels
     if settings is None:
         return None
+    assert isinstance(network, ViT), "preflight refuses a Swin"
     network.set_token_training(True)
     how: dict[str, Any] = {
         "image_size": ctx.data.image_size,
@@ -245,17 +263,51 @@ def _penalty(config: TrainConfig) -> Callable[[Network], Tensor] | None:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a network that cannot be built, and token labels for one that has no head for them."""
+    """Refuse a network that cannot be built, patch tickets that it cannot take, and token labels for one that has no
+    head for them.
+    """
     from .methods import InvalidInput
+    from .vision.architecture import Architecture
     from .vision.network import outline
+    from .vision.tickets import ticket_use
 
-    architecture = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
-    if seen.config.token_labels is not None and not architecture.token_heads:
+    network = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
+    try:
+        ticket_use(network, seen.config.patches, None if isinstance(network, Architecture) else _ticket_shape(seen))
+    except InvalidInput as error:
+        error.field = seen.at("patches")
+        raise
+    if seen.config.token_labels is not None and not network.token_heads:
         raise InvalidInput(
             f"token_labels: {seen.model.name} has no head that answers for its patch tokens",
             "leave token_labels out, or use lvvit_t, lvvit_s or lvvit_m",
             field=seen.at("token_labels"),
         )
+
+
+def _ticket_shape(seen: Preflight) -> tuple[tuple[int, int], int] | None:
+    """Grid of the tickets that a Swin will get and patches kept of an image, as far as they can be known before the
+    ticket stage has run.
+    """
+    from .methods.token_reduction import keep_count
+    from .vision import tickets
+    from .vision.architecture import Architecture, load_architecture
+    from .vision.network import outline
+
+    if "tickets" in seen.inputs:
+        return tickets.load(seen.inputs["tickets"].root).shape
+    ticket = seen.reads.get("tickets")
+    if ticket is None or ticket.config.patches.keep == 1:
+        return None
+    if "selector" in ticket.inputs:
+        ranker = load_architecture(ticket.inputs["selector"].root / "architecture.json")
+    elif ticket.config.selector.source is None and (model := ticket.config.proxy.model) is not None:
+        ranker = outline(model.name, image_size=seen.data.image_size, args=model.args)
+    else:
+        return None
+    if not isinstance(ranker, Architecture):
+        return None  # refused by the ticket stage
+    return ranker.grid, keep_count(ranker.patches, ticket.config.patches.keep)
 
 
 def _references(config: TrainConfig) -> dict[str, str]:
@@ -264,7 +316,7 @@ def _references(config: TrainConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="train",
-    version=1,
+    version=2,
     config=TrainConfig,
     run=run,
     reads=(Reads("tickets", "tickets", optional=True),),

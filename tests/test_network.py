@@ -41,7 +41,8 @@ def test_local_weights_of_a_timm_model_load(tmp_path: Path) -> None:
     [
         ("deit_tinny_patch16_224", {}, "did you mean"),
         ("resnet18", {}, "vit_*, deit_*"),
-        ("swin_tiny_patch4_window7_224", {}, "vit_*, deit_*"),
+        ("swinv2_cr_tiny_ns_224", {}, "vit_*, deit_*"),
+        ("swin_tiny_patch4_window7_224", {}, "window_size to one of 2, 4, 8"),
         ("deit_tiny_patch16_224", {"depht": 3}, "depht"),
         ("deit_tiny_patch16_224", {"embed_dim": 50, "num_heads": 3}, "embed_dim"),
     ],

@@ -215,7 +215,7 @@ invalid pipeline: resnet18 is of no family that is known here
    |
  2 | model: {name: resnet18}
    |               ^^^^^^^^
-  help: models that work: vit_*, deit_*, deit3_*, distilled ones too"""
+  help: models that work: vit_*, deit_*, deit3_*, distilled ones too; lvvit_t, lvvit_s, lvvit_m; swin_*, swinv2_*"""
     )
 
 
@@ -243,7 +243,7 @@ invalid pipeline: resnet18 is of no family that is known here
    |
  4 |   ticket: {patches: {keep: 0.5}, proxy: {model: {name: resnet18}}}
    |                                                        ^^^^^^^^
-  help: models that work: vit_*, deit_*, deit3_*, distilled ones too"""
+  help: models that work: vit_*, deit_*, deit3_*, distilled ones too; lvvit_t, lvvit_s, lvvit_m; swin_*, swinv2_*"""
     )
 
 

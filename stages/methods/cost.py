@@ -8,6 +8,7 @@ as everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -19,6 +20,16 @@ class BlockWidths:
     qk: int
     v: int
     mlp: int
+
+
+@dataclass(frozen=True, slots=True)
+class SwinStageWidths:
+    """A stage of a Swin at one image size: channels, tokens in all and in a window, its blocks."""
+
+    dim: int
+    tokens: int
+    window_area: int
+    blocks: list[BlockWidths]
 
 
 def block_macs(embed: int, widths: BlockWidths, tokens_in: int, tokens_out: int) -> int:
@@ -73,3 +84,22 @@ def vit_macs(
         tokens = after
     answers = heads_out + token_heads * (tokens - prefix)
     return total + answers * embed * classes
+
+
+def window_block_macs(embed: int, widths: BlockWidths, tokens: int, window_area: int) -> int:
+    """Multiply-accumulates of one block whose tokens see only the `window_area` tokens of their own window."""
+    linear = block_macs(embed, widths, tokens, tokens) - widths.heads * tokens * tokens * (widths.qk + widths.v)
+    return linear + widths.heads * tokens * window_area * (widths.qk + widths.v)
+
+
+def swin_macs(stages: Sequence[SwinStageWidths], *, patch_values: int, classes: int) -> int:
+    """Multiply-accumulates of a whole Swin for one image: embedding, blocks, the 2 x 2 mergings between stages, head.
+
+    The MLP of V2's continuous position bias is left out: it sees no image, and an exported file holds its result.
+    """
+    total = stages[0].tokens * patch_values * stages[0].dim
+    for before, stage in zip([None, *stages], stages, strict=False):
+        if before is not None:
+            total += stage.tokens * 4 * before.dim * stage.dim
+        total += sum(window_block_macs(stage.dim, block, stage.tokens, stage.window_area) for block in stage.blocks)
+    return total + stages[-1].dim * classes

@@ -18,7 +18,7 @@ from ..methods.token_labels import on_grid, top_labels
 from . import external
 from .preprocessing import check, load
 from .training import Normaliser
-from .vit import head_on_patches
+from .vit import ViT, head_on_patches
 from .weights import load_network
 
 
@@ -58,6 +58,8 @@ def from_artifact(
     """
     network, own = load_network(folder), load(folder)
     check(own, classes, image_size, f"token_labels.source {who}")
+    if not isinstance(network, ViT):
+        raise InvalidInput(f"token_labels.source {who} is a Swin, whose last tokens are no patches", "name a ViT")
     whole = network.with_tokens(()).to(device).requires_grad_(False)  # every patch has an answer
 
     def answers(images: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """architecture.json: everything needed to rebuild a (pruned) network without pickle and without the code that pruned
 it.
 
-It names the timm model and its arguments, then states what a cut may have changed: the embedding width, per block the
-heads, the query/key width, the value width, the softmax scale and the MLP width, and where the network drops tokens.
+It names the family, the timm model and its arguments, then states what a cut may have changed: the embedding width (of
+a Swin: of every stage), per block the heads, the query/key width, the value width, the softmax scale and the MLP width,
+and where the network drops tokens. A record without a family is a ViT's: there was no other when it was written.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..methods import InvalidInput
-from ..methods.cost import BlockWidths, conv_stem_macs, vit_macs
+from ..methods.cost import BlockWidths, SwinStageWidths, conv_stem_macs, swin_macs, vit_macs
+from ..methods.windows import Level, pyramid
 
 SCHEMA = 1
 
@@ -63,7 +65,7 @@ class Architecture:
         return self.grid[0] * self.grid[1]
 
     def widths(self) -> list[BlockWidths]:
-        return [BlockWidths(b.heads, b.qk, b.v, b.mlp) for b in self.blocks]
+        return _widths(self.blocks)
 
     def macs(self, start_patches: int | None = None) -> int:
         """Multiply-accumulates for one image; start_patches: patches embedded and entering the blocks, all by
@@ -89,13 +91,90 @@ class Architecture:
         return replace(self, tokens=tokens)
 
     def as_json(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **asdict(self)}
+        return {"schema": SCHEMA, "family": "vit", **asdict(self)}
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.as_json(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        _write(self.as_json(), path)
 
 
-def load_architecture(path: Path) -> Architecture:
+def _widths(blocks: tuple[Block, ...]) -> list[BlockWidths]:
+    return [BlockWidths(b.heads, b.qk, b.v, b.mlp) for b in blocks]
+
+
+@dataclass(frozen=True, slots=True)
+class SwinStage:
+    """Channels, tokens a side of a window at the recorded image size, and blocks; every second block is shifted."""
+
+    dim: int
+    window: int
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class SwinArchitecture:
+    """The shape of a Swin (generation 1) or Swin V2 (generation 2; a head's scale is a weight there, and `scale` is 1).
+
+    grid: patches that are embedded, h and w; a stage after the first has half the side of the one before.
+    """
+
+    model: str
+    args: dict[str, Any]
+    generation: int
+    classes: int
+    image_size: int
+    patch: int
+    grid: tuple[int, int]
+    stages: tuple[SwinStage, ...]
+
+    # What the ViT's record states and a Swin has none of: tokens that are no patches, heads for patches, reduction.
+    prefix = 0
+    token_heads = 0
+    tokens = ()
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return tuple(block for stage in self.stages for block in stage.blocks)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        return tuple(stage.window for stage in self.stages)
+
+    def levels(self, side: int | None = None) -> tuple[Level, ...] | None:
+        """The stages at an image of `side` patches a side (None: the recorded one); None where padding were needed."""
+        return pyramid(side or self.grid[0], self.windows, reference=self.grid[0])
+
+    def macs(self, side: int | None = None) -> int:
+        """Multiply-accumulates for one image of `side` patches a side (None: the recorded one)."""
+        levels = self.levels(side)
+        if levels is None:
+            raise InvalidInput(f"{self.model} does not take an image of {side} x {side} patches without padding")
+        stages = [
+            SwinStageWidths(
+                stage.dim,
+                level.side**2,
+                level.window**2,
+                [BlockWidths(b.heads, b.qk, b.v, b.mlp) for b in stage.blocks],
+            )
+            for stage, level in zip(self.stages, levels, strict=True)
+        ]
+        return swin_macs(stages, patch_values=3 * self.patch * self.patch, classes=self.classes)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, "family": "swin", **asdict(self)}
+
+    def save(self, path: Path) -> None:
+        _write(self.as_json(), path)
+
+
+def _write(record: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_architecture(path: Path) -> Architecture | SwinArchitecture:
     """Read and check architecture.json. Raises: InvalidInput naming the file and the field."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -105,24 +184,55 @@ def load_architecture(path: Path) -> Architecture:
         raise InvalidInput(
             f"{path}: not an architecture file of schema {SCHEMA}", "it was written by another version of Sievit"
         )
+    family = raw.pop("family", "vit")
     try:
-        raw["blocks"] = tuple(Block(**b) for b in raw["blocks"])
-        raw["tokens"] = tuple(TokenDrop(**t) for t in raw["tokens"])
-        raw["grid"] = tuple(raw["grid"])
-        architecture = Architecture(**raw)
+        if family == "vit":
+            return _vit(raw, path)
+        if family == "swin":
+            return _swin(raw, path)
     except (KeyError, TypeError) as error:
         raise InvalidInput(f"{path}: {error}") from error
-    _check(architecture, path)
+    raise InvalidInput(f"{path}: family {family!r} is not known here", "it was written by another version of Sievit")
+
+
+def _vit(raw: dict[str, Any], path: Path) -> Architecture:
+    raw["blocks"] = tuple(Block(**b) for b in raw["blocks"])
+    raw["tokens"] = tuple(TokenDrop(**t) for t in raw["tokens"])
+    raw["grid"] = tuple(raw["grid"])
+    architecture = Architecture(**raw)
+    _check_widths(architecture.blocks, path)
+    if architecture.embed < 1 or architecture.classes < 1:
+        raise InvalidInput(f"{path}: embed and classes must be at least 1")
+    _check_tokens(architecture, path)
     return architecture
 
 
-def _check(architecture: Architecture, path: Path) -> None:
+def _swin(raw: dict[str, Any], path: Path) -> SwinArchitecture:
+    raw["stages"] = tuple(
+        SwinStage(**(stage | {"blocks": tuple(Block(**b) for b in stage["blocks"])})) for stage in raw["stages"]
+    )
+    raw["grid"] = tuple(raw["grid"])
+    architecture = SwinArchitecture(**raw)
+    _check_widths(architecture.blocks, path)
+    if min(architecture.classes, architecture.patch, *(min(s.dim, s.window) for s in architecture.stages)) < 1:
+        raise InvalidInput(f"{path}: classes, patch, dim and window must be at least 1")
+    if architecture.levels() is None:
+        raise InvalidInput(
+            f"{path}: windows {list(architecture.windows)} do not tile {architecture.grid[0]} patches a side"
+        )
+    return architecture
+
+
+def _check_widths(blocks: tuple[Block, ...], path: Path) -> None:
     """Widths that no network can have are refused before timm sees them."""
-    if architecture.embed < 1 or architecture.classes < 1 or not architecture.blocks:
-        raise InvalidInput(f"{path}: embed, classes and blocks must be at least 1")
-    for index, block in enumerate(architecture.blocks):
+    if not blocks:
+        raise InvalidInput(f"{path}: there must be at least one block")
+    for index, block in enumerate(blocks):
         if min(block.heads, block.qk, block.v, block.mlp) < 1 or not block.scale > 0:
             raise InvalidInput(f"{path}: block {index} has an impossible width: {block}")
+
+
+def _check_tokens(architecture: Architecture, path: Path) -> None:
     left = architecture.patches
     last = -1
     for drop in architecture.tokens:

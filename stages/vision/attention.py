@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..methods import InvalidInput
 from ..methods.token_reduction import prefix_attention
+from .window_attention import CosineWindowAttention, WindowAttention
 
 
 class Attention(nn.Module):
@@ -108,5 +109,5 @@ def from_timm(attention: nn.Module) -> Attention:
 def set_fused(network: nn.Module, fused: bool) -> None:
     """Choose the attention path of every block."""
     for module in network.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention | WindowAttention | CosineWindowAttention):
             module.fused = fused

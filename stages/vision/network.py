@@ -1,8 +1,9 @@
 """The network that trains, is pruned and is exported, of whichever family its timm model belongs to.
 
-A family is one module (vit.py) with a network class of one surface: called with images and, for patch tickets, `kept`;
-`body` (timm's network, the only thing that is stored), `architecture`, `blocks`, `parameter_count`, `with_tokens`. What
-belongs to which family is decided here, by the class of timm's network, and nowhere else.
+A family is one module (vit.py, swin.py) with a network class of one surface: called with images and, for patch tickets,
+`kept`; `body` (timm's network, the only thing that is stored), `architecture`, `blocks`, `attentions`, `ticket_grid`,
+`ticket_cost`, `parameter_count`, `with_tokens`. What belongs to which family is decided here, by the class of timm's
+network, and nowhere else.
 """
 
 from __future__ import annotations
@@ -12,24 +13,29 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import timm
 import torch
-from timm.models import vision_transformer
+from timm.models import swin_transformer, swin_transformer_v2, vision_transformer
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..methods import InvalidInput
-from . import vit
-from .architecture import Architecture
+from . import swin, vit
+from .architecture import Architecture, SwinArchitecture
 from .lvvit import LVViT
+from .swin import Swin
 from .tensors import load_state, read_tensors
 from .vit import ViT
 
-Network = ViT
+Network = ViT | Swin
 
-MODULES = ("timm.models.vision_transformer", "timm.models.deit", LVViT.__module__)
-FAMILIES = "models that work: vit_*, deit_*, deit3_*, distilled ones too; lvvit_t, lvvit_s, lvvit_m"
+VIT_MODULES = ("timm.models.vision_transformer", "timm.models.deit", LVViT.__module__)
+SWIN_MODULES = ("timm.models.swin_transformer", "timm.models.swin_transformer_v2")
+FAMILIES = "models that work: vit_*, deit_*, deit3_*, distilled ones too; lvvit_t, lvvit_s, lvvit_m; swin_*, swinv2_*"
 
 
 def create(
@@ -67,7 +73,7 @@ def create(
     return network
 
 
-def outline(name: str, *, image_size: int, args: Mapping[str, Any]) -> Architecture:
+def outline(name: str, *, image_size: int, args: Mapping[str, Any]) -> Architecture | SwinArchitecture:
     """The architecture of a timm name and its arguments, without the memory or the time of its weights. Its number of
     classes means nothing. Raises: InvalidInput as `create`.
     """
@@ -75,35 +81,49 @@ def outline(name: str, *, image_size: int, args: Mapping[str, Any]) -> Architect
         return create(name, classes=2, image_size=image_size, args=dict(args)).architecture
 
 
-def rebuild(architecture: Architecture, *, drop_path: float = 0.0, device: str = "cpu") -> Network:
+@overload
+def rebuild(architecture: Architecture, *, drop_path: float = 0.0, device: str = "cpu") -> ViT: ...
+@overload
+def rebuild(architecture: SwinArchitecture, *, drop_path: float = 0.0, device: str = "cpu") -> Swin: ...
+def rebuild(architecture: Architecture | SwinArchitecture, *, drop_path: float = 0.0, device: str = "cpu") -> Network:
     """A clean network of exactly these widths, weights not yet loaded. On device "meta" it costs nothing and can be
     counted.
     """
     name, args, classes, size = architecture.model, architecture.args, architecture.classes, architecture.image_size
+    kwargs = {**args, "num_classes": classes, "img_size": size, "drop_path_rate": drop_path}
     with torch.device(device):
         try:
-            body = timm.create_model(
-                name,
-                pretrained=False,
-                **{**args, "num_classes": classes, "img_size": size, "drop_path_rate": drop_path},
-            )
+            dense = _of_family(timm.create_model(name, pretrained=False, **kwargs), name, args, classes, size)
         except RuntimeError as error:
             raise InvalidInput(f"architecture names the model {name!r}: {error}") from error
-        dense = _of_family(body, name, args, classes, size)
         if len(dense.architecture.blocks) != len(architecture.blocks):
             raise InvalidInput(
                 f"architecture has {len(architecture.blocks)} blocks, {name} has {len(dense.architecture.blocks)}"
             )
-        if dense.architecture != replace(architecture, tokens=()):
-            vit.resize(dense.body, architecture)
-    return ViT(dense.body, architecture)
+        match dense, architecture:
+            case ViT(), Architecture():
+                if dense.architecture != replace(architecture, tokens=()):
+                    vit.resize(dense.body, architecture)
+                return ViT(dense.body, architecture)
+            case Swin(), SwinArchitecture() if dense.architecture == architecture:
+                return dense
+    raise InvalidInput(f"the architecture record is not that of {name}: {_first_difference(dense, architecture)}")
+
+
+def _first_difference(dense: Network, architecture: Architecture | SwinArchitecture) -> str:
+    have, stated = dense.architecture.as_json(), architecture.as_json()
+    field = next(name for name in have if have[name] != stated.get(name))
+    return f"{field} {stated.get(field)} for {have[field]}"
 
 
 def _of_family(body: nn.Module, name: str, args: dict[str, Any], classes: int, image_size: int) -> Network:
     """The network around timm's. Raises: InvalidInput for a class of timm that no family holds."""
-    if isinstance(body, vision_transformer.VisionTransformer):
-        adopted = vit.adopt(body)
-        return ViT(adopted, vit.describe(adopted, name, args, classes, image_size))
+    if isinstance(body, VisionTransformer):
+        vit.adopt(body)
+        return ViT(body, vit.describe(body, name, args, classes, image_size))
+    if isinstance(body, SwinTransformer | SwinTransformerV2):
+        swin.adopt(body)
+        return Swin(body, swin.describe(body, name, args, classes, image_size))
     raise InvalidInput(
         f"{name} ({type(body).__name__} of timm) is of no family that is known here", FAMILIES, field="model.name"
     )
@@ -123,10 +143,12 @@ def _refused(name: str, args: dict[str, Any], error: Exception) -> InvalidInput:
     """What timm's refusal is about, as far as it can be told: the name, the family, or one of the arguments."""
     if "pretrained tag" in str(error) or (":" not in name and not timm.is_model(name)):
         return InvalidInput(f"model.name: {error}", _nearest(name), field="model.name")
-    if ":" not in name and timm.models.model_entrypoint(name).__module__ not in MODULES:
+    module = None if ":" in name else timm.models.model_entrypoint(name).__module__
+    if module is not None and module not in (*VIT_MODULES, *SWIN_MODULES):
         return InvalidInput(f"{name} is of no family that is known here", FAMILIES, field="model.name")
-    if "embed_dim" in args or "num_heads" in args:
+    if module not in SWIN_MODULES and ("embed_dim" in args or "num_heads" in args):
         default = outline(name, image_size=224, args={})
+        assert isinstance(default, Architecture)
         width = args.get("embed_dim", default.embed)
         heads = args.get("num_heads", default.blocks[0].heads)
         if isinstance(width, int) and isinstance(heads, int) and (heads < 1 or width % heads):
@@ -152,9 +174,15 @@ def _load_local(body: nn.Module, path: Path) -> None:
             f"model.weights: {path} is not a .safetensors file", "convert it; pickled checkpoints are not read"
         )
     tensors, _ = read_tensors(path)
-    loaded = vision_transformer.checkpoint_filter_fn(tensors, body)
+    match body:
+        case SwinTransformer():
+            loaded = swin_transformer.checkpoint_filter_fn(tensors, body)
+        case SwinTransformerV2():
+            loaded = swin_transformer_v2.checkpoint_filter_fn(tensors, body)
+        case _:
+            loaded = vision_transformer.checkpoint_filter_fn(tensors, body)
     own = body.state_dict()
-    for name in [f"{head}.{part}" for head in vit.HEADS for part in ("weight", "bias")]:
+    for name in [f"{head}.{part}" for head in (*vit.HEADS, swin.HEAD) for part in ("weight", "bias")]:
         if name in own and (name not in loaded or loaded[name].shape != own[name].shape):
             loaded[name] = own[name]
     load_state(body, loaded, path)

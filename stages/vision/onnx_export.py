@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import onnx
@@ -13,13 +14,14 @@ import torch
 from ..methods import InvalidInput
 from .attention import set_fused
 from .network import Network
+from .swin import Swin
 
 EXTERNAL_ABOVE = 2_000_000_000  # bytes; protobuf cannot hold more in one file
 
 
 def export(network: Network, path: Path, opset: int) -> None:
     """Write `path`: input "input" (batch, 3, S, S) float32 normalised, output "logits" (batch, K). Attention is left
-    unfused.
+    unfused, and a Swin's position biases become numbers.
 
     Raises: InvalidInput when the exporter refuses the network.
     """
@@ -30,7 +32,8 @@ def export(network: Network, path: Path, opset: int) -> None:
     example = torch.zeros(2, 3, size, size)
     external = sum(p.numel() * p.element_size() for p in network.parameters()) > EXTERNAL_ABOVE
     try:
-        with warnings.catch_warnings(), torch.inference_mode(False):
+        biases = network.fixed_biases() if isinstance(network, Swin) else nullcontext()
+        with biases, warnings.catch_warnings(), torch.inference_mode(False):
             warnings.simplefilter("ignore")  # the exporter's own deprecations; ours would be raised by ruff and mypy
             for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir"):
                 logging.getLogger(name).setLevel(logging.ERROR)

@@ -9,13 +9,13 @@ import torch
 
 from ..methods.patch_tickets import compose_ranks, random_ranks, ranks_from_scores, saliency
 from .dataset import Images
-from .network import Network
 from .training import Normaliser
+from .vit import ViT
 
 
 @torch.inference_mode()
 def by_attention(
-    selector: Network, images: Images, normalise: Normaliser, device: torch.device, batch: int = 256
+    selector: ViT, images: Images, normalise: Normaliser, device: torch.device, batch: int = 256
 ) -> np.ndarray:
     """Composed ranks of a token-dropping network in eval mode."""
     parts = []

@@ -1,15 +1,41 @@
-"""Where a selector drops tokens, so that exactly the patches of a ticket are left at its end."""
+"""Whose patches tickets are about, and where a selector drops tokens so that exactly those of a ticket are left."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ..methods import InvalidInput
-from .architecture import Architecture, TokenDrop
+from .architecture import Architecture, SwinArchitecture, TokenDrop
+from .swin import check_grid
+
+
+def ticketed(
+    own: Architecture | SwinArchitecture, ranker: Architecture | SwinArchitecture
+) -> Architecture | SwinArchitecture:
+    """The architecture whose patches tickets of less than the whole image are about: the network itself; for a Swin,
+    which ranks no patches, the ViT that does.
+
+    Args:
+        own: the network that the tickets are for; ranker: the selector, else the ticket's proxy.
+    Raises: InvalidInput; its field is one of the ticket stage's settings.
+    """
+    if isinstance(own, Architecture):
+        return own
+    if isinstance(ranker, SwinArchitecture):
+        raise InvalidInput(
+            f"{own.model} is a Swin, which ranks no patches",
+            "name a ViT whose patches the tickets are about: proxy: {model: {name: deit_tiny_patch16_224}}",
+            field="proxy.model",
+        )
+    check_grid(own, ranker.grid)
+    return ranker
 
 
 def arrange(
-    architecture: Architecture, target: Architecture, blocks: Sequence[int] | None, patches: int
+    architecture: Architecture | SwinArchitecture,
+    target: Architecture | SwinArchitecture,
+    blocks: Sequence[int] | None,
+    patches: int,
 ) -> tuple[TokenDrop, ...]:
     """Token reduction of a selector: an equal share at each block, `patches` left after the last.
 
@@ -32,6 +58,7 @@ def arrange(
             "use patches.method: saliency, or a model with a class token",
             field="patches.method",
         )
+    assert isinstance(architecture, Architecture), "a Swin has no prefix token"
     depth = len(architecture.blocks)
     chosen = sorted({depth // 4, depth // 2, (3 * depth) // 4} if blocks is None else blocks)
     if chosen[-1] >= depth or chosen[0] < 0 or len(set(chosen)) != len(chosen):

@@ -7,17 +7,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ..methods import InvalidInput
+from .architecture import Architecture, SwinArchitecture
 from .dataset import Images, Splits
 from .evaluate import top1
 from .network import Network
 from .ranking import by_chance
+from .swin import TicketUse, check_use
 from .training import Normaliser, Pool
+from .vit import ViT
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,14 @@ class Tickets:
     ranks_test: np.ndarray | None
     patches: int
     record: dict[str, Any]
+
+    @property
+    def shape(self) -> tuple[tuple[int, int], int] | None:
+        """Patches of the grid, h and w, and how many of an image are kept; None for whole images."""
+        if self.ranks is None:
+            return None
+        h, w = self.record["patches"]["grid"]
+        return (int(h), int(w)), self.patches
 
 
 def load(folder: Path) -> Tickets:
@@ -48,15 +59,56 @@ def load(folder: Path) -> Tickets:
     return Tickets(kept, ranks, ranks_test, patches, record)
 
 
-def check(tickets: Tickets | None, splits: Splits, patches: int, cutmix: float) -> None:
-    """Refuse tickets of other data or of another patch grid, and settings that contradict them. patches: N of the
-    network.
+def adapt(network: Network, tickets: Tickets | None, use: Literal["zero", "mosaic"] | None) -> Network:
+    """The network as it takes these tickets; use: the setting train.patches.
+
+    Raises: InvalidInput as ticket_use.
+    """
+    found = ticket_use(network.architecture, use, None if tickets is None else tickets.shape)
+    return network if found is None or isinstance(network, ViT) else network.with_tickets(found)
+
+
+def ticket_use(
+    architecture: Architecture | SwinArchitecture,
+    use: Literal["zero", "mosaic"] | None,
+    shape: tuple[tuple[int, int], int] | None,
+) -> TicketUse | None:
+    """How a network takes tickets; None where there is nothing to choose.
+
+    shape: the tickets' grid and the patches kept of an image; None for whole images.
+    Raises: InvalidInput when the family and the setting do not go together, or the tickets do not fit.
+    """
+    if isinstance(architecture, Architecture):
+        if use is not None:
+            raise InvalidInput(
+                f"train.patches: {use} is for Swin; {architecture.model} embeds the kept patches only",
+                "leave it out",
+                field="patches",
+            )
+        return None
+    if shape is None:
+        return None
+    if use is None:
+        raise InvalidInput(
+            f"{architecture.model} cannot leave out single patches",
+            "set train.patches: zero (blanks the others) or mosaic (packs the kept ones), or ticket.patches.keep: 1.0",
+            field="patches",
+        )
+    found = TicketUse(use, *shape)
+    check_use(architecture, found)
+    return found
+
+
+def check(tickets: Tickets | None, splits: Splits, patches: int | None, cutmix: float) -> None:
+    """Refuse tickets of other data or of another patch grid, and settings that contradict them.
+
+    patches: N of the network; None where only the tickets' examples are used.
     """
     if tickets is None:
         return
     examples = len(splits.train)
     of = int(tickets.record["patches"]["of"])
-    if of != patches:
+    if patches is not None and of != patches:
         raise InvalidInput(
             f"the tickets rank {of} patches of an image, the network has {patches}",
             "run the ticket stage for this model",

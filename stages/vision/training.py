@@ -244,7 +244,7 @@ class _Run:
         """
         assert self.pool.ranks is not None and self.pool.patches is not None
         ranks = torch.from_numpy(self.pool.ranks[indices].astype(np.int64))
-        mapped = map_ranks(ranks, theta, self.network.architecture.grid).float()
+        mapped = map_ranks(ranks, theta, self.network.ticket_grid).float()
         if share < 1:
             mapped = mapped * share + mapped.flip(0) * (1 - share)
         return kept_patches(mapped, self.pool.patches).to(self.device)

@@ -75,6 +75,15 @@ class ViT(nn.Module):
             return self.body.token_logits(features)
         return head_on_patches(self.body, features, self.architecture.prefix)
 
+    @property
+    def ticket_grid(self) -> tuple[int, int]:
+        """Patches of the tickets that it takes, h and w: its own."""
+        return self.architecture.grid
+
+    def ticket_cost(self, kept: int) -> tuple[int, int]:
+        """Patch tokens and multiply-accumulates of one image of which a ticket keeps `kept` patches."""
+        return kept, self.architecture.macs(start_patches=kept)
+
     def set_distilled_training(self, on: bool) -> None:
         """Let the two heads of a distilled DeiT answer separately in training mode. Nothing to do for other models."""
         if isinstance(self.body, VisionTransformerDistilled):

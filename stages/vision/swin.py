@@ -1,0 +1,280 @@
+"""The Swin family: timm's Swin V1 and V2 with stated attention, at two image sizes with the same weights.
+
+`Swin` runs timm's own modules one after the other. Windows, shifts and masks stand in `Geometry`, one for the recorded
+image size and, with tickets packed into a mosaic, one for the mosaic's. Without tickets it computes what timm computes.
+Tokens of a Swin cannot be left out one by one, since windows must stay whole: a ticket blanks the other patches or
+packs its own into a smaller image (methods.mosaic), and its grid is that of the ViT that selected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from timm.layers import Mlp, PatchEmbed
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from torch import Tensor, nn
+
+from ..methods import InvalidInput
+from ..methods.mosaic import blank, pack
+from ..methods.windows import Level, join, legal_squares, partition, pyramid, relative_index, shift_mask
+from .architecture import Block, SwinArchitecture, SwinStage, TokenDrop
+from .window_attention import CosineWindowAttention, WindowAttention, from_timm
+
+HEAD = "head.fc"
+Body: TypeAlias = SwinTransformer | SwinTransformerV2
+
+
+@dataclass(frozen=True, slots=True)
+class TicketUse:
+    """How patch tickets enter: zero blanks the other patches, mosaic packs the kept ones.
+
+    grid: the tickets' own patches, h and w; kept: how many of them a ticket names.
+    """
+
+    mode: Literal["zero", "mosaic"]
+    grid: tuple[int, int]
+    kept: int
+
+    def side(self, own: int) -> int:
+        """Patches of the network a side of the mosaic. own: of the whole image."""
+        return math.isqrt(self.kept) * own // self.grid[0]
+
+
+class Geometry(nn.Module):
+    """The windows of a stage at one image size: positions (A, A) in the bias table, mask (W, A, A) of shifted ones."""
+
+    def __init__(self, level: Level, table: int) -> None:
+        super().__init__()
+        self.level = level
+        self.register_buffer("index", relative_index(level.window, table), persistent=False)
+        self.register_buffer("mask", shift_mask(level), persistent=False)
+        self.index: Tensor
+        self.mask: Tensor | None
+
+
+class Swin(nn.Module):
+    """images (B, 3, S, S) normalised -> logits (B, K)."""
+
+    def __init__(self, body: Body, architecture: SwinArchitecture, tickets: TicketUse | None = None) -> None:
+        super().__init__()
+        self.body = body
+        self.architecture = architecture
+        self.tickets = tickets
+        self.whole = self._geometry(architecture.grid[0])
+        self.packed: nn.ModuleList | None = None
+        if tickets is not None and tickets.mode == "mosaic":
+            self.packed = self._geometry(tickets.side(architecture.grid[0]))
+
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Any:
+        """kept: (B, K) patch indices of a ticket, ascending, or None for the whole image."""
+        geometry = self.whole
+        if kept is not None:
+            if self.tickets is None:
+                raise InvalidInput("a Swin cannot leave out single patches", "set train.patches: zero or mosaic")
+            if self.packed is None:
+                images = blank(images, kept, self.tickets.grid)
+            else:
+                images, geometry = pack(images, kept, self.tickets.grid), self.packed
+        body = self.body
+        x = body.patch_embed.norm(body.patch_embed.proj(images).permute(0, 2, 3, 1))
+        for stage, windows in zip(body.layers, geometry, strict=True):
+            x = stage.downsample(x)
+            for number, block in enumerate(stage.blocks):
+                x = self._block(block, x, windows, shifted=number % 2 == 1)
+        return body.head(body.norm(x))
+
+    def _block(self, block: Any, x: Tensor, windows: Any, shifted: bool) -> Tensor:
+        """V1 normalises before attention and MLP, V2 after them. x: (B, S, S, C)."""
+        if self.architecture.generation == 1:
+            x = x + block.drop_path1(_attend(block.attn, block.norm1(x), windows, shifted))
+            x = x + block.drop_path2(block.mlp(block.norm2(x)))
+        else:
+            x = x + block.drop_path1(block.norm1(_attend(block.attn, x, windows, shifted)))
+            x = x + block.drop_path2(block.norm2(block.mlp(x)))
+        return x
+
+    def _geometry(self, side: int) -> nn.ModuleList:
+        levels = self.architecture.levels(side)
+        assert levels is not None, "adopt and with_tickets refuse what needs padding"
+        return nn.ModuleList(Geometry(at, table) for at, table in zip(levels, self.architecture.windows, strict=True))
+
+    def with_tickets(self, tickets: TicketUse) -> Swin:
+        """The same weights (shared), to be called with tickets of this kind. Raises: InvalidInput as check_use."""
+        check_use(self.architecture, tickets)
+        return Swin(self.body, self.architecture, tickets)
+
+    @property
+    def ticket_grid(self) -> tuple[int, int]:
+        """Patches of the tickets, h and w; without tickets the network's own."""
+        return self.architecture.grid if self.tickets is None else self.tickets.grid
+
+    def ticket_cost(self, kept: int) -> tuple[int, int]:
+        """Patch tokens and MACs of one image of which a ticket keeps `kept` patches; blanking the others saves none."""
+        if self.tickets is None or self.packed is None:
+            return self.architecture.patches, self.architecture.macs()
+        side = replace(self.tickets, kept=kept).side(self.architecture.grid[0])
+        return side * side, self.architecture.macs(side)
+
+    @contextmanager
+    def fixed_biases(self) -> Iterator[None]:
+        """Position biases as numbers, computed once, for an export: a quantizer would take V2's network of biases for
+        layers that see images. For the recorded image size only.
+        """
+        stages = [(stage, windows) for stage, windows in zip(self.body.layers, self.whole, strict=True)]
+        try:
+            with torch.no_grad():
+                for stage, windows in stages:
+                    for block in stage.blocks:
+                        block.attn.fixed = block.attn.biases(windows.index).contiguous()
+            yield
+        finally:
+            for attention in self.attentions:
+                attention.fixed = None
+
+    def set_distilled_training(self, on: bool) -> None:
+        """A Swin has one head: nothing to do."""
+
+    @property
+    def blocks(self) -> list[Any]:
+        """timm's blocks in order of execution, with our attention."""
+        return [block for stage in self.body.layers for block in stage.blocks]
+
+    @property
+    def attentions(self) -> list[WindowAttention | CosineWindowAttention]:
+        return [block.attn for block in self.blocks]
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def with_tokens(self, drops: tuple[TokenDrop, ...]) -> Swin:
+        """Raises: InvalidInput for any token reduction."""
+        if drops:
+            raise InvalidInput("a Swin cannot drop tokens: its windows must stay whole", "leave finetune.tokens out")
+        return self
+
+
+def check_grid(architecture: SwinArchitecture, grid: tuple[int, int]) -> None:
+    """Raises: InvalidInput unless each patch of a ticket of this grid covers whole patches of the network."""
+    own, (h, w) = architecture.grid[0], grid
+    if h != w or own % h:
+        raise InvalidInput(
+            f"tickets of {h} x {w} patches do not cover whole patches of {architecture.model}, which has {own} x {own}",
+            f"let ticket.proxy.model have a patch_size that is a multiple of {architecture.patch} px",
+            field="proxy.model",
+        )
+
+
+def check_use(architecture: SwinArchitecture, tickets: TicketUse) -> None:
+    """Raises: InvalidInput when patches of the tickets do not cover whole patches of the network, or fill no mosaic
+    that it takes without padding; then with the keep rates that do.
+    """
+    check_grid(architecture, tickets.grid)
+    if tickets.mode == "zero":
+        return
+    own, (h, w) = architecture.grid[0], tickets.grid
+    legal = legal_squares(h, own // h, architecture.windows)
+    if tickets.kept not in [k * k for k in legal]:
+        # Rounded down: the number of patches is rounded up from the rate.
+        rates = ", ".join(f"{int(k * k / (h * w) * 1e4) / 1e4:g} ({k * k})" for k in reversed(legal))
+        raise InvalidInput(
+            f"train.patches: mosaic: {tickets.kept} of {h * w} patches fill no square that {architecture.model} takes "
+            "without padding",
+            f"ticket.patches.keep that do (patches): {rates}; or train.patches: zero",
+            field="patches",
+        )
+
+
+def _attend(attention: Any, x: Tensor, windows: Geometry, shifted: bool) -> Tensor:
+    """Attention within windows; shifted: of the image rolled by the stage's shift. x: (B, S, S, C), as the result."""
+    level = windows.level
+    shift = level.shift if shifted else 0
+    if shift:
+        x = torch.roll(x, (-shift, -shift), (1, 2))
+    x = attention(partition(x, level.window), windows.index, windows.mask if shift else None)
+    x = join(x, level.window, level.side)
+    return torch.roll(x, (shift, shift), (1, 2)) if shift else x
+
+
+def adopt(body: Body) -> Body:
+    """Refuse what needs padding or is no plain Swin, then give every block our attention (weights shared)."""
+    if body.dynamic_img_size or type(body.patch_embed) is not PatchEmbed:
+        raise InvalidInput(
+            "a Swin of open image size has no fixed windows",
+            "leave dynamic_img_size and strict_img_size out of model.args",
+            field="model.args",
+        )
+    grid = body.patch_embed.grid_size
+    high, wide = body.patch_embed.patch_size
+    if high != wide:
+        raise InvalidInput(
+            f"patches of {high} x {wide} pixels are not square",
+            "give patch_size one number",
+            field="model.args.patch_size",
+        )
+    for block in (block for stage in body.layers for block in stage.blocks):
+        plain = type(block) in (SwinTransformerBlock, SwinTransformerV2Block) and type(block.mlp) is Mlp
+        if not plain or block.always_partition or block.window_size[0] != block.window_size[1]:
+            raise InvalidInput(
+                f"block of class {type(block).__name__} with windows of {block.window_size} is not known here",
+                "use swin_* or swinv2_* with square windows that are fitted to small stages",
+                field="model.args",
+            )
+        width, heads = block.norm1.normalized_shape[0], block.attn.num_heads
+        if width % heads:
+            raise InvalidInput(
+                f"a stage of {width} channels cannot be shared by {heads} heads equally",
+                "let each of num_heads divide its stage's width: embed_dim, doubled at every stage",
+                field="model.args.num_heads",
+            )
+        block.attn = from_timm(block.attn)
+    windows = _windows(body)
+    if pyramid(grid[0], windows, reference=grid[0]) is None:
+        raise InvalidInput(
+            f"windows of {windows} tokens do not tile {grid[0]} x {grid[0]} patches, halved at every stage",
+            _fitting(grid[0], len(windows)),
+            field="model.args.window_size",
+        )
+    return body
+
+
+def _windows(body: Body) -> list[int]:
+    return [int(stage.blocks[0].window_size[0]) for stage in body.layers]
+
+
+def _fitting(side: int, stages: int) -> str:
+    """Windows that tile every stage."""
+    fit = [w for w in range(2, side + 1) if pyramid(side, [w] * stages, reference=side) is not None]
+    if not fit:
+        return (
+            f"the number of patches a side must be a multiple of {2 ** (stages - 1)}: change image_size or patch_size"
+        )
+    return f"set model.args.window_size to one of {', '.join(map(str, fit))}"
+
+
+def describe(body: Body, name: str, args: dict[str, Any], classes: int, image_size: int) -> SwinArchitecture:
+    """The architecture record of a network as it stands."""
+    stages = tuple(
+        SwinStage(
+            int(stage.blocks[0].norm1.normalized_shape[0]),
+            window,
+            tuple(Block(b.attn.heads, b.attn.qk, b.attn.v, b.attn.scale, b.mlp.fc1.out_features) for b in stage.blocks),
+        )
+        for stage, window in zip(body.layers, _windows(body), strict=True)
+    )
+    grid = body.patch_embed.grid_size
+    return SwinArchitecture(
+        model=name,
+        args=dict(args),
+        generation=1 if isinstance(body, SwinTransformer) else 2,
+        classes=classes,
+        image_size=image_size,
+        patch=int(body.patch_embed.patch_size[0]),
+        grid=(int(grid[0]), int(grid[1])),
+        stages=stages,
+    )
