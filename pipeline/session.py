@@ -33,9 +33,12 @@ class Session:
     def plan(self, pipeline: Path, overrides: Sequence[str] = ()) -> Plan:
         """The validated plan of a pipeline file. SpecError when it or an override is wrong; nothing is written."""
         from .plan import make_plan
+        from .preflight import check_settings
         from .spec import load_pipeline
 
-        return make_plan(load_pipeline(pipeline, self.stages, overrides), self.stages)
+        plan = make_plan(load_pipeline(pipeline, self.stages, overrides), self.stages)
+        check_settings(plan, self.invalid_input)
+        return plan
 
 
 def session_of(context: typer.Context) -> Session:

@@ -65,8 +65,13 @@ class Preflight:
         return f"stages.{self.entry}.{path}"
 
 
-def _nothing_to_check(preflight: Preflight) -> None:
+def _nothing_to_check(seen: Preflight) -> None:
     """For stages whose settings cannot be wrong in any way that their config does not refuse by itself."""
+
+
+def _nothing_idle(seen: Preflight) -> dict[str, str]:
+    """For stages whose settings always have an effect."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,12 @@ class Stage:
     # artifact reference (train@7), or "timm:<model name>", which the engine leaves to the stage.
     references: Callable[[Any], Mapping[str, str]] = lambda config: {}
     reference_kind: Kind = "model"  # what all of them must be
+    # Refuses settings that contradict each other or those of the stages it reads. Part of every plan, so it reads the
+    # configs and nothing else. What it raises is shown as what `preflight` raises.
+    coherent: Callable[[Preflight], None] = _nothing_to_check
+    # Settings without effect as things stand: field -> why ("selector.lr" -> "adapt_epochs is 0"). Those that were
+    # written are refused, unless another arm, which inherits them, has a use for them.
+    idle: Callable[[Preflight], Mapping[str, str]] = _nothing_idle
     # Refuses what can be known to be wrong before the stage runs. Called for every stage that is about to execute,
     # before the first of them does and before anything is written; it may import torch. What it raises may carry
     # `field`, a path in pipeline.yaml such as "model.name" or preflight.at("tokens.blocks"): the user sees the line.

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sievit.pipeline.errors import SievitError
 from sievit.pipeline.stage import Config, Context, Reads, Stage
@@ -62,6 +62,14 @@ class BenchmarkConfig(Config):
     sessions: int = Field(default=3, ge=3, le=50, description="lives of the processes; intervals are taken over them")
     warm_up: float = Field(default=1.0, ge=0.05, le=600, description="seconds of warm-up at most, in each session")
     timeout: float = Field(default=300.0, ge=1, le=86_400, description="seconds after which a silent process is ended")
+
+    @model_validator(mode="after")
+    def _each_once(self) -> BenchmarkConfig:
+        for name in ("providers", "batch_sizes", "threads"):
+            values = getattr(self, name)
+            if twice := next((value for n, value in enumerate(values) if value in values[:n]), None):
+                raise ValueError(f"{name}: {twice} stands there twice; name each once")
+        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,6 +164,13 @@ def _check_tokens(tokens: Tokens, architecture: Architecture | SwinArchitecture)
     return architecture
 
 
+def idle(seen: Preflight) -> dict[str, str]:
+    """A temperature that softens nothing."""
+    distill = seen.config.distill
+    hard = distill is not None and distill.kind == "hard"
+    return {"distill.temperature": "distill.kind is hard"} if hard else {}
+
+
 def preflight(seen: Preflight) -> None:
     """Refuse token reduction that the network cannot have."""
     from .methods import InvalidInput
@@ -260,5 +267,6 @@ STAGE = Stage(
     packages=("torch", "timm", "numpy"),
     uses=frozenset({"data", "seed", "device"}),
     references=_references,
+    idle=idle,
     preflight=preflight,
 )

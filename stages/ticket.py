@@ -31,7 +31,7 @@ import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sievit.pipeline.settings import ModelConfig
 from sievit.pipeline.stage import Config, Context, Preflight, Stage
@@ -60,6 +60,14 @@ class Examples(Settings):
     skip_hardest: float = Field(
         0.0, ge=0, lt=1, description="fraction of the highest scores passed over as probable label noise"
     )
+
+    @model_validator(mode="after")
+    def _enough_left(self) -> Examples:
+        if self.keep < 1 and self.keep + self.skip_hardest > 1 + 1e-9:
+            raise ValueError(
+                f"skip_hardest: {self.skip_hardest:g} with keep {self.keep:g} is more than there is; together at most 1"
+            )
+        return self
 
 
 class Patches(Settings):
@@ -97,6 +105,25 @@ class TicketConfig(Config):
     patches: Patches = Field(Patches(), description="which patches")
     proxy: Proxy = Field(Proxy(), description="short runs that score examples and start the selector")
     selector: Selector = Field(Selector(), description="the network that ranks patches")
+
+    @property
+    def scored(self) -> bool:
+        """Whether examples are chosen by what proxy runs say."""
+        return self.examples.keep < 1 and self.examples.method != "random"
+
+    @property
+    def selected(self) -> bool:
+        """Whether patches are ranked by a selector."""
+        return self.patches.keep < 1 and self.patches.method == "attention"
+
+    @model_validator(mode="after")
+    def _falling(self) -> TicketConfig:
+        if self.selected and self.selector.adapt_epochs and self.selector.lr < self.proxy.min_lr:
+            raise ValueError(
+                f"selector.lr: {self.selector.lr:g} is below proxy.min_lr {self.proxy.min_lr:g}, where it ends; "
+                "lower that"
+            )
+        return self
 
 
 def run(ctx: Context) -> None:
@@ -362,6 +389,31 @@ def _draw(ctx: Context, images: Images, ranks: np.ndarray, patches: int, grid: t
     )
 
 
+def idle(seen: Preflight) -> dict[str, str]:
+    """What proxy, selector and noise settings have no part in, as chosen here."""
+    config: TicketConfig = seen.config
+    examples, patches, selector = config.examples, config.patches, config.selector
+    found: dict[str, str] = {}
+    unscored = "examples.keep is 1" if examples.keep == 1 else f"examples.method is {examples.method}"
+    unselected = "patches.keep is 1" if patches.keep == 1 else f"patches.method is {patches.method}"
+    if examples.skip_hardest and not config.scored:
+        found["examples.skip_hardest"] = unscored
+    if not config.selected:
+        found["selector"] = unselected
+        if not config.scored:
+            found["proxy"] = f"{unscored}, and {unselected}"
+        return found
+    if not selector.adapt_epochs:
+        found["selector.lr"] = "selector.adapt_epochs is 0"
+    if not config.scored and selector.source is not None:
+        # Only how the selector is adapted is still read from there.
+        names = ("runs", "epochs", "steps", "lr", "model") if selector.adapt_epochs else ("",)
+        found |= {f"proxy.{name}".rstrip("."): f"{unscored}, and the selector is {selector.source}" for name in names}
+    elif not config.scored:
+        found["proxy.runs"] = f"{unscored}, and the selector starts from the first run"
+    return found
+
+
 def preflight(seen: Preflight) -> None:
     """Refuse a network, a proxy or a selector that cannot be built, and blocks that they do not have."""
     from .methods import InvalidInput
@@ -412,5 +464,6 @@ STAGE = Stage(
     packages=("torch", "timm", "numpy"),
     uses=frozenset({"data", "model", "seed", "device"}),
     references=_references,
+    idle=idle,
     preflight=preflight,
 )

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
@@ -83,6 +83,15 @@ class TrainConfig(Recipe, Config):
         (), description="epochs after which a copy of the raw weights is kept, for rewinding"
     )
 
+    @model_validator(mode="after")
+    def _epochs_that_come(self) -> TrainConfig:
+        if self.epochs is not None and self.keep_epochs and max(self.keep_epochs) > self.epochs:
+            raise ValueError(
+                f"keep_epochs: names epoch {max(self.keep_epochs)}, and training ends after {self.epochs:g}; "
+                "name epochs from 1 to the last"
+            )
+        return self
+
 
 def run(ctx: Context) -> None:
     """Data and tickets, network, training, then accuracy under every token policy."""
@@ -99,7 +108,6 @@ def run(ctx: Context) -> None:
     from .vision.weights import save_network
 
     config: TrainConfig = ctx.config
-    _check_epochs(config)
     device = open_device(ctx.device)
     splits = load_splits(ctx.data.model_dump(), ctx.base)
     loaded = tickets.load(ctx.inputs["tickets"].root) if "tickets" in ctx.inputs else None
@@ -122,6 +130,7 @@ def run(ctx: Context) -> None:
     normalise = preprocessing.normaliser(device)
     pool = tickets.pool(splits.train, loaded)
     annotator = _annotator(ctx, network, splits.train.classes, device)
+    _check_epochs(config, len(pool.members))
 
     with ctx.progress.task("training", config.total_steps(len(pool.members))) as task:
         fitted = fit(
@@ -183,13 +192,15 @@ def _policy(config: TrainConfig, whole: bool) -> str:
     return f"{kind[config.patches]}, then all for {config.finish:.0%} of the steps"
 
 
-def _check_epochs(config: TrainConfig) -> None:
+def _check_epochs(config: TrainConfig, examples: int) -> None:
+    """Raises: InvalidInput for kept epochs that these steps do not reach."""
     from .methods import InvalidInput
 
-    if config.keep_epochs and config.epochs is not None and max(config.keep_epochs) > config.epochs:
+    last = config.total_steps(examples) // -(-examples // config.batch_size)
+    if config.keep_epochs and max(config.keep_epochs) > last:
         raise InvalidInput(
-            f"train.keep_epochs names epoch {max(config.keep_epochs)}, training ends after {config.epochs:g}",
-            "name epochs from 1 to the last",
+            f"train.keep_epochs names epoch {max(config.keep_epochs)}, training completes {last}",
+            "name epochs from 1 to the last, or train longer",
         )
 
 
@@ -262,6 +273,21 @@ def _penalty(config: TrainConfig) -> Callable[[Network], Tensor] | None:
     return penalty
 
 
+def coherent(seen: Preflight) -> None:
+    """Refuse cutmix on patch tickets."""
+    from .methods import InvalidInput
+
+    config: TrainConfig = seen.config
+    tickets = seen.reads.get("tickets")
+    if config.cutmix and tickets is not None and tickets.config.patches.keep < 1:
+        raise InvalidInput(
+            f"{seen.at('cutmix')}: patch tickets (patches.keep: {tickets.config.patches.keep:g}) know one image, "
+            "cutmix shows two",
+            "set cutmix: 0, or patches.keep: 1.0; mixup goes with both",
+            field=seen.at("cutmix"),
+        )
+
+
 def preflight(seen: Preflight) -> None:
     """Refuse a network that cannot be built, patch tickets that it cannot take, and token labels for one that has no
     head for them.
@@ -325,5 +351,6 @@ STAGE = Stage(
     packages=("torch", "timm", "numpy"),
     uses=frozenset({"data", "model", "seed", "device"}),
     references=_references,
+    coherent=coherent,
     preflight=preflight,
 )

@@ -11,7 +11,8 @@ import fakes
 import pytest
 
 from sievit.pipeline.errors import SievitError
-from sievit.pipeline.plan import make_plan
+from sievit.pipeline.plan import Plan, make_plan
+from sievit.pipeline.preflight import check_settings
 from sievit.pipeline.progress import Silent
 from sievit.pipeline.runner import run, run_stage
 from sievit.pipeline.spec import load_pipeline
@@ -29,8 +30,13 @@ class Project:
         (folder / "pipeline.yaml").write_text(text)
         self.store = Store(folder / "artifacts")
 
-    def run(self, *overrides: str, alone: str = "", **options: Any) -> None:
+    def plan(self, *overrides: str) -> Plan:
         plan = make_plan(load_pipeline(self.folder / "pipeline.yaml", self.stages, overrides), self.stages)
+        check_settings(plan, (InvalidInput,))
+        return plan
+
+    def run(self, *overrides: str, alone: str = "", **options: Any) -> None:
+        plan = self.plan(*overrides)
         if alone:
             node = plan.node("main", alone)
             assert node is not None
@@ -39,9 +45,16 @@ class Project:
             run(plan, self.store, progress=Silent(), invalid_input=(InvalidInput,), **options)
 
     def refused(self, *overrides: str, **options: Any) -> str:
-        """The printed text, the folder of the file taken off."""
+        """What a run prints, the folder of the file taken off."""
+        return self._refused(self.run, *overrides, **options)
+
+    def unplanned(self, *overrides: str) -> str:
+        """What a plan already prints."""
+        return self._refused(self.plan, *overrides)
+
+    def _refused(self, command: Callable[..., object], *overrides: str, **options: Any) -> str:
         with pytest.raises(SievitError) as caught:
-            self.run(*overrides, **options)
+            command(*overrides, **options)
         assert caught.value.exit_code == 3
         return caught.value.text().replace(f"{self.folder}/", "")
 
@@ -91,7 +104,7 @@ def test_a_refusal_in_an_arm_is_shown_where_the_arm_says_it(tmp_path: Path) -> N
     assert (
         project.refused()
         == """\
-invalid pipeline: 18 does not go
+invalid pipeline: 18 does not go (arm 'old')
   --> pipeline.yaml:16:25
    |
 16 |   old: {export: {opset: 18}}
@@ -204,18 +217,20 @@ invalid pipeline: data.image_size 40 is no multiple of patch_size 16
 
 
 def test_a_family_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
+    from sievit.stages.vision.network import FAMILIES
+
     text = VIT.replace(
         "deit_tiny_patch16_224, args: {patch_size: 8, embed_dim: 48, depth: 3, num_heads: 3}", "resnet18"
     )
     assert (
         Project(tmp_path, text).refused()
-        == """\
+        == f"""\
 invalid pipeline: resnet18 is of no family that is known here
   --> pipeline.yaml:2:15
    |
- 2 | model: {name: resnet18}
+ 2 | model: {{name: resnet18}}
    |               ^^^^^^^^
-  help: models that work: vit_*, deit_*, deit3_*, distilled ones too; lvvit_t, lvvit_s, lvvit_m; swin_*, swinv2_*"""
+  help: {FAMILIES}"""
     )
 
 
@@ -224,7 +239,7 @@ def test_a_model_of_an_arm_is_refused_in_the_arm(tmp_path: Path) -> None:
     assert (
         Project(tmp_path, text).refused()
         == """\
-invalid pipeline: model.args: embed_dim 50 is no multiple of num_heads 3
+invalid pipeline: model.args: embed_dim 50 is no multiple of num_heads 3 (arm 'wide')
   --> pipeline.yaml:8:36
    |
  8 |   wide: {model: {args: {embed_dim: 50}}}
@@ -234,16 +249,18 @@ invalid pipeline: model.args: embed_dim 50 is no multiple of num_heads 3
 
 
 def test_a_proxy_that_cannot_be_built_is_refused_in_its_own_block(tmp_path: Path) -> None:
+    from sievit.stages.vision.network import FAMILIES
+
     text = VIT.replace("{patches: {keep: 0.5}}", "{patches: {keep: 0.5}, proxy: {model: {name: resnet18}}}")
     assert (
         Project(tmp_path, text).refused()
-        == """\
+        == f"""\
 invalid pipeline: resnet18 is of no family that is known here
   --> pipeline.yaml:4:56
    |
- 4 |   ticket: {patches: {keep: 0.5}, proxy: {model: {name: resnet18}}}
+ 4 |   ticket: {{patches: {{keep: 0.5}}, proxy: {{model: {{name: resnet18}}}}}}
    |                                                        ^^^^^^^^
-  help: models that work: vit_*, deit_*, deit3_*, distilled ones too; lvvit_t, lvvit_s, lvvit_m; swin_*, swinv2_*"""
+  help: {FAMILIES}"""
     )
 
 
@@ -289,3 +306,225 @@ invalid pipeline: selector.blocks [2, 7] do not fit a network of 3 blocks
                             ^^^^^^
   help: use different numbers from 0 to 2"""
     )
+
+
+# ---- contradictions, which a plan already refuses
+
+
+def test_cutmix_on_patch_tickets_is_refused_across_the_two_stages(tmp_path: Path) -> None:
+    assert (
+        Project(tmp_path, VIT.replace("train: {", "train: {cutmix: 1.0, ")).unplanned()
+        == """\
+invalid pipeline: stages.train.cutmix: patch tickets (patches.keep: 0.5) know one image, cutmix shows two
+  --> pipeline.yaml:5:19
+   |
+ 5 |   train: {cutmix: 1.0, epochs: 1}
+   |                   ^^^
+  help: set cutmix: 0, or patches.keep: 1.0; mixup goes with both"""
+    )
+
+
+def test_a_contradiction_that_an_arm_brings_is_refused_for_that_arm(tmp_path: Path) -> None:
+    text = VIT.replace("{patches: {keep: 0.5}}", "{}").replace("train: {", "train: {cutmix: 1.0, ")
+    Project(tmp_path, text).plan()
+    assert (
+        Project(tmp_path, text + "arms:\n  fewer: {ticket: {patches: {keep: 0.5}}}\n").unplanned()
+        == """\
+invalid pipeline: stages.train.cutmix: patch tickets (patches.keep: 0.5) know one image, cutmix shows two (arm 'fewer')
+  --> pipeline.yaml:5:19
+   |
+ 5 |   train: {cutmix: 1.0, epochs: 1}
+   |                   ^^^
+  help: set cutmix: 0, or patches.keep: 1.0; mixup goes with both"""
+    )
+
+
+def test_epochs_to_keep_that_never_come_are_refused(tmp_path: Path) -> None:
+    assert (
+        Project(tmp_path, VIT).unplanned("train.keep_epochs=[1, 4]")
+        == """\
+invalid pipeline: stages.train.keep_epochs: names epoch 4, and training ends after 1; name epochs from 1 to the last
+  --> --set train.keep_epochs=[1, 4]
+                  ^^^^^^^^^^^"""
+    )
+
+
+def test_a_learning_rate_that_would_rise_is_refused(tmp_path: Path) -> None:
+    assert (
+        Project(tmp_path, VIT.replace("train: {", "train: {min_lr: 0.01, ")).unplanned()
+        == """\
+invalid pipeline: stages.train.min_lr: min_lr 0.01 is above lr 0.001, the peak; lower it
+  --> pipeline.yaml:5:11
+   |
+ 5 |   train: {min_lr: 0.01, epochs: 1}
+   |           ^^^^^^"""
+    )
+    assert (
+        Project(tmp_path, VIT.replace("train: {", "train: {lr: 1.0e-6, ")).unplanned()
+        == """\
+invalid pipeline: stages.train.lr: min_lr 1e-05 is above lr 1e-06, the peak; lower it
+  --> pipeline.yaml:5:11
+   |
+ 5 |   train: {lr: 1.0e-6, epochs: 1}
+   |           ^^"""
+    )
+    assert (
+        Project(tmp_path, VIT).unplanned("ticket.selector.lr=1e-6")
+        == """\
+invalid pipeline: stages.ticket.selector.lr: 1e-06 is below proxy.min_lr 1e-05, where it ends; lower that
+  --> --set ticket.selector.lr=1e-6
+                            ^^"""
+    )
+
+
+def test_passing_over_and_keeping_more_than_there_is_is_refused(tmp_path: Path) -> None:
+    examples = "{examples: {keep: 0.8, skip_hardest: 0.3}, patches: {keep: 0.5}}"
+    assert (
+        Project(tmp_path, VIT.replace("{patches: {keep: 0.5}}", examples)).unplanned()
+        == """\
+invalid pipeline: stages.ticket.examples.skip_hardest: 0.3 with keep 0.8 is more than there is; together at most 1
+  --> pipeline.yaml:4:34
+   |
+ 4 |   ticket: {examples: {keep: 0.8, skip_hardest: 0.3}, patches: {keep: 0.5}}
+   |                                  ^^^^^^^^^^^^"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "twice"),
+    [("providers", "[cpu, cpu]", "cpu"), ("batch_sizes", "[1, 8, 1]", "1"), ("threads", "[2, 2]", "2")],
+)
+def test_a_setting_that_would_be_measured_twice_is_refused(tmp_path: Path, field: str, values: str, twice: str) -> None:
+    assert (
+        Project(tmp_path, VIT + "  export: {}\n  benchmark: {}\n").unplanned(f"benchmark.{field}={values}")
+        == f"""\
+invalid pipeline: stages.benchmark.{field}: {twice} stands there twice; name each once
+  --> --set benchmark.{field}={values}
+                      {"^" * len(field)}"""
+    )
+
+
+def test_a_randaugment_text_that_timm_does_not_know_is_refused(tmp_path: Path) -> None:
+    assert (
+        Project(tmp_path, VIT.replace("train: {", "train: {augment: {rand: rand-k9}, ")).unplanned()
+        == """\
+invalid pipeline: stages.train.augment.rand: 'k9' is no section of timm's, which are m9 n2 p0.5 mstd0.5 mmax10 inc1
+  --> pipeline.yaml:5:21
+   |
+ 5 |   train: {augment: {rand: rand-k9}, epochs: 1}
+   |                     ^^^^"""
+    )
+
+
+# ---- settings without effect
+
+
+def test_a_selector_that_is_not_asked_is_refused(tmp_path: Path) -> None:
+    ticket = "{patches: {method: saliency, keep: 0.5}, selector: {adapt_epochs: 2.0}}"
+    assert (
+        Project(tmp_path, VIT.replace("{patches: {keep: 0.5}}", ticket)).unplanned()
+        == """\
+invalid pipeline: stages.ticket.selector has no effect: patches.method is saliency
+  --> pipeline.yaml:4:52
+   |
+ 4 |   ticket: {patches: {method: saliency, keep: 0.5}, selector: {adapt_epochs: 2.0}}
+   |                                                    ^^^^^^^^
+  help: remove it, or change what makes it idle"""
+    )
+
+
+def test_a_proxy_that_nobody_asks_is_refused(tmp_path: Path) -> None:
+    assert (
+        Project(tmp_path, VIT.replace("{patches: {keep: 0.5}}", "{proxy: {epochs: 2}}")).unplanned()
+        == """\
+invalid pipeline: stages.ticket.proxy has no effect: examples.keep is 1, and patches.keep is 1
+  --> pipeline.yaml:4:12
+   |
+ 4 |   ticket: {proxy: {epochs: 2}}
+   |            ^^^^^
+  help: remove it, or change what makes it idle"""
+    )
+
+
+def test_noise_that_random_examples_do_not_pass_over_is_refused(tmp_path: Path) -> None:
+    ticket = "{examples: {method: random, keep: 0.5, skip_hardest: 0.1}}"
+    assert (
+        Project(tmp_path, VIT.replace("{patches: {keep: 0.5}}", ticket)).unplanned()
+        == """\
+invalid pipeline: stages.ticket.examples.skip_hardest has no effect: examples.method is random
+  --> pipeline.yaml:4:64
+   |
+ 4 |   ticket: {examples: {method: random, keep: 0.5, skip_hardest: 0.1}}
+   |                                                                ^^^
+  help: remove it, or change what makes it idle"""
+    )
+
+
+def test_a_temperature_of_a_hard_teacher_is_refused(tmp_path: Path) -> None:
+    text = VIT.replace("finetune: {", "finetune: {distill: {kind: hard, temperature: 3.0}, ")
+    assert (
+        Project(tmp_path, text).unplanned()
+        == """\
+invalid pipeline: stages.finetune.distill.temperature has no effect: distill.kind is hard
+  --> pipeline.yaml:6:49
+   |
+ 6 |   finetune: {distill: {kind: hard, temperature: 3.0}, epochs: 1}
+   |                                                 ^^^
+  help: remove it, or change what makes it idle"""
+    )
+
+
+USED = VIT.replace("{patches: {keep: 0.5}}", "{examples: {keep: 0.5, skip_hardest: 0.1}, proxy: {epochs: 2}}")
+
+
+def test_what_an_arm_inherits_may_lose_its_effect(tmp_path: Path) -> None:
+    Project(tmp_path, USED + "arms:\n  random: {ticket: {examples: {method: random}}}\n").plan()
+
+
+def test_what_main_has_no_use_for_may_be_there_for_an_arm(tmp_path: Path) -> None:
+    text = USED.replace("{keep: 0.5,", "{method: random, keep: 0.5,")
+    Project(tmp_path, text + "arms:\n  scored: {ticket: {examples: {method: el2n}}}\n").plan()
+
+
+def test_what_an_arm_writes_must_have_an_effect_in_that_arm(tmp_path: Path) -> None:
+    text = USED + "arms:\n  random: {ticket: {examples: {method: random}, proxy: {runs: 3}}}\n"
+    assert (
+        Project(tmp_path, text).unplanned()
+        == """\
+invalid pipeline: arms.random.ticket.proxy has no effect: examples.method is random, and patches.keep is 1
+  --> pipeline.yaml:8:49
+   |
+ 8 |   random: {ticket: {examples: {method: random}, proxy: {runs: 3}}}
+   |                                                 ^^^^^
+  help: remove it, or change what makes it idle"""
+    )
+
+
+def test_an_override_is_not_refused_for_what_the_file_thereby_loses_but_for_what_it_sets_in_vain(
+    tmp_path: Path,
+) -> None:
+    Project(tmp_path, USED).plan("ticket.examples.keep=1.0")
+    assert (
+        Project(tmp_path, USED).unplanned("ticket.selector.lr=1e-4")
+        == """\
+invalid pipeline: stages.ticket.selector has no effect: patches.keep is 1
+  --> --set ticket.selector.lr=1e-4
+                   ^^^^^^^^
+  help: remove it, or change what makes it idle"""
+    )
+
+
+def test_under_several_seeds_a_mistake_is_told_once(tmp_path: Path) -> None:
+    text = "seeds: [0, 1]\n" + USED + "arms:\n  random: {ticket: {examples: {method: random}, proxy: {runs: 3}}}\n"
+    told = Project(tmp_path, text).unplanned()
+    assert told.count("invalid pipeline") == 1
+    assert "\n  --> pipeline.yaml:9:49\n" in told
+
+
+def test_defaults_are_never_refused(tmp_path: Path) -> None:
+    for stage in (
+        "ticket: {}",
+        "ticket: {patches: {method: random, keep: 0.5}}",
+        "ticket: {examples: {method: random, keep: 0.5}}",
+    ):
+        Project(tmp_path, VIT.replace("ticket: {patches: {keep: 0.5}}", stage)).plan()

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny_vision import data, image_folder, network
 from torch import Tensor
 
@@ -195,10 +196,19 @@ def test_with_tickets_randaugment_moves_nothing() -> None:
             assert int((grey - background).abs().argmax()) == 10 * 32 + 20 or bool((grey == background).all())
 
 
-def test_an_unreadable_randaugment_text_is_refused() -> None:
+@pytest.mark.parametrize("text", ["rand", "rand-m9-mstd0.5-inc1", "rand-n3-p0.5-mmax20-mstd101-t3aw", "rand-tweights"])
+def test_a_randaugment_text_that_is_accepted_is_one_of_timm(text: str) -> None:
+    settings = Augmentation(rand=text)
     for colour_only in (False, True):
-        with pytest.raises(InvalidInput, match="RandAugment"):
-            Augmenter(Augmentation(rand="augment-me"), 32, colour_only=colour_only)
+        Augmenter(settings, 32, colour_only=colour_only)
+
+
+@pytest.mark.parametrize(
+    "text", ["augment-me", "rand-m9.5", "rand-q4", "rand-p.5", "rand-mstd", "rand-foo", "rand-n0", "rand-", ""]
+)
+def test_a_randaugment_text_that_timm_refuses_or_passes_over_is_refused(text: str) -> None:
+    with pytest.raises(ValidationError, match="timm"):
+        Augmentation(rand=text)
 
 
 def test_mixed_targets_are_the_mixture_of_both_labels() -> None:

@@ -9,17 +9,15 @@ and cutmix are timm's.
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import RandAugment, rand_augment_ops, rand_augment_transform
+from timm.data.auto_augment import RandAugment, rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
-from ..methods import InvalidInput
 from .recipe import Augmentation
 
 COLOUR_OPERATIONS = (
@@ -91,20 +89,7 @@ class Augmenter:
 
 def _rand(text: str, size: int, colour_only: bool) -> RandAugment:
     hparams = {"translate_const": int(size * 0.45), "img_mean": (128, 128, 128)}
-    try:
-        every = rand_augment_transform(text, hparams)  # also where only colours are used: it checks the text
-        if not colour_only:
-            return every
-        magnitude = re.search(r"-m(\d+(?:\.\d+)?)", text)
-        layers = re.search(r"-n(\d+)", text)
-        spread = re.search(r"-mstd(\d+(?:\.\d+)?)", text)
-        hparams["magnitude_std"] = float(spread[1]) if spread else 0
-        operations = rand_augment_ops(float(magnitude[1]) if magnitude else 9, 0.5, hparams, list(COLOUR_OPERATIONS))
-        return RandAugment(operations, int(layers[1]) if layers else 2)
-    except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise InvalidInput(
-            f"augment.rand: {text!r} is not a RandAugment text of timm ({error})", 'such as "rand-m9-mstd0.5-inc1"'
-        ) from error
+    return rand_augment_transform(text, hparams, list(COLOUR_OPERATIONS) if colour_only else None)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,16 @@ pipeline can be checked in milliseconds.
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# The sections of a RandAugment text after the first, which is "rand" (timm.data.auto_augment.rand_augment_transform).
+RAND_SECTION = re.compile(
+    r"m\d+ | n[1-9]\d* | p(0\.\d+|1(\.0*)?) | mstd\d+(\.\d*)? | mmax\d+ | inc[01] | t(weights|3aw?)", re.VERBOSE
+)
+RAND_SECTIONS = "m9 n2 p0.5 mstd0.5 mmax10 inc1"  # examples, for messages
 
 Optimizer = Literal["adamw", "sgd", "nadamw", "lion", "radam", "rmsprop", "adafactor", "muon", "adopt"]
 
@@ -37,6 +44,19 @@ class Augmentation(Settings):
         "operations only",
     )
 
+    @model_validator(mode="after")
+    def _grammar(self) -> Augmentation:
+        """timm passes over sections that it does not know, or fails on them when training begins."""
+        name, *sections = ["rand"] if self.rand is None else self.rand.split("-")
+        if name != "rand":
+            raise ValueError(
+                f"rand: {self.rand!r} is no RandAugment text of timm; write rand-m9-mstd0.5-inc1 or the like"
+            )
+        wrong = [s for s in sections if not RAND_SECTION.fullmatch(s)]
+        if wrong:
+            raise ValueError(f"rand: {wrong[0]!r} is no section of timm's, which are {RAND_SECTIONS}")
+        return self
+
 
 class Recipe(Settings):
     """Optimiser, schedule, regularisation and augmentation, all through timm."""
@@ -63,6 +83,13 @@ class Recipe(Settings):
     def _one_duration(self) -> Recipe:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
+        return self
+
+    @model_validator(mode="after")
+    def _falling(self) -> Recipe:
+        if self.min_lr > self.lr:
+            field = "min_lr" if "min_lr" in self.model_fields_set else "lr"
+            raise ValueError(f"{field}: min_lr {self.min_lr:g} is above lr {self.lr:g}, the peak; lower it")
         return self
 
     def total_steps(self, examples: int) -> int:
