@@ -175,6 +175,8 @@ def run(ctx: Context) -> None:
     ctx.metrics |= {"examples": examples_metrics, "patches": patches_metrics}
     record = {
         "schema": 1,
+        # What `train` must know to compare arms at equal cost.
+        "cost": {"scoring_macs": proxies.macs, "selector_macs": proxies.source_macs},
         "examples": examples_metrics,
         "patches": {**patches_metrics, "grid": architecture.grid, "view": "plain"},
     }
@@ -206,6 +208,7 @@ class _Proxies:
         self.model = self.config.proxy.model or ctx.model
         self.images = 0
         self.macs = 0
+        self.source_macs: int | None = 0  # what selector.source cost to make; None when it does not say
         self.earlier_seconds = 0.0  # spent on these runs before a kill
         self._trained: list[Network] = []
 
@@ -289,6 +292,7 @@ class _Proxies:
         """The adapted, token-dropping network."""
         import numpy as np
 
+        from .vision import budget
         from .vision.preprocessing import check, load
         from .vision.selector import arrange
         from .vision.training import Pool, fit
@@ -299,6 +303,8 @@ class _Proxies:
         if settings.source is not None:
             artifact = self.ctx.inputs["selector"]
             network, preprocessing = load_network(artifact.root), load(artifact.root)
+            spent = budget.load(artifact.root)
+            self.source_macs = None if spent is None else spent.total
             check(preprocessing, None, self.ctx.data.image_size, f"selector.source {artifact.ref}")
         else:
             network = (self._trained or self.train()[0])[0]
@@ -455,7 +461,7 @@ def _references(config: TicketConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="ticket",
-    version=1,
+    version=2,
     config=TicketConfig,
     run=run,
     reads=(),

@@ -16,9 +16,13 @@ A network trained on tickets alone answers badly on whole images, so the last `f
 Accuracy is reported for all patches, for tickets and for random patches of the same number. `finetune` ends on what is
 deployed.
 
+Arms are compared at equal cost, and `budget` says which: `epochs` over the kept examples, as many `steps` as these
+epochs take with all examples, or as many `macs` as the dense network takes in them, with the choice of the ticket and
+of its selector inside.
+
 reads    tickets (optional: without them, all images and all patches); with token_labels the annotator
-writes   model.safetensors, architecture.json, preprocessing.json; early/epoch-N.safetensors for every epoch in
-         keep_epochs
+writes   model.safetensors, architecture.json, preprocessing.json, training.json (the budget and what was spent);
+         early/epoch-N.safetensors for every epoch in keep_epochs
 ledger   images (forward and backward), tokens per image, epochs, steps, MACs, seconds; the annotator's forward passes
          are in scoring_macs
 
@@ -27,6 +31,7 @@ ledger   images (forward and backward), tokens per image, epochs, steps, MACs, s
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -65,6 +70,11 @@ class TrainConfig(Recipe, Config):
     """Settings of the train stage."""
 
     epochs: float | None = Field(None, gt=0, le=10_000, description="passes over the kept examples; this or steps")
+    budget: Literal["epochs", "steps", "macs"] = Field(
+        "epochs",
+        description="what is equal among arms: epochs over the kept examples; steps, as many as all examples would "
+        "take; macs of the dense network over all examples, choosing the ticket included",
+    )
     weights: Penalty | None = Field(None, description="a penalty that prepares the cut; null for none")
     token_labels: TokenLabels | None = Field(None, description="labels for patches, LV-ViT only; null for none")
     patches: Literal["zero", "mosaic"] | None = Field(
@@ -97,7 +107,7 @@ def run(ctx: Context) -> None:
     """Data and tickets, network, training, then accuracy under every token policy."""
     import torch
 
-    from .vision import figures, tickets
+    from .vision import budget, figures, tickets
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
@@ -130,13 +140,28 @@ def run(ctx: Context) -> None:
     normalise = preprocessing.normaliser(device)
     pool = tickets.pool(splits.train, loaded)
     annotator = _annotator(ctx, network, splits.train.classes, device)
-    _check_epochs(config, len(pool.members))
+    architecture = network.architecture
+    tokens, ticket_macs = network.ticket_cost(pool.patches or architecture.patches)
+    labelling = 0 if annotator is None else annotator.macs
+    arm = budget.Arm(
+        kept=len(pool.members),
+        examples=len(splits.train),
+        # Forward and backward are three forwards.
+        ticketed=3 * ticket_macs + labelling,
+        whole=3 * architecture.macs() + labelling,
+        finish=config.finish,
+        scoring=0 if loaded is None else loaded.scoring_macs,
+    )
+    recipe = config
+    if config.budget != "epochs":
+        recipe = config.model_copy(update={"epochs": None, "steps": budget.steps_for(config, config.budget, arm)})
+    _check_epochs(recipe, arm.kept)
 
-    with ctx.progress.task("training", config.total_steps(len(pool.members))) as task:
+    with ctx.progress.task("training", recipe.total_steps(arm.kept)) as task:
         fitted = fit(
             network,
             pool,
-            config,
+            recipe,
             seed=ctx.seed,
             device=device,
             normalise=normalise,
@@ -156,11 +181,21 @@ def run(ctx: Context) -> None:
         (ctx.out / "early").mkdir(exist_ok=True)
         write_tensors(ctx.out / "early" / f"epoch-{epoch}.safetensors", state)
 
-    architecture = network.architecture
-    tokens, ticket_macs = network.ticket_cost(pool.patches or architecture.patches)
     whole = fitted.images - fitted.ticketed
+    spent = budget.Spent(
+        budget=config.budget,
+        steps=fitted.steps,
+        examples=arm.kept,
+        of=arm.examples,
+        images=fitted.images,
+        macs=fitted.ticketed * arm.ticketed + whole * arm.whole,
+        scoring_macs=arm.scoring,
+        allowed=budget.allowance(config, arm) if config.budget == "macs" else None,
+    )
+    spent.save(ctx.out)
     ctx.metrics |= {
         "top1": tickets.accuracy(network, splits.test, loaded, normalise, device, seed=ctx.seed),
+        "budget": asdict(spent),
         "policy": _policy(config, pool.whole),
         "curve": fitted.curve,
         "parameters": network.parameter_count(),
@@ -169,12 +204,13 @@ def run(ctx: Context) -> None:
     if config.token_labels is not None and annotator is not None:
         ctx.metrics["token_labels"] = config.token_labels.model_dump() | {"map": annotator.places}
     ctx.ledger |= {
+        "budget": config.budget,
         "images": fitted.images,
         "tokens_per_image": round((fitted.ticketed * tokens + whole * architecture.patches) / fitted.images, 2),
         "epochs": round(fitted.steps / -(-len(pool.members) // config.batch_size), 3),
         "steps": fitted.steps,
         "train_macs": 3 * (fitted.ticketed * ticket_macs + whole * architecture.macs()),
-        "scoring_macs": 0 if annotator is None else fitted.images * annotator.macs,
+        "scoring_macs": fitted.images * labelling,
         "seconds": round(fitted.seconds, 3),
     }
     ctx.figure(
@@ -342,7 +378,7 @@ def _references(config: TrainConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="train",
-    version=2,
+    version=4,
     config=TrainConfig,
     run=run,
     reads=(Reads("tickets", "tickets", optional=True),),

@@ -53,6 +53,15 @@ def _train(metrics: Mapping[str, Any]) -> list[str]:
         first = number(curve[0], "loss")
         way = f"{significant(first)} → " if len(curve) > 1 and first is not None else ""
         said.append(f"Loss {way}{significant(last)} after {len(curve)} epoch{'' if len(curve) == 1 else 's'}.")
+    budget = mapping(metrics, "budget")
+    if number(budget, "steps") is not None:
+        allowed = f" of {big(number(budget, 'allowed'))} allowed" if number(budget, "allowed") is not None else ""
+        said.append(
+            f"Budget in {text(budget, 'budget')}: {count(number(budget, 'steps'))} steps on "
+            f"{count(number(budget, 'examples'))} of {count(number(budget, 'of'))} images, "
+            f"{big(number(budget, 'macs'))} MACs of training after {big(number(budget, 'scoring_macs'))} of "
+            f"choosing{allowed}."
+        )
     if number(metrics, "parameters") is not None:
         said.append(f"{big(number(metrics, 'parameters'))} parameters, {big(number(metrics, 'macs'))} MACs an image.")
     return said

@@ -43,6 +43,12 @@ class Tickets:
         h, w = self.record["patches"]["grid"]
         return (int(h), int(w)), self.patches
 
+    @property
+    def scoring_macs(self) -> int | None:
+        """What choosing cost, a selector's own training included; None when the artifact does not say."""
+        parts = [self.record.get("cost", {}).get(name) for name in ("scoring_macs", "selector_macs")]
+        return None if None in parts else sum(parts)
+
 
 def load(folder: Path) -> Tickets:
     """Read a tickets artifact. Raises: InvalidInput when a file does not hold what it should."""

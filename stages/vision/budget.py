@@ -1,0 +1,127 @@
+"""How long an arm is trained so that arms are compared at equal cost, and what it then spent.
+
+    epochs   passes over the examples that are kept: an arm with fewer examples takes fewer steps
+    steps    as many steps as the epochs would take with all examples: equal iterations
+    macs     until the arm has spent what the dense network would in these epochs over all examples; choosing the
+             ticket and the selector's own training count, so a cheaper arm takes more steps
+
+Looking at the calibration split is left out in all arms.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..methods import InvalidInput
+from .recipe import Recipe
+
+Budget = Literal["epochs", "steps", "macs"]
+FILE = "training.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """What an arm trains on, and what that costs.
+
+    kept: examples trained on, of all examples `examples`. ticketed, whole: all MACs of training on one image once, on
+    the patches of its ticket (with the pass of an online selector) and on all. finish: share of the steps on all
+    patches. scoring: MACs spent before the first step; None when the tickets do not say.
+    """
+
+    kept: int
+    examples: int
+    ticketed: int
+    whole: int
+    finish: float
+    scoring: int | None
+
+    def training_macs(self, steps: int, batch: int) -> int:
+        """MACs of so many steps."""
+        until = passes(round((1 - self.finish) * steps), self.kept, batch)
+        return until * self.ticketed + (passes(steps, self.kept, batch) - until) * self.whole
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """The record beside the weights. macs: of the training; scoring_macs: of all that came before its first step, null
+    when the tickets do not say; allowed: both together, null unless the budget is one of MACs.
+    """
+
+    budget: Budget
+    steps: int
+    examples: int
+    of: int
+    images: int
+    macs: int
+    scoring_macs: int | None
+    allowed: int | None
+
+    @property
+    def total(self) -> int | None:
+        """MACs of the training and of all that came before it; None when that is not known."""
+        return None if self.scoring_macs is None else self.macs + self.scoring_macs
+
+    def save(self, folder: Path) -> None:
+        (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def load(folder: Path) -> Spent | None:
+    """The record of a model artifact, None when it has none (a network that `train` did not make). Raises:
+    InvalidInput for one that cannot be read.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        return Spent(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InvalidInput(f"{path}: not a readable record of a training ({error})") from error
+
+
+def passes(steps: int, examples: int, batch: int) -> int:
+    """Images seen in so many steps: batches are full but for the last of an epoch."""
+    epochs, rest = divmod(steps, math.ceil(examples / batch))
+    return epochs * examples + rest * batch
+
+
+def allowance(recipe: Recipe, arm: Arm) -> int:
+    """MACs of the dense network over all examples."""
+    return arm.whole * passes(recipe.total_steps(arm.examples), arm.examples, recipe.batch_size)
+
+
+def steps_for(recipe: Recipe, budget: Budget, arm: Arm) -> int:
+    """How many steps the arm takes: under `macs` the most that fit.
+
+    Raises: InvalidInput when the tickets do not say what they cost, or cost more than there is.
+    """
+    if budget == "epochs":
+        return recipe.total_steps(arm.kept)
+    if budget == "steps":
+        return recipe.total_steps(arm.examples)
+    if arm.scoring is None:
+        raise InvalidInput(
+            "budget: macs needs to know what choosing the ticket cost, and its artifact does not say",
+            "let the ticket stage train its own proxy, or take a selector.source that `train` made",
+        )
+    allowed = allowance(recipe, arm)
+    left = allowed - arm.scoring
+    if arm.training_macs(1, recipe.batch_size) > left:
+        raise InvalidInput(
+            f"choosing the ticket took {arm.scoring:,} MACs, the dense network's budget is {allowed:,}: nothing is "
+            "left to train with",
+            "train for more epochs, choose with a smaller or shorter proxy (ticket.proxy), or use budget: epochs",
+        )
+    least, most = 1, 2
+    while arm.training_macs(most, recipe.batch_size) <= left:
+        least, most = most, 2 * most
+    while most - least > 1:
+        middle = (least + most) // 2
+        if arm.training_macs(middle, recipe.batch_size) <= left:
+            least = middle
+        else:
+            most = middle
+    return least
