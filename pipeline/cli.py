@@ -6,16 +6,17 @@ side imports a tensor library, so that help, plans and listings answer at once.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import cli_run, cli_store, options
+from . import cli_run, cli_store, manual, options
 from .console import Console
 from .errors import InputError, Interrupted, SievitError, UsageError
 from .session import Session, input_error
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from .stage import Stage
 
 BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
-HELP_WIDTH = 78  # columns of help inside the margins of an 80-column terminal
 LIBRARIES = ("torch", "timm", "torch-pruning", "onnx", "onnxruntime", "onnxruntime-gpu", "nncf")
 OVERVIEW = """Sieve the data, the tokens and the weights of a vision transformer; ship what is left.
 
@@ -44,42 +44,33 @@ def build_app(
     *,
     console: Console | None = None,
     commands: Mapping[str, Callable[..., None]] = {},
+    alone: str | None = None,
 ) -> typer.Typer:
-    """The whole command line. `commands` stand in for the plain command of the stage that they are named after."""
+    """The whole command line. `commands` stand in for the plain command of the stage that they are named after.
+
+    alone: the one command that will be called. Typer looks at the signature of every command that it is told of, so the
+    others are left out; an unknown name leaves out none.
+    """
     session = Session(tuple(stages), invalid_input, console or Console())
-    app = typer.Typer(context_settings={"obj": session}, rich_markup_mode="rich", help=literal(OVERVIEW))
+    app = typer.Typer(cls=manual.Group, context_settings={"obj": session}, rich_markup_mode=None, help=OVERVIEW)
     app.callback(invoke_without_command=True)(_sievit)
-    cli_run.add_commands(app)
-    for stage in stages:
-        command = commands.get(stage.name) or cli_run.stage_command(stage)
-        summary = stage.manual.strip().partition("\n")[0]
-        app.command(stage.name, help=literal(stage.manual), short_help=literal(summary), rich_help_panel="Stages")(
-            command
-        )
-    cli_store.add_commands(app)
+    found = list(_commands(stages, commands))
+    for task, name, command, text in [each for each in found if each[1] == alone] or found:
+        app.command(name, cls=manual.Command, help=text, rich_help_panel=task)(command)
     return app
 
 
-def literal(text: str) -> str:
-    """Help text that rich prints as it stands, square brackets included. Prose is joined, so that it wraps anew."""
-    from rich.markup import escape
-
-    return escape("\n\n".join(map(_rewrapped, text.strip().split("\n\n"))))
-
-
-def _rewrapped(paragraph: str) -> str:
-    """Prose on one line. What is set by hand, in columns or indented, keeps its lines; long ones hang."""
-    import re
-    import textwrap
-
-    lines = paragraph.splitlines()
-    if not any(line.startswith(" ") or "  " in line for line in lines):
-        return " ".join(lines)
-    set_by_hand: list[str] = []
-    for line in lines:
-        column = max((gap.end() for gap in re.finditer(r"(?:^|(?<=\S)) {2,}", line)), default=0)
-        set_by_hand += textwrap.wrap(line, HELP_WIDTH, subsequent_indent=" " * min(column, HELP_WIDTH // 2)) or [line]
-    return "\n".join(set_by_hand)
+def _commands(
+    stages: Sequence[Stage], instead: Mapping[str, Callable[..., None]]
+) -> Iterator[tuple[str, str, Callable[..., None], str]]:
+    """Task, name, function and manual of every command, in the order of the overview."""
+    for command in cli_run.COMMANDS:
+        yield "Run", command.__name__, command, inspect.getdoc(command) or ""
+    for stage in stages:
+        yield "Stages", stage.name, instead.get(stage.name) or cli_run.stage_command(stage), stage.manual
+    for task, several in cli_store.COMMANDS.items():
+        for command in several:
+            yield task, command.__name__, command, inspect.getdoc(command) or ""
 
 
 def execute(
@@ -93,7 +84,8 @@ def execute(
     console = Console(json="--json" in arguments, debug="--debug" in arguments)
     _open_streams()
     try:
-        app = build_app(stages, invalid_input, console=console, commands=commands)
+        alone = arguments[0] if arguments else None
+        app = build_app(stages, invalid_input, console=console, commands=commands, alone=alone)
         code = _invoke(app, invalid_input, arguments, console)
         sys.stdout.flush()
     except (OSError, SystemExit) as error:
@@ -160,7 +152,7 @@ def _sievit(
         context.obj.console.result(_versions(), _draw_versions)
         raise typer.Exit
     if context.invoked_subcommand is None:
-        context.get_help()  # which prints it
+        typer.echo(context.get_help())
 
 
 def _versions() -> dict[str, Any]:

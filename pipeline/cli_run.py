@@ -24,11 +24,6 @@ if TYPE_CHECKING:
     from .store import Artifact, Store
 
 
-def add_commands(app: typer.Typer) -> None:
-    for command in (run, plan, init, schema):
-        app.command(rich_help_panel="Run")(command)
-
-
 def run(
     context: typer.Context,
     *,
@@ -335,3 +330,6 @@ def schema(context: typer.Context, json: options.Json = False, debug: options.De
 
     session = session_of(context)
     session.console.document(json_schema(session.stages))
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (run, plan, init, schema)

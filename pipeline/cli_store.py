@@ -24,16 +24,6 @@ if TYPE_CHECKING:
 Ref = Annotated[str, typer.Argument(metavar="REF", help="train, train@latest, train@7 or train@3fa9")]
 
 
-def add_commands(app: typer.Typer) -> None:
-    panels: dict[str, tuple[Callable[..., None], ...]] = {
-        "Inspect": (ls, show, explain, diff, report),
-        "Store": (verify, gc),
-    }
-    for panel, commands in panels.items():
-        for command in commands:
-            app.command(rich_help_panel=panel)(command)
-
-
 # ---- Inspect
 
 
@@ -54,11 +44,12 @@ def ls(
     known = [each.name for each in session.stages]
     if stage is not None and stage not in known and stage not in place.stages():
         raise UsageError(f"there is no stage {stage!r}", hint=suggest(stage, known, kind="stages"))
-    found = sorted(place.artifacts(stage), key=lambda artifact: str(artifact.manifest["created"]))
+    artifacts, unreadable = place.scan(stage)
+    found = sorted(artifacts, key=lambda artifact: str(artifact.manifest["created"]))
     session.console.result(
         {"store": str(place.root), "artifacts": [listed(artifact) for artifact in found]}, views.artifacts
     )
-    for path, error in place.unreadable(stage):
+    for path, error in unreadable:
         session.console.say(f"warning: {path}: {error.message}")
 
 
@@ -255,10 +246,10 @@ def verify(
         raise UsageError("REF and --all exclude each other", hint="without either, all are verified")
     session, place = session_of(context), store_of(store)
     began = time.monotonic()
-    checked = [place.resolve(ref)] if ref is not None else place.artifacts()
+    checked, unreadable = ([place.resolve(ref)], []) if ref is not None else place.scan()
     damaged = [
         {"ref": f"{path.parent.name}@{path.name}", "message": error.message, "where": error.where}
-        for path, error in (place.unreadable() if ref is None else [])
+        for path, error in unreadable
     ]
     count = len(checked) + len(damaged)
     for artifact in checked:
@@ -352,3 +343,9 @@ def headline(metrics: Mapping[str, Any]) -> str:
             return f"{speedup:.2f}× faster"
         case _:
             return ""
+
+
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Inspect": (ls, show, explain, diff, report),
+    "Store": (verify, gc),
+}

@@ -25,7 +25,8 @@ JSON = Any  # a value that json.dumps accepts
 class Config(BaseModel):
     """Base of every config: frozen, strict about types, unknown keys refused. A config never acts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    # Validators are built at first use: `sievit ls` needs none of them.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,13 +184,14 @@ class Store:
 
     def artifacts(self, stage: str | None = None) -> list[Artifact]:
         """All readable artifacts, of one stage kind or of all, by stage and version. `unreadable` lists the others."""
-        return self._scan(stage)[0]
+        return self.scan(stage)[0]
 
     def unreadable(self, stage: str | None = None) -> list[tuple[Path, IntegrityError]]:
         """The artifact folders whose manifest does not hold, and why."""
-        return self._scan(stage)[1]
+        return self.scan(stage)[1]
 
-    def _scan(self, stage: str | None) -> tuple[list[Artifact], list[tuple[Path, IntegrityError]]]:
+    def scan(self, stage: str | None = None) -> tuple[list[Artifact], list[tuple[Path, IntegrityError]]]:
+        """Both of them, every manifest read once."""
         found: list[Artifact] = []
         broken: list[tuple[Path, IntegrityError]] = []
         for name in [stage] if stage else self.stages():

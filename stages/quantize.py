@@ -9,7 +9,7 @@ SmoothQuant moves the outliers of activations into the weights, at the cost of a
 `smooth_quant: auto` it is tried only if the file without it loses more than `max_drop`.
 
 reads    an onnx file, tickets (optional)
-writes   model.onnx, model.json: the product, INT8 or the float file as it was
+writes   model.onnx, model.json: the product, INT8 or the float file as it was;
          int8.onnx, int8.json: the INT8 file when it was made but not chosen; the benchmark measures it too
 papers   SmoothQuant: Xiao et al., ICML 2023, arXiv 2211.10438
 

@@ -22,7 +22,7 @@ Optimizer = Literal["adamw", "sgd", "nadamw", "lion", "radam", "rmsprop", "adafa
 class Settings(BaseModel):
     """Frozen and strict; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class Augmentation(Settings):
