@@ -12,6 +12,11 @@ the ledger.
 A Swin cannot embed single patches. With `patches: zero` it sees the others blanked and pays the full price, which the
 ledger states; with `mosaic` it sees the kept ones packed into a smaller image. Accuracy on tickets is measured so, too.
 
+`examples` lets the examples come and go while training. swap: a fifth is out, and every so many epochs the examples
+forgotten least are exchanged for some of them (Tri-Level E-ViT, AAAI 2023). infobatch: each pass drops a share of the
+examples with a loss below the mean and lets the rest of these count for all of them (Qin et al., ICLR 2024). random: a
+fresh random subset a pass, the control. An epoch is then a pass of the policy; schedules end with the last step taken.
+
 A network trained on tickets alone answers badly on whole images, so the last `finish` of the steps see all patches.
 Accuracy is reported for all patches, for tickets and for random patches of the same number. `finetune` ends on what is
 deployed.
@@ -22,7 +27,8 @@ of its selector inside.
 
 reads    tickets (optional: without them, all images and all patches); with token_labels the annotator
 writes   model.safetensors, architecture.json, preprocessing.json, training.json (the budget and what was spent);
-         early/epoch-N.safetensors for every epoch in keep_epochs
+         early/epoch-N.safetensors for every epoch in keep_epochs; with `examples` pool.json, what each decision dropped
+         and brought back
 ledger   images (forward and backward), tokens per image, epochs, steps, MACs, seconds; the annotator's forward passes
          are in scoring_macs
 
@@ -31,6 +37,7 @@ ledger   images (forward and backward), tokens per image, epochs, steps, MACs, s
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -38,7 +45,7 @@ from pydantic import Field, model_validator
 
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
-from .vision.recipe import Recipe, Settings
+from .vision.recipe import ExamplePolicy, Recipe, Settings, Swap, check_examples
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,6 +82,9 @@ class TrainConfig(Recipe, Config):
         description="what is equal among arms: epochs over the kept examples; steps, as many as all examples would "
         "take; macs of the dense network over all examples, choosing the ticket included",
     )
+    examples: ExamplePolicy | None = Field(
+        None, description="lets examples come and go while training; null: every pass sees all that the tickets kept"
+    )
     weights: Penalty | None = Field(None, description="a penalty that prepares the cut; null for none")
     token_labels: TokenLabels | None = Field(None, description="labels for patches, LV-ViT only; null for none")
     patches: Literal["zero", "mosaic"] | None = Field(
@@ -100,6 +110,7 @@ class TrainConfig(Recipe, Config):
                 f"keep_epochs: names epoch {max(self.keep_epochs)}, and training ends after {self.epochs:g}; "
                 "name epochs from 1 to the last"
             )
+        check_examples(self.examples, self.epochs, self.budget)
         return self
 
 
@@ -107,7 +118,7 @@ def run(ctx: Context) -> None:
     """Data and tickets, network, training, then accuracy under every token policy."""
     import torch
 
-    from .vision import budget, figures, tickets
+    from .vision import budget, examples, figures, tickets
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
@@ -140,11 +151,12 @@ def run(ctx: Context) -> None:
     normalise = preprocessing.normaliser(device)
     pool = tickets.pool(splits.train, loaded)
     annotator = _annotator(ctx, network, splits.train.classes, device)
+    policy = examples.create(config.examples, pool.members, config.epochs, ctx.seed)
     architecture = network.architecture
     tokens, ticket_macs = network.ticket_cost(pool.patches or architecture.patches)
     labelling = 0 if annotator is None else annotator.macs
     arm = budget.Arm(
-        kept=len(pool.members),
+        kept=policy.size,
         examples=len(splits.train),
         # Forward and backward are three forwards.
         ticketed=3 * ticket_macs + labelling,
@@ -155,7 +167,7 @@ def run(ctx: Context) -> None:
     recipe = config
     if config.budget != "epochs":
         recipe = config.model_copy(update={"epochs": None, "steps": budget.steps_for(config, config.budget, arm)})
-    _check_epochs(recipe, arm.kept)
+    _check_epochs(recipe, policy.size)
 
     with ctx.progress.task("training", recipe.total_steps(arm.kept)) as task:
         fitted = fit(
@@ -166,6 +178,7 @@ def run(ctx: Context) -> None:
             device=device,
             normalise=normalise,
             finish=config.finish,
+            policy=policy,
             objective=_objective(config),
             annotate=annotator,
             penalty=_penalty(config),
@@ -180,6 +193,10 @@ def run(ctx: Context) -> None:
     for epoch, state in fitted.early.items():
         (ctx.out / "early").mkdir(exist_ok=True)
         write_tensors(ctx.out / "early" / f"epoch-{epoch}.safetensors", state)
+    if config.examples is not None:
+        record = examples.record(config.examples, policy, len(pool.members))
+        (ctx.out / "pool.json").write_text(json.dumps(record, sort_keys=True) + "\n", encoding="utf-8")
+        ctx.metrics["examples"] = examples.use(config.examples, len(pool.members), fitted.passes, fitted.images)
 
     whole = fitted.images - fitted.ticketed
     spent = budget.Spent(
@@ -207,7 +224,7 @@ def run(ctx: Context) -> None:
         "budget": config.budget,
         "images": fitted.images,
         "tokens_per_image": round((fitted.ticketed * tokens + whole * architecture.patches) / fitted.images, 2),
-        "epochs": round(fitted.steps / -(-len(pool.members) // config.batch_size), 3),
+        "epochs": round(fitted.passes, 3),
         "steps": fitted.steps,
         "train_macs": 3 * (fitted.ticketed * ticket_macs + whole * architecture.macs()),
         "scoring_macs": fitted.images * labelling,
@@ -229,7 +246,7 @@ def _policy(config: TrainConfig, whole: bool) -> str:
 
 
 def _check_epochs(config: TrainConfig, examples: int) -> None:
-    """Raises: InvalidInput for kept epochs that these steps do not reach."""
+    """Raises: InvalidInput for kept epochs and swaps that these steps do not reach."""
     from .methods import InvalidInput
 
     last = config.total_steps(examples) // -(-examples // config.batch_size)
@@ -237,6 +254,11 @@ def _check_epochs(config: TrainConfig, examples: int) -> None:
         raise InvalidInput(
             f"train.keep_epochs names epoch {max(config.keep_epochs)}, training completes {last}",
             "name epochs from 1 to the last, or train longer",
+        )
+    if isinstance(config.examples, Swap) and config.examples.until >= last:
+        raise InvalidInput(
+            f"train.examples.until: swaps until epoch {config.examples.until}, and training completes {last}",
+            "lower until, or train longer",
         )
 
 
@@ -269,20 +291,22 @@ def _annotator(ctx: Context, network: Network, classes: tuple[str, ...], device:
 
 
 def _objective(config: TrainConfig) -> Objective:
-    """The labels' loss, and with token labels the patches' beside it (Jiang et al. 2021, eq. 3)."""
+    """The labels' loss, and with token labels the patches' beside it (Jiang et al. 2021, eq. 3). A policy on examples
+    needs it for each image.
+    """
     from .methods.token_labels import token_label_losses
-    from .vision.training import cross_entropy, supervised
+    from .vision.training import cross_entropy, each_supervised, supervised
 
+    each = config.examples is not None
     if config.token_labels is None:
-        return supervised
+        return each_supervised if each else supervised
     weight = config.token_labels.weight
 
     def objective(current: Network, batch: Batch) -> Tensor:
         assert batch.token_labels is not None
         of_class, of_patches = current(batch.images, batch.kept)
-        return (
-            cross_entropy(of_class, batch.targets) + weight * token_label_losses(of_patches, batch.token_labels).mean()
-        )
+        patches = token_label_losses(of_patches, batch.token_labels)
+        return cross_entropy(of_class, batch.targets, each=each) + weight * (patches if each else patches.mean())
 
     return objective
 
@@ -325,8 +349,8 @@ def coherent(seen: Preflight) -> None:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a network that cannot be built, patch tickets that it cannot take, and token labels for one that has no
-    head for them.
+    """Refuse a network that cannot be built, patch tickets that it cannot take, and what asks of it a head for patches
+    or a class token.
     """
     from .methods import InvalidInput
     from .vision.architecture import Architecture
@@ -344,6 +368,12 @@ def preflight(seen: Preflight) -> None:
             f"token_labels: {seen.model.name} has no head that answers for its patch tokens",
             "leave token_labels out, or use lvvit_t, lvvit_s or lvvit_m",
             field=seen.at("token_labels"),
+        )
+    if isinstance(seen.config.examples, Swap) and seen.config.examples.mode == "paper" and not network.prefix:
+        raise InvalidInput(
+            f"examples.mode: paper sorts by the attention of the class token, and {seen.model.name} has none",
+            "use mode: corrected",
+            field=seen.at("examples.mode"),
         )
 
 

@@ -82,8 +82,10 @@ def test_a_ticket_of_all_patches_changes_nothing_in_the_loss() -> None:
     every = torch.arange(16).expand(4, -1)
     objective = _objective(TrainConfig(epochs=1, token_labels=TokenLabels(source="train@1", weight=0.7)))
     targets = soft(4, 5, seed=1)
-    whole = objective(net, Batch(x, targets, None, torch.arange(4), labels))
-    ticketed = objective(net, Batch(x, targets, every, torch.arange(4), labels_of(labels, every)))
+    whole = objective(net, Batch(x, targets, None, torch.arange(4), np.arange(4), None, 1.0, labels))
+    ticketed = objective(
+        net, Batch(x, targets, every, torch.arange(4), np.arange(4), None, 1.0, labels_of(labels, every))
+    )
     of_class, of_patches = net(x)
     by_hand = -(targets * of_class.log_softmax(1)).sum(1).mean()
     by_hand = by_hand - 0.7 * (labels * of_patches.log_softmax(2)).sum(2).mean()

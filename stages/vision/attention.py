@@ -48,6 +48,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(heads * v, embed, bias=proj_bias)
         self.proj_drop = nn.Dropout(0.0)
 
+    def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The output of qkv (B, T, H(2 qk + v)) -> normalised queries and keys (B, H, T, qk), values (B, H, T, v)."""
+        batch, tokens, _ = projected.shape
+        q, k, v = projected.split([self.heads * self.qk, self.heads * self.qk, self.heads * self.v], dim=-1)
+        q = self.q_norm(q.view(batch, tokens, self.heads, self.qk).transpose(1, 2))
+        k = self.k_norm(k.view(batch, tokens, self.heads, self.qk).transpose(1, 2))
+        return q, k, v.view(batch, tokens, self.heads, self.v).transpose(1, 2)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.attend(x, prefix=0)[0]
 
@@ -56,10 +64,7 @@ class Attention(nn.Module):
         N).
         """
         batch, tokens, _ = x.shape
-        q, k, v = self.qkv(x).split([self.heads * self.qk, self.heads * self.qk, self.heads * self.v], dim=-1)
-        q = self.q_norm(q.view(batch, tokens, self.heads, self.qk).transpose(1, 2))
-        k = self.k_norm(k.view(batch, tokens, self.heads, self.qk).transpose(1, 2))
-        v = v.view(batch, tokens, self.heads, self.v).transpose(1, 2)
+        q, k, v = self.split(self.qkv(x))
         dropout = self.dropout if self.training else 0.0
         if self.fused:
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +24,11 @@ from torch import Tensor
 from ..methods import InvalidInput
 from ..methods.patch_tickets import kept_patches, map_ranks
 from ..methods.token_labels import labels_of, mixed_labels, patch_shares
+from . import processes
 from .augment import Augmenter, Mixer
+from .clock import Clock
 from .dataset import Images
+from .examples import Everything, Policy, Watch
 from .network import Network
 from .recipe import Recipe
 from .tensors import flatten_optimizer, read_tensors, restore_optimizer, write_tensors
@@ -47,18 +50,21 @@ class Pool:
 
 @dataclass
 class Batch:
-    """One step's input on the device. clean: the un-mixed labels (B,). token_labels: of the kept patches, where there
-    is an annotator.
+    """One step's input on the device. clean: the un-mixed labels (B,). share: an image's own part of its view.
+    token_labels: of the kept patches, where there is an annotator.
     """
 
     images: Tensor  # (B, 3, S, S) normalised
     targets: Tensor  # (B, K) soft
     kept: Tensor | None  # (B, K) patch indices
     clean: Tensor
+    ids: np.ndarray  # (B,) positions in the pool's images
+    weights: Tensor | None  # (B,) what each loss is multiplied by
+    share: float
     token_labels: Tensor | None = None  # (B, n, K) soft
 
 
-Objective = Callable[[Network, Batch], Tensor]
+Objective = Callable[[Network, Batch], Tensor]  # one loss an image (B,), or their mean ()
 Annotate = Callable[[Tensor], Tensor]  # views (B, 3, S, S) -> class probabilities of every patch (B, N, K)
 Tick = Callable[[int, Mapping[str, float]], None]
 
@@ -67,7 +73,8 @@ Tick = Callable[[int, Mapping[str, float]], None]
 class Fitted:
     """The result of fit: the network that is kept (the average, where there is one), and what it took.
 
-    images: forward and backward passes in all; ticketed: those on the patches of a ticket.
+    images: forward and backward passes in all; ticketed: those on the patches of a ticket. passes: of the examples, or
+    of the policy that chose among them.
     """
 
     network: Network
@@ -75,6 +82,7 @@ class Fitted:
     images: int
     ticketed: int
     steps: int
+    passes: float
     seconds: float
     earlier_seconds: float  # the part of `seconds` that an earlier, killed attempt spent
     early: dict[int, dict[str, Tensor]] = field(default_factory=dict)
@@ -91,14 +99,19 @@ class Normaliser:
         return (images - self.mean) / self.std
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy with soft targets (B, K)."""
-    return torch.nn.functional.cross_entropy(logits, targets)
+def cross_entropy(logits: Tensor, targets: Tensor, *, each: bool = False) -> Tensor:
+    """Cross-entropy with soft targets (B, K): the mean (), or one for each image (B,)."""
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none" if each else "mean")
 
 
 def supervised(network: Network, batch: Batch) -> Tensor:
     """The plain objective: cross-entropy with the (mixed, smoothed) labels."""
     return cross_entropy(network(batch.images, batch.kept), batch.targets)
+
+
+def each_supervised(network: Network, batch: Batch) -> Tensor:
+    """As supervised, one loss an image (B,): what a policy that watches or weighs examples needs."""
+    return cross_entropy(network(batch.images, batch.kept), batch.targets, each=True)
 
 
 def fit(
@@ -110,6 +123,7 @@ def fit(
     device: torch.device,
     normalise: Normaliser,
     finish: float = 0.0,
+    policy: Policy | None = None,
     objective: Objective = supervised,
     annotate: Annotate | None = None,
     penalty: Callable[[Network], Tensor] | None = None,
@@ -123,7 +137,9 @@ def fit(
     """Train in place and return what is kept.
 
     Args:
-        finish: share of the steps at the end that see whole images although the pool has patch tickets.
+        finish: share of the schedule at the end that sees whole images although the pool has patch tickets.
+        policy: which examples each pass sees (None: all). It is told what every step saw; its state is in the
+            checkpoint.
         annotate: labels every patch of the un-mixed views in [0, 1]; batches then carry token_labels.
         judge: called after each epoch on the network that would be kept; its answer goes into the curve as
             top1_calibration.
@@ -131,26 +147,28 @@ def fit(
         keep_epochs: epochs after which a copy of the raw weights is set aside (for rewinding).
         checkpoint: a file to resume from if it is there, and to write to at least every checkpoint_seconds and at
             each epoch's end.
-    Raises: InvalidInput when the loss is not finite, with the step.
+        tick: called after each step with the nominal steps gone since the last (clock.py) and with values to show.
+    Raises: InvalidInput when the loss is not finite, with the step; in several processes, whose gradients nothing
+    averages yet.
     """
-    run = _Run(network, pool, recipe, seed, device, normalise, finish, annotate)
+    if processes.count() > 1:
+        raise InvalidInput("training in several processes is not possible yet", "run one process")
+    policy = policy or Everything(pool.members)
+    run = _Run(network, pool, recipe, seed, device, normalise, finish, policy, annotate)
     begun = time.monotonic()
     before = run.restore(checkpoint)
     saved = time.monotonic()
     network.train()
-    while run.step < run.total:
-        epoch, position = divmod(run.step, run.per_epoch)
-        for batch in run.batches(epoch, position):
+    while not run.clock.done:
+        for batch in run.batches():
+            gone = int(run.clock.now)
             values = run.advance(batch, objective, penalty)
-            tick(1, values)
+            tick(int(run.clock.now) - gone, values)
             # Not at an epoch's last step: what ends the epoch has not been done yet and would be lost.
-            within = run.step % run.per_epoch != 0 and run.step < run.total
-            if checkpoint is not None and within and time.monotonic() - saved > checkpoint_seconds:
+            if checkpoint is not None and run.clock.within and time.monotonic() - saved > checkpoint_seconds:
                 run.save(checkpoint, before + time.monotonic() - begun)
                 saved = time.monotonic()
-            if run.step == run.total:
-                break
-        run.end_epoch(epoch, judge, after_epoch, keep_epochs)
+        run.end_epoch(judge, after_epoch, keep_epochs)
         if checkpoint is not None:
             run.save(checkpoint, before + time.monotonic() - begun)
             saved = time.monotonic()
@@ -161,6 +179,7 @@ def fit(
         run.images_seen,
         run.ticketed,
         run.step,
+        run.clock.now / run.clock.nominal,
         before + time.monotonic() - begun,
         before,
         run.early,
@@ -179,29 +198,31 @@ class _Run:
         device: torch.device,
         normalise: Normaliser,
         finish: float,
+        policy: Policy,
         annotate: Annotate | None,
     ) -> None:
         self.network, self.pool, self.recipe, self.seed, self.device = network.to(device), pool, recipe, seed, device
-        self.normalise, self.annotate = normalise, annotate
-        self.per_epoch = math.ceil(len(pool.members) / recipe.batch_size)
-        self.total = recipe.total_steps(len(pool.members))
+        self.normalise, self.policy, self.annotate = normalise, policy, annotate
+        self.watch = Watch(network, attention=policy.attention) if policy.watches else None
+        total = recipe.total_steps(policy.size)
+        self.clock = Clock(math.ceil(policy.size / recipe.batch_size), total)
         self.step = 0
         self.images_seen = 0
         self.ticketed = 0
-        self.whole_from = round((1 - finish) * self.total)
+        self.whole_from = round((1 - finish) * total)
         self.curve: list[dict[str, float]] = []
         self.early: dict[int, dict[str, Tensor]] = {}
         self.losses = 0.0
-        self.counted = 0
+        self.counted: float = 0
         # timm's optimiser factory leaves biases, norms and tokens without weight decay.
         self.optimizer = create_optimizer_v2(
             network.body, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
         )
         self.schedule = CosineLRScheduler(
             self.optimizer,
-            t_initial=self.total,
+            t_initial=total,
             lr_min=recipe.min_lr,
-            warmup_t=round(recipe.warmup * self.total),
+            warmup_t=round(recipe.warmup * total),
             warmup_lr_init=recipe.min_lr,
             t_in_epochs=False,
         )
@@ -210,16 +231,20 @@ class _Run:
         self.augment = Augmenter(recipe.augment, pool.images.size, colour_only=not pool.whole)
         self.mix = Mixer(recipe.mixup, recipe.cutmix, recipe.smoothing, len(pool.images.classes))
 
-    def batches(self, epoch: int, position: int) -> Any:
-        """The rest of an epoch from a position (in steps) on: uint8 pixels with their indices."""
-        order = torch.randperm(len(self.pool.members), generator=_generator(self.seed, epoch, -1)).numpy()
-        order = self.pool.members[order[position * self.recipe.batch_size :]]
-        size = self.recipe.batch_size
-        for number, pixels in enumerate(self.pool.images.batches(order, size)):
-            yield self._prepare(pixels, order[number * size : number * size + len(pixels)], epoch, position + number)
+    def batches(self) -> Iterator[Batch]:
+        """The rest of the present epoch."""
+        chosen = self.policy.begin(self.clock.epoch)
+        order = torch.randperm(len(chosen.ids), generator=_generator(self.seed, self.clock.epoch, -1)).numpy()
+        order, size = processes.part(order, self.recipe.batch_size)
+        self.clock.begin(len(order), size)
+        order = order[self.clock.position * size : self.clock.steps * size]
+        for number, pixels in enumerate(self.pool.images.batches(chosen.ids[order], size)):
+            places = order[number * size : (number + 1) * size]
+            weights = None if chosen.weights is None else torch.from_numpy(chosen.weights[places])
+            yield self._prepare(pixels, chosen.ids[places], weights)
 
-    def _prepare(self, pixels: np.ndarray, indices: np.ndarray, epoch: int, step: int) -> Batch:
-        generator = _generator(self.seed, epoch, step)
+    def _prepare(self, pixels: np.ndarray, indices: np.ndarray, weights: Tensor | None) -> Batch:
+        generator = _generator(self.seed, self.clock.epoch, self.clock.position)
         views, theta = self.augment(pixels, generator, self.device)
         labels = torch.from_numpy(self.pool.images.labels[indices]).to(self.device)
         even = len(labels) - len(labels) % 2  # timm mixes in pairs; an odd last image of an epoch sits out when mixing
@@ -228,7 +253,7 @@ class _Run:
         kept = None
         of_patches = None if self.annotate is None else self.annotate(views)  # before the mixing writes over them
         mixed = self.mix(views, labels, generator)
-        if not self.pool.whole and epoch * self.per_epoch + step < self.whole_from:
+        if not self.pool.whole and self.clock.now < self.whole_from:
             kept = self._ticket(indices, theta, mixed.share)
         if of_patches is not None:
             shares = patch_shares(mixed.own, self.network.architecture.grid).to(self.device)
@@ -236,7 +261,9 @@ class _Run:
             of_patches = of_patches if kept is None else labels_of(of_patches, kept)
         # Dropout and stochastic depth draw from the global generators.
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-        return Batch(self.normalise(mixed.images), mixed.targets, kept, labels, of_patches)
+        weights = None if weights is None else weights[: len(labels)].to(self.device)
+        images = self.normalise(mixed.images)
+        return Batch(images, mixed.targets, kept, labels, indices, weights, mixed.share, of_patches)
 
     def _ticket(self, indices: np.ndarray, theta: Tensor, share: float) -> Tensor:
         """Patches kept of each view: ranks mapped through the view's geometry; of a mixture, the mixture of both
@@ -252,37 +279,45 @@ class _Run:
     def advance(
         self, batch: Batch, objective: Objective, penalty: Callable[[Network], Tensor] | None
     ) -> dict[str, float]:
-        loss = objective(self.network, batch)
+        with nullcontext() if self.watch is None else self.watch:
+            losses = objective(self.network, batch)
+        loss = losses if batch.weights is None else losses * batch.weights
+        loss = loss.mean()
         total = loss if penalty is None else loss + penalty(self.network)
         value = float(total.detach())
         if not math.isfinite(value):
             raise InvalidInput(
                 f"the loss is {value} at step {self.step + 1}", "lower lr, or clip gradients (clip: 1.0)"
             )
+        if self.watch is not None:
+            self.policy.observe(self.watch.seen(batch.ids, batch.clean, losses, batch.share))
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         if self.recipe.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
         self.optimizer.step()
         self.step += 1
-        self.schedule.step_update(self.step)
+        self.clock.position += 1
+        self.schedule.step_update(self.clock.now)  # timm computes with fractions as well
         if self.ema is not None:
             self.ema.update(self.network, step=self.step)
         self.images_seen += len(batch.images)
         self.ticketed += 0 if batch.kept is None else len(batch.images)
+        # With weights, an estimate of the mean over all examples: those that count more stand for those left out.
         self.losses += float(loss.detach()) * len(batch.images)
-        self.counted += len(batch.images)
+        self.counted += len(batch.images) if batch.weights is None else float(batch.weights.sum())
         return {"loss": self.losses / self.counted}
 
     def end_epoch(
         self,
-        epoch: int,
         judge: Callable[[Network], float] | None,
         after_epoch: Callable[[int, Network], None] | None,
         keep_epochs: tuple[int, ...],
     ) -> None:
+        epoch = self.clock.epoch + 1
+        self.policy.end(self.clock.epoch)
         row = {
-            "epoch": float(epoch + 1),
+            "epoch": float(epoch),
             "loss": self.losses / max(1, self.counted),
             "lr": self.optimizer.param_groups[0]["lr"],
         }
@@ -291,12 +326,11 @@ class _Run:
             row["top1_calibration"] = judge(self.kept())
         self.curve.append(row)
         if after_epoch is not None:
-            after_epoch(epoch + 1, self.network)
-        if epoch + 1 in keep_epochs:
-            self.early[epoch + 1] = {
-                name: t.detach().cpu().clone() for name, t in self.network.body.state_dict().items()
-            }
+            after_epoch(epoch, self.network)
+        if epoch in keep_epochs:
+            self.early[epoch] = {name: t.detach().cpu().clone() for name, t in self.network.body.state_dict().items()}
         self.network.train()
+        self.clock.end_epoch()
 
     def kept(self) -> Network:
         """The network that would be handed on now."""
@@ -309,9 +343,12 @@ class _Run:
             tensors |= {f"ema.{n}": t for n, t in self.ema.module.body.state_dict().items()}
         for epoch, state in self.early.items():
             tensors |= {f"early.{epoch}.{n}": t for n, t in state.items()}
+        policy, policy_facts = self.policy.state()
+        tensors |= {f"policy.{n}": t for n, t in policy.items()}
         facts = {
             "step": self.step,
-            "total": self.total,
+            "clock": asdict(self.clock),
+            "policy": policy_facts,
             "images": self.images_seen,
             "ticketed": self.ticketed,
             "curve": self.curve,
@@ -326,8 +363,11 @@ class _Run:
         if path is None or not path.exists():
             return 0.0
         tensors, facts = read_tensors(path)
-        if facts["total"] != self.total:
-            raise InvalidInput(f"{path}: a checkpoint of {facts['total']} steps for a run of {self.total}", "delete it")
+        clock = Clock(**facts["clock"])
+        if (clock.total, clock.nominal) != (self.clock.total, self.clock.nominal):
+            raise InvalidInput(
+                f"{path}: a checkpoint of {clock.total} steps for a run of {self.clock.total}", "delete it"
+            )
         self.network.body.load_state_dict(_with_prefix(tensors, "model."))
         restore_optimizer(self.optimizer, _with_prefix(tensors, "optimizer."))
         if self.ema is not None:
@@ -335,10 +375,11 @@ class _Run:
         for name, tensor in _with_prefix(tensors, "early.").items():
             epoch, _, rest = name.partition(".")
             self.early.setdefault(int(epoch), {})[rest] = tensor
-        self.step, self.curve = facts["step"], facts["curve"]
+        self.policy.restore(_with_prefix(tensors, "policy."), facts["policy"])
+        self.clock, self.step, self.curve = clock, facts["step"], facts["curve"]
         self.images_seen, self.ticketed = facts["images"], facts["ticketed"]
         self.losses, self.counted = facts["losses"], facts["counted"]
-        self.schedule.step_update(self.step)
+        self.schedule.step_update(self.clock.now)
         return float(facts["seconds"])
 
 
