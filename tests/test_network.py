@@ -10,11 +10,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.vision_transformer import ParallelScalingBlock
 from tiny_vision import ARGS, FAMILIES, images, network
 
 from sievit.stages.methods import InvalidInput
+from sievit.stages.vision import families
 from sievit.stages.vision.architecture import load_architecture
 from sievit.stages.vision.network import create
+from sievit.stages.vision.vit import adopt
 from sievit.stages.vision.weights import load_network, save_network
 
 
@@ -41,7 +44,8 @@ def test_local_weights_of_a_timm_model_load(tmp_path: Path) -> None:
     [
         ("deit_tinny_patch16_224", {}, "did you mean"),
         ("resnet18", {}, "vit_*, deit_*"),
-        ("swinv2_cr_tiny_ns_224", {}, "vit_*, deit_*"),
+        ("vit_base_patch16_siglip_224", {}, "attention pooling"),
+        ("vit_base_patch16_plus_clip_240", {"block_fn": ParallelScalingBlock}, "ParallelScalingBlock"),
         ("swin_tiny_patch4_window7_224", {}, "window_size to one of 2, 4, 8"),
         ("deit_tiny_patch16_224", {"depht": 3}, "depht"),
         ("deit_tiny_patch16_224", {"embed_dim": 50, "num_heads": 3}, "embed_dim"),
@@ -51,6 +55,26 @@ def test_what_cannot_be_cut_is_refused_by_name(name: str, args: dict[str, Any], 
     with pytest.raises(InvalidInput) as caught:
         create(name, classes=5, image_size=32, args=args)
     assert part in f"{caught.value} {caught.value.hint}"
+
+
+@pytest.mark.parametrize("module", list(families.REASONS))
+def test_a_family_that_is_asked_for_in_vain_is_told_why_and_what_works(module: str) -> None:
+    name = timm.list_models(module=module)[0]
+    with pytest.raises(InvalidInput) as caught:
+        create(name, classes=5, image_size=224, args={})
+    assert str(caught.value) == f"{name} cannot be used: {families.REASONS[module]}"
+    assert caught.value.hint == families.WORKING
+
+
+def test_patches_from_another_network_are_refused_whatever_the_model_is_called() -> None:
+    with pytest.raises(InvalidInput, match="HybridEmbed"):
+        adopt(timm.create_model("vit_tiny_r_s16_p8_224"))
+
+
+def test_weights_that_timm_has_not_are_not_looked_for_under_another_name() -> None:
+    with pytest.raises(InvalidInput, match="no pretrained weights of lvvit_s") as caught:
+        create("lvvit_s", classes=5, image_size=32, args={}, pretrained=True)
+    assert caught.value.field == "model.pretrained"
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:

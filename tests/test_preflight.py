@@ -217,7 +217,7 @@ invalid pipeline: data.image_size 40 is no multiple of patch_size 16
 
 
 def test_a_family_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
-    from sievit.stages.vision.network import FAMILIES
+    from sievit.stages.vision.families import WORKING
 
     text = VIT.replace(
         "deit_tiny_patch16_224, args: {patch_size: 8, embed_dim: 48, depth: 3, num_heads: 3}", "resnet18"
@@ -230,7 +230,39 @@ invalid pipeline: resnet18 is of no family that is known here
    |
  2 | model: {{name: resnet18}}
    |               ^^^^^^^^
-  help: {FAMILIES}"""
+  help: {WORKING}"""
+    )
+
+
+def test_pit_is_refused_with_the_reason(tmp_path: Path) -> None:
+    from sievit.stages.vision.families import REASONS, WORKING
+
+    text = VIT.replace(
+        "deit_tiny_patch16_224, args: {patch_size: 8, embed_dim: 48, depth: 3, num_heads: 3}", "pit_s_224"
+    )
+    assert (
+        Project(tmp_path, text).refused()
+        == f"""\
+invalid pipeline: pit_s_224 cannot be used: {REASONS["pit"]}
+  --> pipeline.yaml:2:15
+   |
+ 2 | model: {{name: pit_s_224}}
+   |               ^^^^^^^^^
+  help: {WORKING}"""
+    )
+
+
+def test_token_labels_for_a_network_without_a_head_for_patches_are_refused(tmp_path: Path) -> None:
+    text = VIT.replace("train: {", "train: {token_labels: {source: timm:resnet18}, ")
+    assert (
+        Project(tmp_path, text).refused()
+        == """\
+invalid pipeline: token_labels: deit_tiny_patch16_224 has no head that answers for its patch tokens
+  --> pipeline.yaml:5:11
+   |
+ 5 |   train: {token_labels: {source: timm:resnet18}, epochs: 1}
+   |           ^^^^^^^^^^^^
+  help: leave token_labels out, or use lvvit_t, lvvit_s or lvvit_m"""
     )
 
 
@@ -249,7 +281,7 @@ invalid pipeline: model.args: embed_dim 50 is no multiple of num_heads 3 (arm 'w
 
 
 def test_a_proxy_that_cannot_be_built_is_refused_in_its_own_block(tmp_path: Path) -> None:
-    from sievit.stages.vision.network import FAMILIES
+    from sievit.stages.vision.families import WORKING
 
     text = VIT.replace("{patches: {keep: 0.5}}", "{patches: {keep: 0.5}, proxy: {model: {name: resnet18}}}")
     assert (
@@ -260,7 +292,7 @@ invalid pipeline: resnet18 is of no family that is known here
    |
  4 |   ticket: {{patches: {{keep: 0.5}}, proxy: {{model: {{name: resnet18}}}}}}
    |                                                        ^^^^^^^^
-  help: {FAMILIES}"""
+  help: {WORKING}"""
     )
 
 

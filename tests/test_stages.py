@@ -238,7 +238,7 @@ def test_bad_input_to_a_stage_is_one_message_and_nothing_is_lost(finished: Proje
     for arguments, part in (
         (("prune", "--set", "prune.target.macs=0.01"), "can go down to"),
         (("train", "--set", "train.cutmix=1.0"), "cutmix"),
-        (("train", "--set", "model.name=resnet18"), "not a ViT"),
+        (("train", "--set", "model.name=resnet18"), "no family"),
         (("ticket", "--set", "data.source=nowhere"), "nowhere"),
         (("finetune", "--set", "finetune.distill.teacher=train@99"), "train@99"),
         (("finetune", "--set", "finetune.tokens.blocks=[7]"), "blocks"),

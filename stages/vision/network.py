@@ -3,7 +3,7 @@
 A family is one module (vit.py, swin.py) with a network class of one surface: called with images and, for patch tickets,
 `kept`; `body` (timm's network, the only thing that is stored), `architecture`, `blocks`, `attentions`, `ticket_grid`,
 `ticket_cost`, `parameter_count`, `with_tokens`. What belongs to which family is decided here, by the class of timm's
-network, and nowhere else.
+network; which of timm's models belong to none, and why, stands in families.py.
 """
 
 from __future__ import annotations
@@ -24,18 +24,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..methods import InvalidInput
-from . import swin, vit
+from . import families, swin, vit
 from .architecture import Architecture, SwinArchitecture
-from .lvvit import LVViT
 from .swin import Swin
 from .tensors import load_state, read_tensors
 from .vit import ViT
 
 Network = ViT | Swin
-
-VIT_MODULES = ("timm.models.vision_transformer", "timm.models.deit", LVViT.__module__)
-SWIN_MODULES = ("timm.models.swin_transformer", "timm.models.swin_transformer_v2")
-FAMILIES = "models that work: vit_*, deit_*, deit3_*, distilled ones too; lvvit_t, lvvit_s, lvvit_m; swin_*, swinv2_*"
 
 
 def create(
@@ -54,6 +49,8 @@ def create(
         weights: a .safetensors file of that timm model; a head of another size is left random.
     Raises: InvalidInput for an unknown name, wrong arguments, or a family that cannot be cut.
     """
+    if ":" not in name and timm.is_model(name):
+        families.check_module(name, timm.models.model_entrypoint(name).__module__)
     kwargs: dict[str, Any] = {**args, "num_classes": classes, "img_size": image_size, "drop_path_rate": drop_path}
     _check_grid(image_size, args.get("patch_size"))
     try:
@@ -118,6 +115,7 @@ def _first_difference(dense: Network, architecture: Architecture | SwinArchitect
 
 def _of_family(body: nn.Module, name: str, args: dict[str, Any], classes: int, image_size: int) -> Network:
     """The network around timm's. Raises: InvalidInput for a class of timm that no family holds."""
+    families.check_module(name, type(body).__module__)
     if isinstance(body, VisionTransformer):
         vit.adopt(body)
         return ViT(body, vit.describe(body, name, args, classes, image_size))
@@ -125,7 +123,9 @@ def _of_family(body: nn.Module, name: str, args: dict[str, Any], classes: int, i
         swin.adopt(body)
         return Swin(body, swin.describe(body, name, args, classes, image_size))
     raise InvalidInput(
-        f"{name} ({type(body).__name__} of timm) is of no family that is known here", FAMILIES, field="model.name"
+        f"{name} ({type(body).__name__} of timm) is of no family that is known here",
+        families.WORKING,
+        field="model.name",
     )
 
 
@@ -144,9 +144,13 @@ def _refused(name: str, args: dict[str, Any], error: Exception) -> InvalidInput:
     if "pretrained tag" in str(error) or (":" not in name and not timm.is_model(name)):
         return InvalidInput(f"model.name: {error}", _nearest(name), field="model.name")
     module = None if ":" in name else timm.models.model_entrypoint(name).__module__
-    if module is not None and module not in (*VIT_MODULES, *SWIN_MODULES):
-        return InvalidInput(f"{name} is of no family that is known here", FAMILIES, field="model.name")
-    if module not in SWIN_MODULES and ("embed_dim" in args or "num_heads" in args):
+    if "pretrained weights exist" in str(error) and module is not None:
+        return InvalidInput(
+            f"model: timm has no pretrained weights of {name}",
+            "leave pretrained out, or name a local file: model.weights",
+            field="model.pretrained",
+        )
+    if module not in families.SWIN and ("embed_dim" in args or "num_heads" in args):
         default = outline(name, image_size=224, args={})
         assert isinstance(default, Architecture)
         width = args.get("embed_dim", default.embed)

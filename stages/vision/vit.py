@@ -11,7 +11,7 @@ import copy
 from typing import Any, cast
 
 import torch
-from timm.layers import LayerScale, Mlp
+from timm.layers import LayerScale, Mlp, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
@@ -140,7 +140,7 @@ def adopt(body: VisionTransformer) -> VisionTransformer:
     if body.dynamic_img_size:
         raise InvalidInput(
             "dynamic_img_size has no fixed number of patches",
-            "leave it out of model.args",
+            "set model.args.dynamic_img_size: false",
             field="model.args.dynamic_img_size",
         )
     if not len(body.blocks):
@@ -154,11 +154,22 @@ def adopt(body: VisionTransformer) -> VisionTransformer:
             "give patch_size one number",
             field="model.args.patch_size",
         )
+    if type(body.patch_embed) not in (PatchEmbed, ConvStem):
+        raise InvalidInput(
+            f"patches from a {type(body.patch_embed).__name__} cannot be cut, and their cost is not counted here",
+            "use a model that embeds patches by one convolution, or an LV-ViT",
+            field="model.name",
+        )
     for block in body.blocks:
-        plain = type(block) is TimmBlock and type(block.mlp) is Mlp and isinstance(block.mlp.norm, nn.Identity)
-        if not plain:
+        if type(block) is not TimmBlock:
             raise InvalidInput(
-                f"block of class {type(block).__name__} with {type(block.mlp).__name__} cannot be pruned",
+                f"blocks of class {type(block).__name__} cannot be pruned",
+                "use a plain ViT or DeiT",
+                field="model.name",
+            )
+        if type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity):
+            raise InvalidInput(
+                f"an MLP of class {type(block.mlp).__name__} that gates or normalises inside cannot be pruned",
                 "use a plain ViT or DeiT",
                 field="model.name",
             )
