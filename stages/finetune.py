@@ -17,7 +17,6 @@ ledger   as train; the teacher's forward passes are in scoring_macs
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -84,7 +83,7 @@ def run(ctx: Context) -> None:
     loaded = tickets.load(ctx.inputs["tickets"].root) if "tickets" in ctx.inputs else None
     tickets.check(loaded, splits, None, 0.0)
     # The deployed policy: the tickets' examples, but not their patches.
-    pool = tickets.pool(splits.train, None if loaded is None else replace(loaded, ranks=None))
+    pool = tickets.pool(splits.train, loaded, None)
 
     torch.manual_seed(ctx.seed)
     normalise = preprocessing.normaliser(device)
@@ -149,12 +148,6 @@ def _check_tokens(tokens: Tokens, architecture: Architecture | SwinArchitecture)
             field="tokens",
         )
     depth, blocks = len(architecture.blocks), tokens.blocks
-    if architecture.prefix == 0:
-        raise InvalidInput(
-            f"finetune.tokens: {architecture.model} has no prefix token to rank patches by",
-            "leave tokens out",
-            field="tokens",
-        )
     if max(blocks) >= depth or len(set(blocks)) != len(blocks):
         raise InvalidInput(
             f"finetune.tokens.blocks: {list(blocks)} for a network of {depth} blocks",

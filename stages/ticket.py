@@ -4,29 +4,37 @@ Examples   random      uniform, the control
            el2n        ||softmax - onehot|| early in training, mean over proxy runs (Paul et al., NeurIPS 2021): the
                        hard ones stay
            forgetting  how often a proxy run lost an example it had right (Toneva et al., ICLR 2019)
-Patches    random      uniform per image, the control with the same number of patches
-           saliency    mean brightness gradient in the patch, no model
-           attention   composed top-k by the attention of the prefix tokens in a trained ViT that drops tokens at
-                       several blocks (Data-Level Lottery Tickets, IJCAI 2023): proxy network, then adapt_epochs with
-                       dropping on, then frozen
+Patches    attention     composed top-k by the attention of the prefix tokens (without them, of all patches) in a
+                         trained ViT that drops tokens at several blocks (Data-Level Lottery Tickets, IJCAI 2023):
+                         proxy network, then adapt_epochs with dropping on, then frozen
+           saliency      mean brightness gradient in the patch, no model
+           controls with as many patches:
+           random        drawn anew for each image and epoch from (seed, epoch, image)
+           random_fixed  drawn once for each image
+           inverse       least attended first
+           center        closest to the middle of the image
 
 `keep` is the fraction kept overall: with 0.7 of 64 patches, 45 go on. The selector drops in stages, keep^(1/stages)
-at each. A Swin ranks no patches: its tickets are about the patches of the ViT named in proxy.model.
+at each; `selector.keep_per_stage` states that share instead, as the papers do. A Swin ranks no patches: its tickets are
+about the patches of the ViT named in proxy.model.
 
-Ranks are computed once per image on its plain view; train carries them through crop and flip. The test split
-is ranked too, so that a network can be tested on tickets; nothing is chosen by it.
+Tickets are `cached`: ranks are made once per image on its plain view, and train carries them through crop and flip. Or
+they are `online`: the selector is stored and looks at every view that train makes, after all augmentation and mixing,
+as in the paper; cutmix is possible then, and every step pays for the selector. The test split is ranked too, so that a
+network can be tested on tickets; nothing is chosen by it.
 
 reads    the data block, the model block (for the proxy); with selector.source a model artifact
-writes   kept.npy (ascending indices into the training split), scores.npy, ranks.npy, ranks_calibration.npy,
-         ranks_test.npy (rank 0 = most important patch), tickets.json
-ledger   the cost of proxy runs, of adapting the selector and of scoring
+writes   kept.npy (ascending indices into the training split), scores.npy, ranks.npy (cached only),
+         ranks_calibration.npy, ranks_test.npy (rank 0 = most important patch), selector/ (attention and inverse: the
+         network that ranked), tickets.json
+ledger   the cost of proxy runs, of adapting the selector and of ranking; what an image costs in training, cached and
+         online, is in the metrics
 
     sievit ticket pipeline.yaml --set ticket.examples.keep=0.5
 """
 
 from __future__ import annotations
 
-import json
 import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -42,8 +50,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from .methods.cost import TicketCost
     from .vision.architecture import Architecture, SwinArchitecture
-    from .vision.dataset import Images, Splits
+    from .vision.dataset import Splits
     from .vision.network import Network
     from .vision.preprocessing import Preprocessing
     from .vision.vit import ViT
@@ -73,8 +82,24 @@ class Examples(Settings):
 class Patches(Settings):
     """Which patches of each image are kept."""
 
-    method: Literal["random", "saliency", "attention"] = Field("attention", description="how patches are ranked")
-    keep: float = Field(1.0, gt=0, le=1, description="fraction of the patches kept, of every image")
+    method: Literal["attention", "saliency", "random", "random_fixed", "inverse", "center"] = Field(
+        "attention", description="how patches are ranked"
+    )
+    keep: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="fraction of the patches kept, of every image; null: all, or what selector.keep_per_stage leaves",
+    )
+    view: Literal["cached", "online"] = Field(
+        "cached", description="rank each image once, or every view of it that training makes"
+    )
+
+    @model_validator(mode="after")
+    def _fixed_is_of_the_image(self) -> Patches:
+        if self.method == "random_fixed" and self.view == "online":
+            raise ValueError("random_fixed draws once for each image and sees no view; use random, or view: cached")
+        return self
 
 
 class Proxy(Recipe):
@@ -91,11 +116,34 @@ class Selector(Settings):
     """The frozen network whose attention ranks the patches."""
 
     source: str | None = Field(None, description="a model artifact such as train@3 instead of the first proxy run")
-    adapt_epochs: float = Field(1.0, ge=0, description="epochs of training with token dropping on")
+    mode: Literal["corrected", "paper"] = Field(
+        "corrected",
+        description="paper: as the authors' code does on CIFAR, the dense network drops tokens without having been "
+        "adapted to it",
+    )
+    adapt_epochs: float | None = Field(
+        None, ge=0, description="epochs of training with token dropping on; null: 1, in mode paper 0"
+    )
     lr: float = Field(2e-4, gt=0, description="peak learning rate of these epochs")
     blocks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = Field(
         None, description="blocks that drop tokens; null: at a quarter, a half and three quarters"
     )
+    keep_per_stage: float | None = Field(
+        None, gt=0, lt=1, description="fraction kept at each of these blocks, instead of patches.keep overall"
+    )
+
+    @property
+    def adaptation(self) -> float:
+        """Epochs of adapting."""
+        if self.adapt_epochs is not None:
+            return self.adapt_epochs
+        return 1.0 if self.mode == "corrected" else 0.0
+
+    @model_validator(mode="after")
+    def _paper_does_not_adapt(self) -> Selector:
+        if self.mode == "paper" and self.adapt_epochs:
+            raise ValueError(f"mode: paper does not adapt the selector, adapt_epochs asks for {self.adapt_epochs:g}")
+        return self
 
 
 class TicketConfig(Config):
@@ -112,13 +160,27 @@ class TicketConfig(Config):
         return self.examples.keep < 1 and self.examples.method != "random"
 
     @property
+    def whole(self) -> bool:
+        """Whether all patches of every image are asked for."""
+        return self.selector.keep_per_stage is None and self.patches.keep in (None, 1)
+
+    @property
     def selected(self) -> bool:
         """Whether patches are ranked by a selector."""
-        return self.patches.keep < 1 and self.patches.method == "attention"
+        return not self.whole and self.patches.method in ("attention", "inverse")
+
+    @model_validator(mode="after")
+    def _one_keep(self) -> TicketConfig:
+        if self.patches.keep is not None and self.selector.keep_per_stage is not None:
+            raise ValueError(
+                f"patches.keep: {self.patches.keep:g} is overall, selector.keep_per_stage "
+                f"{self.selector.keep_per_stage:g} of each stage; give one of them and set the other to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _falling(self) -> TicketConfig:
-        if self.selected and self.selector.adapt_epochs and self.selector.lr < self.proxy.min_lr:
+        if self.selected and self.selector.adaptation and self.selector.lr < self.proxy.min_lr:
             raise ValueError(
                 f"selector.lr: {self.selector.lr:g} is below proxy.min_lr {self.proxy.min_lr:g}, where it ends; "
                 "lower that"
@@ -131,9 +193,9 @@ def run(ctx: Context) -> None:
     import numpy as np
 
     from .methods.example_scores import select_examples
-    from .methods.token_reduction import keep_count
     from .vision.dataset import load_splits
     from .vision.device import open_device
+    from .vision.tickets import write_record
 
     config: TicketConfig = ctx.config
     device = open_device(ctx.device)
@@ -142,10 +204,8 @@ def run(ctx: Context) -> None:
     begun = time.monotonic()
     proxies = _Proxies(ctx, splits, device)
     architecture = proxies.target
-    patches = keep_count(architecture.patches, config.patches.keep)
+    patches = _ticket_size(config, proxies.ranker, architecture)
     whole = patches == architecture.patches
-    if not whole and config.patches.method == "attention":
-        proxies.check_selector(patches)
     scores = _score_examples(ctx, splits, proxies)
     kept = select_examples(
         scores,
@@ -157,8 +217,7 @@ def run(ctx: Context) -> None:
     np.save(ctx.out / "kept.npy", kept)
     np.save(ctx.out / "scores.npy", scores.astype(np.float32))
 
-    if not whole:
-        _write_ranks(ctx, splits, proxies, patches)
+    cost = None if whole else _write_ranks(ctx, splits, proxies, patches)
 
     examples_metrics = {
         "method": config.examples.method if config.examples.keep < 1 else "all",
@@ -168,24 +227,48 @@ def run(ctx: Context) -> None:
     }
     patches_metrics = {
         "method": "all" if whole else config.patches.method,
-        "keep": config.patches.keep,
+        "view": config.patches.view,
+        "keep": patches / architecture.patches if config.patches.keep is None else config.patches.keep,
         "kept_per_image": patches,
         "of": architecture.patches,
     }
-    ctx.metrics |= {"examples": examples_metrics, "patches": patches_metrics}
-    record = {
-        "schema": 1,
+    ctx.metrics |= {"examples": examples_metrics, "patches": {**patches_metrics, "cost": cost}}
+    write_record(
+        ctx.out,
+        splits,
+        examples=examples_metrics,
+        patches={**patches_metrics, "grid": architecture.grid},
         # What `train` must know to compare arms at equal cost.
-        "cost": {"scoring_macs": proxies.macs, "selector_macs": proxies.source_macs},
-        "examples": examples_metrics,
-        "patches": {**patches_metrics, "grid": architecture.grid, "view": "plain"},
-    }
-    (ctx.out / "tickets.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        cost={"scoring_macs": proxies.macs, "selector_macs": proxies.source_macs},
+    )
     ctx.ledger |= {
         "images": proxies.images,
         "scoring_macs": proxies.macs,
         "scoring_seconds": round(time.monotonic() - begun + proxies.earlier_seconds, 3),
     }
+
+
+def _ticket_size(
+    config: TicketConfig, ranker: Architecture | SwinArchitecture, target: Architecture | SwinArchitecture
+) -> int:
+    """Patches kept of each image. Refuses a selector that cannot rank them before anything is trained for it."""
+    from .methods import InvalidInput
+    from .vision.selector import arrange, ticket_size
+
+    chosen, settings = config.patches, config.selector
+    if config.whole:
+        return target.patches
+    size = ticket_size(ranker, target, chosen.keep, settings.keep_per_stage, settings.blocks)
+    if size < target.patches and config.selected:
+        arrange(ranker, target, settings.blocks, size, settings.keep_per_stage)
+        if settings.mode == "paper" and ranker.prefix != 1:
+            raise InvalidInput(
+                f"mode: paper takes the first token for the class token and all others for patches; {ranker.model} has "
+                f"{ranker.prefix} tokens that are no patches",
+                "use mode: corrected",
+                field="selector.mode",
+            )
+    return size
 
 
 def _tell(ctx: Context, splits: Splits) -> None:
@@ -230,15 +313,19 @@ class _Proxies:
         """The architecture whose patches the tickets are about: the pipeline's model; for a Swin, which cannot rank
         patches, the ViT that does.
         """
-        from .vision.architecture import load_architecture
         from .vision.selector import ticketed
 
         own = self.bare(self.ctx.model)
-        if self.config.patches.keep == 1:
-            return own
+        return own if self.config.whole else ticketed(own, self.ranker)
+
+    @cached_property
+    def ranker(self) -> Architecture | SwinArchitecture:
+        """The architecture of the selector, or of the proxy that would be one."""
+        from .vision.architecture import load_architecture
+
         if self.config.selector.source is None:
-            return ticketed(own, self.bare(self.model))
-        return ticketed(own, load_architecture(self.ctx.inputs["selector"].root / "architecture.json"))
+            return self.bare(self.model)
+        return load_architecture(self.ctx.inputs["selector"].root / "architecture.json")
 
     def bare(self, model: ModelConfig) -> Architecture | SwinArchitecture:
         """The architecture of a model, weights left out."""
@@ -281,13 +368,6 @@ class _Proxies:
         self._trained = [run.network for run in runs]
         return self._trained, np.stack([r.probabilities for r in runs]), np.stack([r.correct for r in runs])
 
-    def check_selector(self, patches: int) -> None:
-        """Refuse a selector that cannot rank these patches before anything is trained for it."""
-        from .vision.selector import arrange
-
-        if self.config.selector.source is None:
-            arrange(self.bare(self.model), self.target, self.config.selector.blocks, patches)
-
     def selector(self, patches: int) -> tuple[ViT, Preprocessing]:
         """The adapted, token-dropping network."""
         import numpy as np
@@ -309,11 +389,11 @@ class _Proxies:
         else:
             network = (self._trained or self.train()[0])[0]
             preprocessing = self.preprocessing(network)
-        drops = arrange(network.architecture, self.target, settings.blocks, patches)
+        drops = arrange(network.architecture, self.target, settings.blocks, patches, settings.keep_per_stage)
         dropping = network.with_tokens(drops)
-        if settings.adapt_epochs > 0:
+        if settings.adaptation > 0:
             recipe = self.config.proxy.model_copy(
-                update={"epochs": settings.adapt_epochs, "steps": None, "lr": settings.lr}
+                update={"epochs": settings.adaptation, "steps": None, "lr": settings.lr}
             )
             train = self.splits.train
             with self.ctx.progress.task("adapting the selector", recipe.total_steps(len(train))) as task:
@@ -350,49 +430,56 @@ def _score_examples(ctx: Context, splits: Splits, proxies: _Proxies) -> np.ndarr
     return forgetting(torch.from_numpy(correct)).numpy()
 
 
-def _write_ranks(ctx: Context, splits: Splits, proxies: _Proxies, patches: int) -> None:
-    """Ranks of all three splits, and a picture of a few tickets."""
-    import numpy as np
+def _write_ranks(ctx: Context, splits: Splits, proxies: _Proxies, patches: int) -> dict[str, float | None] | None:
+    """Ranks of the splits, the selector, a picture of some tickets. Returns what training on tickets costs."""
+    from dataclasses import asdict
 
-    from .vision import ranking
-
-    method = ctx.config.patches.method
-    grid = proxies.target.grid
-    total = grid[0] * grid[1]
-    # 255 is the highest rank of 256 patches: one byte a patch where that is enough.
-    kind = np.uint8 if total <= 256 else np.uint16
-    selector = proxies.selector(patches) if method == "attention" else None
-    for name, images, salt in (
-        ("ranks", splits.train, 0),
-        ("ranks_calibration", splits.calibration, 1),
-        ("ranks_test", splits.test, 2),
-    ):
-        if selector is not None:
-            ranks = ranking.by_attention(selector[0], images, selector[1].normaliser(proxies.device), proxies.device)
-            proxies.macs += selector[0].architecture.macs() * len(images)
-        elif method == "saliency":
-            ranks = ranking.by_saliency(images, grid)
-        else:
-            ranks = ranking.by_chance(len(images), total, ctx.seed * 3 + salt)
-        np.save(ctx.out / f"{name}.npy", ranks.astype(kind))
-        if name == "ranks":
-            _draw(ctx, images, ranks, patches, grid)
-
-
-def _draw(ctx: Context, images: Images, ranks: np.ndarray, patches: int, grid: tuple[int, int]) -> None:
-    import numpy as np
-
+    from .methods.cost import ticket_cost
     from .vision import figures
+    from .vision.architecture import Architecture
+    from .vision.ranking import ByAttention, write_tables
+    from .vision.tickets import save_selector
 
-    first = np.array([np.flatnonzero(images.labels == c)[:2] for c in range(min(8, len(images.classes)))], dtype=object)
-    chosen = np.concatenate(list(first)).astype(np.int64)[:16]
-    names = [images.classes[label] for label in images.labels[chosen]]
+    settings, target, device = ctx.config.patches, proxies.target, proxies.device
+    network, macs = None, 0
+    if ctx.config.selected:
+        selector, preprocessing = proxies.selector(patches)
+        save_selector(selector, preprocessing, ctx.out)
+        network, macs = ByAttention(selector, preprocessing.normaliser(device)), selector.architecture.selector_macs()
+    cached = settings.view == "cached" and settings.method != "random"
+    tables = write_tables(
+        ctx.out, splits, settings.method, target.grid, network, device, seed=ctx.seed, training=cached
+    )
+    proxies.macs += macs * tables.ranked
+
+    images = splits.train
+    names = [images.classes[label] for label in images.labels[tables.sample]]
+    anew = " The draw is another one in each epoch." if settings.method == "random" else ""
     ctx.figure(
         "tickets",
-        figures.tickets(images.pixels(chosen), ranks[chosen], patches, grid, names),
+        figures.tickets(images.pixels(tables.sample), tables.sample_ranks, patches, target.grid, names),
         title="Patch tickets",
-        caption=f"{patches} of {ranks.shape[1]} patches kept by {ctx.config.patches.method}; the others are tinted.",
+        caption=f"One image of each of {len(names)} classes; the ranks of its patches by {settings.method}, the darker "
+        f"the sooner kept; its ticket, {patches} of {target.patches} patches, the others tinted.{anew}",
     )
+    if not isinstance(student := proxies.bare(ctx.model), Architecture):
+        return None  # what a Swin saves depends on train.patches
+    cost = ticket_cost(student.macs(), student.macs(start_patches=patches), macs)
+    ctx.progress.note(_fine_print(cost, proxies.macs / len(images)))
+    return asdict(cost)
+
+
+def _fine_print(cost: TicketCost, spent: float) -> str:
+    """What tickets save and cost, in a sentence. spent: MACs of this stage for one training image."""
+    text = f"training on a ticket costs {cost.cached / cost.dense:.0%} of training on the whole image"
+    if cost.break_even is not None and cost.selector:
+        text += (
+            f", {cost.online / cost.dense:.0%} when the selector looks at every view (online); ranking an image once "
+            f"(cached) pays after {cost.break_even:.2g} epochs"
+        )
+    if spent:
+        text += f"; all of this stage, training included, pays after {spent / (cost.dense - cost.cached):.2g} epochs"
+    return text
 
 
 def idle(seen: Preflight) -> dict[str, str]:
@@ -401,19 +488,23 @@ def idle(seen: Preflight) -> dict[str, str]:
     examples, patches, selector = config.examples, config.patches, config.selector
     found: dict[str, str] = {}
     unscored = "examples.keep is 1" if examples.keep == 1 else f"examples.method is {examples.method}"
-    unselected = "patches.keep is 1" if patches.keep == 1 else f"patches.method is {patches.method}"
+    unselected = "all patches are kept" if config.whole else f"patches.method is {patches.method}"
     if examples.skip_hardest and not config.scored:
         found["examples.skip_hardest"] = unscored
+    if patches.method in ("random", "random_fixed"):
+        found["patches.view"] = f"patches.method is {patches.method}"
     if not config.selected:
-        found["selector"] = unselected
-        if not config.scored:
+        # How many patches are kept may still be said there, and the blocks that count as stages.
+        adapting = ("selector.mode", "selector.adapt_epochs", "selector.lr")
+        found |= dict.fromkeys(("selector",) if selector.keep_per_stage is None else adapting, unselected)
+        if not config.scored and selector.keep_per_stage is None:
             found["proxy"] = f"{unscored}, and {unselected}"
         return found
-    if not selector.adapt_epochs:
-        found["selector.lr"] = "selector.adapt_epochs is 0"
+    if not selector.adaptation:
+        found["selector.lr"] = "the selector is not adapted"
     if not config.scored and selector.source is not None:
         # Only how the selector is adapted is still read from there.
-        names = ("runs", "epochs", "steps", "lr", "model") if selector.adapt_epochs else ("",)
+        names = ("runs", "epochs", "steps", "lr", "model") if selector.adaptation else ("",)
         found |= {f"proxy.{name}".rstrip("."): f"{unscored}, and the selector is {selector.source}" for name in names}
     elif not config.scored:
         found["proxy.runs"] = f"{unscored}, and the selector starts from the first run"
@@ -423,10 +514,9 @@ def idle(seen: Preflight) -> dict[str, str]:
 def preflight(seen: Preflight) -> None:
     """Refuse a network, a proxy or a selector that cannot be built, and blocks that they do not have."""
     from .methods import InvalidInput
-    from .methods.token_reduction import keep_count
     from .vision.architecture import load_architecture
     from .vision.network import outline
-    from .vision.selector import arrange, ticketed
+    from .vision.selector import ticketed
 
     config: TicketConfig = seen.config
     size = seen.data.image_size
@@ -439,17 +529,12 @@ def preflight(seen: Preflight) -> None:
             if error.field.startswith("model."):
                 error.field = seen.at(f"proxy.{error.field}")
             raise
-    if config.patches.keep == 1:
-        return
     if config.selector.source is not None:
         if "selector" not in seen.inputs:
             return  # a stage of this plan, whose network is not there yet
         proxy = load_architecture(seen.inputs["selector"].root / "architecture.json")
     try:
-        target = ticketed(own, proxy)
-        patches = keep_count(target.patches, config.patches.keep)
-        if patches < target.patches and config.patches.method == "attention":
-            arrange(proxy, target, config.selector.blocks, patches)
+        _ticket_size(config, proxy, own if config.whole else ticketed(own, proxy))
     except InvalidInput as error:
         error.field = seen.at(error.field)
         raise
@@ -461,7 +546,7 @@ def _references(config: TicketConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="ticket",
-    version=2,
+    version=3,
     config=TicketConfig,
     run=run,
     reads=(),

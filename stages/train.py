@@ -1,8 +1,10 @@
 """Train a network on the tickets: from random or pretrained weights, on the kept examples and the kept patches of each.
 
 Optimiser, cosine schedule, warm-up, label smoothing, mixup, cutmix, RandAugment and the weight average are timm's.
-The network embeds and attends to the kept patches only, so a step costs what its tokens cost. With `weights: {method:
-group_lasso}` a penalty pushes whole heads and MLP units towards zero, the groups that `prune` removes.
+The network embeds and attends to the kept patches only, so a step costs what its tokens cost. Which patches these are
+is settled by the tickets: ranks that follow the image through crop and flip, a draw of each epoch, or a selector that
+looks at every view. With `weights: {method: group_lasso}` a penalty pushes whole heads and MLP units towards zero, the
+groups that `prune` removes.
 
 With `token_labels` an LV-ViT also learns what is in each patch (Jiang et al., NeurIPS 2021): a trained network labels
 every patch of every view, labels are mixed with their views by the share that each patch has of its own image, and
@@ -29,8 +31,8 @@ reads    tickets (optional: without them, all images and all patches); with toke
 writes   model.safetensors, architecture.json, preprocessing.json, training.json (the budget and what was spent);
          early/epoch-N.safetensors for every epoch in keep_epochs; with `examples` pool.json, what each decision dropped
          and brought back
-ledger   images (forward and backward), tokens per image, epochs, steps, MACs, seconds; the annotator's forward passes
-         are in scoring_macs
+ledger   images (forward and backward), tokens per image, epochs, steps, MACs, seconds; the forward passes of the
+         annotator and of the selector of online tickets are in scoring_macs
 
     sievit train pipeline.yaml --set train.epochs=40
 """
@@ -144,22 +146,24 @@ def run(ctx: Context) -> None:
         drop_path=config.drop_path,
     )
     network = tickets.adapt(network, loaded, config.patches)
-    tickets.check(loaded, splits, network.ticket_grid[0] * network.ticket_grid[1], config.cutmix)
+    tickets.check(loaded, splits, network.ticket_grid, config.cutmix)
     preprocessing = choose(
         network, ctx.data, splits.train.classes, ctx.model.pretrained or ctx.model.weights is not None
     )
     normalise = preprocessing.normaliser(device)
-    pool = tickets.pool(splits.train, loaded)
+    patches = tickets.policy(loaded, seed=ctx.seed, device=device)
+    pool = tickets.pool(splits.train, loaded, patches)
     annotator = _annotator(ctx, network, splits.train.classes, device)
     policy = examples.create(config.examples, pool.members, config.epochs, ctx.seed)
     architecture = network.architecture
-    tokens, ticket_macs = network.ticket_cost(pool.patches or architecture.patches)
+    tokens, ticket_macs = network.ticket_cost(architecture.patches if patches is None else patches.count)
     labelling = 0 if annotator is None else annotator.macs
+    looking = 0 if patches is None else patches.macs
     arm = budget.Arm(
         kept=policy.size,
         examples=len(splits.train),
         # Forward and backward are three forwards.
-        ticketed=3 * ticket_macs + labelling,
+        ticketed=3 * ticket_macs + labelling + looking,
         whole=3 * architecture.macs() + labelling,
         finish=config.finish,
         scoring=0 if loaded is None else loaded.scoring_macs,
@@ -227,7 +231,7 @@ def run(ctx: Context) -> None:
         "epochs": round(fitted.passes, 3),
         "steps": fitted.steps,
         "train_macs": 3 * (fitted.ticketed * ticket_macs + whole * architecture.macs()),
-        "scoring_macs": fitted.images * labelling,
+        "scoring_macs": fitted.images * labelling + fitted.ticketed * looking,
         "seconds": round(fitted.seconds, 3),
     }
     ctx.figure(
@@ -334,16 +338,18 @@ def _penalty(config: TrainConfig) -> Callable[[Network], Tensor] | None:
 
 
 def coherent(seen: Preflight) -> None:
-    """Refuse cutmix on patch tickets."""
+    """Refuse cutmix on patch tickets that know one image."""
     from .methods import InvalidInput
 
     config: TrainConfig = seen.config
-    tickets = seen.reads.get("tickets")
-    if config.cutmix and tickets is not None and tickets.config.patches.keep < 1:
+    ticket = seen.reads.get("tickets")
+    if not config.cutmix or ticket is None or ticket.config.whole:
+        return
+    patches = ticket.config.patches
+    if patches.view == "cached" and patches.method != "random":
         raise InvalidInput(
-            f"{seen.at('cutmix')}: patch tickets (patches.keep: {tickets.config.patches.keep:g}) know one image, "
-            "cutmix shows two",
-            "set cutmix: 0, or patches.keep: 1.0; mixup goes with both",
+            f"{seen.at('cutmix')}: cached patch tickets know one image, cutmix shows two",
+            "set cutmix: 0, patches.view: online, or patches.keep: 1.0; mixup goes with all",
             field=seen.at("cutmix"),
         )
 
@@ -381,15 +387,15 @@ def _ticket_shape(seen: Preflight) -> tuple[tuple[int, int], int] | None:
     """Grid of the tickets that a Swin will get and patches kept of an image, as far as they can be known before the
     ticket stage has run.
     """
-    from .methods.token_reduction import keep_count
     from .vision import tickets
     from .vision.architecture import Architecture, load_architecture
     from .vision.network import outline
+    from .vision.selector import ticket_size
 
     if "tickets" in seen.inputs:
         return tickets.load(seen.inputs["tickets"].root).shape
     ticket = seen.reads.get("tickets")
-    if ticket is None or ticket.config.patches.keep == 1:
+    if ticket is None or ticket.config.whole:
         return None
     if "selector" in ticket.inputs:
         ranker = load_architecture(ticket.inputs["selector"].root / "architecture.json")
@@ -399,7 +405,8 @@ def _ticket_shape(seen: Preflight) -> tuple[tuple[int, int], int] | None:
         return None
     if not isinstance(ranker, Architecture):
         return None  # refused by the ticket stage
-    return ranker.grid, keep_count(ranker.patches, ticket.config.patches.keep)
+    chosen, selector = ticket.config.patches, ticket.config.selector
+    return ranker.grid, ticket_size(ranker, ranker, chosen.keep, selector.keep_per_stage, selector.blocks)
 
 
 def _references(config: TrainConfig) -> dict[str, str]:
@@ -408,7 +415,7 @@ def _references(config: TrainConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="train",
-    version=4,
+    version=5,
     config=TrainConfig,
     run=run,
     reads=(Reads("tickets", "tickets", optional=True),),

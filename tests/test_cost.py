@@ -7,8 +7,9 @@ import torch
 from tiny_vision import network
 from torch.utils.flop_counter import FlopCounterMode
 
-from sievit.stages.methods.cost import BlockWidths, vit_macs
+from sievit.stages.methods.cost import BlockWidths, ticket_cost, vit_macs
 from sievit.stages.methods.token_reduction import keep_count
+from sievit.stages.vision.architecture import TokenDrop
 from sievit.stages.vision.attention import set_fused
 from sievit.stages.vision.network import create
 
@@ -49,3 +50,44 @@ def test_macs_equal_torchs_counter(family: str, patches: int | None) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(1, 3, 32, 32), ticket)
     assert net.architecture.macs(start_patches=patches) == counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("drops", [(TokenDrop(0, 3),), (TokenDrop(0, 9), TokenDrop(2, 5))])
+def test_macs_of_a_selector_equal_torchs_counter(drops: tuple[TokenDrop, ...]) -> None:
+    net = network("distilled").with_tokens(drops).eval()
+    set_fused(net, False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net.select(torch.zeros(1, 3, 32, 32))
+    # Reading the scores repeats the rows of the prefix tokens, T x P x C a drop: below what the cost model counts.
+    read = sum((n + 2) * 2 * 48 for n in (16, *(drop.keep for drop in drops[:-1])))
+    assert net.architecture.selector_macs() == counter.get_total_flops() // 2 - read
+
+
+def deit(width: int, heads: int, ticket: int | None = None, drops: tuple[int, ...] = ()) -> int:
+    """MACs of one forward, on 196 patches or a ticket of them, or of a selector that drops at blocks 3, 6 and 9."""
+    return vit_macs(
+        width, [BlockWidths(heads, 64, 64, 4 * width)] * 12,
+        patches=196, prefix=1, patch_values=768, classes=1000, start_patches=ticket,
+        reduction=dict(zip((3, 6, 9), drops, strict=False)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keep", "heads", "total"), [(0.9, 6, 13.98), (0.8, 6, 10.4), (0.7, 6, 7.7), (0.9, 3, 11.07)], ids=str
+)
+def test_an_online_ticket_costs_what_the_papers_tables_say(keep: float, heads: int, total: float) -> None:
+    """The whole selector every step, as the authors' code runs it; they embed all patches before they drop some."""
+    kept = [keep_count(196, keep)]
+    kept += [keep_count(kept[-1], keep)]
+    kept += [keep_count(kept[-1], keep)]
+    embedding = (196 - kept[-1]) * 768 * 384
+    cost = ticket_cost(deit(384, 6), deit(384, 6, kept[-1]) + embedding, deit(64 * heads, heads, drops=tuple(kept)))
+    assert cost.online / 1e9 == pytest.approx(total, abs=0.06)
+    assert cost.dense / 1e9 == pytest.approx(13.8, abs=0.02)
+    assert (cost.online > cost.dense) == (total == 13.98)
+    assert cost.break_even is not None
+    assert cost.break_even * (cost.dense - cost.cached) == pytest.approx(cost.selector)
+
+
+def test_a_ticket_that_saves_nothing_never_pays() -> None:
+    assert ticket_cost(100, 100, 10).break_even is None

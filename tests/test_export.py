@@ -85,7 +85,7 @@ def test_equal_scores_keep_the_same_tokens_in_both_runtimes(tmp_path: Path) -> N
         net.body.pos_embed.zero_()
     export(net, tmp_path / "m.onnx", 20)
     grey = torch.zeros(2, 3, 32, 32)
-    _, _, kept = net.select(grey)
+    _, kept = net.select(grey)
     assert kept[0].tolist() == [list(range(10))] * 2
     session = ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     with torch.no_grad():

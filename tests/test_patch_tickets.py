@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,15 +13,23 @@ from tiny_vision import FAMILIES, images, network
 
 from sievit.stages.methods import InvalidInput
 from sievit.stages.methods.patch_tickets import (
+    center_ranks,
     compose_ranks,
+    inverse_ranks,
     kept_patches,
     map_ranks,
     random_ranks,
     ranks_from_scores,
     saliency,
 )
-from sievit.stages.methods.token_reduction import gather_tokens, keep_count, prefix_attention, top_tokens
-from sievit.stages.vision.selector import arrange
+from sievit.stages.methods.token_reduction import (
+    column_attention,
+    gather_tokens,
+    keep_count,
+    prefix_attention,
+    top_tokens,
+)
+from sievit.stages.vision.selector import arrange, ticket_size
 from sievit.stages.vision.vit import drops_for
 
 
@@ -69,12 +79,6 @@ def test_a_ticket_holds_unique_in_range_patches_of_the_asked_number(patches: int
         assert row[0] >= 0 and row[-1] < patches
 
 
-def test_random_ranks_belong_to_the_image_not_to_its_place_in_the_batch() -> None:
-    together = random_ranks(torch.tensor([5, 9, 2]), 16, seed=3)
-    assert torch.equal(together[1], random_ranks(torch.tensor([9]), 16, seed=3)[0])
-    assert not torch.equal(together[1], random_ranks(torch.tensor([9]), 16, seed=4)[0])
-
-
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_prefix_tokens_are_never_dropped(family: str) -> None:
     net = network(family)
@@ -83,8 +87,8 @@ def test_prefix_tokens_are_never_dropped(family: str) -> None:
     shortened = gather_tokens(marked, torch.tensor([[0, 15], [3, 4], [7, 9]]), prefix)
     assert torch.equal(shortened[:, :prefix], marked[:, :prefix])
     dropping = net.with_tokens(drops_for(net.architecture, (0, 1, 2), 0.5)).eval()
-    answers, scores, kept = dropping.select(images(3))
-    assert answers.shape == (3, 5)
+    assert dropping(images(3)).shape == (3, 5)
+    scores, kept = dropping.select(images(3))
     assert [k.shape[1] for k in kept] == [8, 4, 2]
     assert [s.shape[1] for s in scores] == [16, 8, 4]
 
@@ -152,7 +156,7 @@ def test_a_selector_leaves_exactly_the_tickets_patches(patches: int, blocks: tup
     drops = arrange(net.architecture, net.architecture, blocks, patches)
     assert drops[-1].keep == patches
     selector = net.with_tokens(drops).eval()
-    _, scores, kept = selector.select(images(2))
+    scores, kept = selector.select(images(2))
     ranks = compose_ranks(scores, kept, 16)
     assert torch.equal(ranks.sort(1).values, torch.arange(16).expand(2, -1))
     inside = (ranks[0] < patches).nonzero().flatten().tolist()
@@ -169,11 +173,102 @@ def test_a_selector_refuses_blocks_that_it_does_not_have(blocks: tuple[int, ...]
         arrange(net.architecture, net.architecture, blocks, 8)
 
 
-def test_a_selector_refuses_another_grid_and_a_network_without_prefix_tokens() -> None:
+def test_a_selector_refuses_another_grid() -> None:
     net = network()
     other = network(patch_size=16).architecture
-    with pytest.raises(InvalidInput, match="patches"):
+    with pytest.raises(InvalidInput, match=r"2 x 2 patches.* 4 x 4"):
         arrange(other, net.architecture, None, 8)
-    bare = network("vit", class_token=False, global_pool="avg").architecture
-    with pytest.raises(InvalidInput, match="prefix"):
-        arrange(bare, bare, None, 8)
+
+
+def test_without_prefix_tokens_patches_rank_by_the_column_mean_of_the_full_map() -> None:
+    q, k = torch.randn(2, 3, 10, 4), torch.randn(2, 3, 10, 4)
+    for prefix in (0, 2):
+        full = (q @ k.transpose(-2, -1) * 0.5).softmax(-1)[:, :, prefix:, prefix:].mean((1, 2))
+        for rows in (1, 3, 10):
+            assert torch.allclose(column_attention(q, k, prefix, 0.5, rows), full, atol=1e-6)
+
+
+def test_a_network_without_prefix_tokens_keeps_the_columns_that_its_attention_map_says() -> None:
+    net = network("vit", class_token=False, global_pool="avg")
+    assert net.architecture.prefix == 0
+    dropping = net.with_tokens(drops_for(net.architecture, (0,), 0.5)).eval()
+    x = images(3)
+    attention = net.body.blocks[0].attn
+    tokens = net.body.blocks[0].norm1(net.body._pos_embed(net.body.patch_embed(x)))
+    q, k, _ = attention.qkv(tokens).view(3, 16, 3, 3, 16).permute(2, 0, 3, 1, 4)
+    expected = (q @ k.transpose(-2, -1) * attention.scale).softmax(-1).mean((1, 2)).topk(8).indices.sort().values
+    _, (kept,) = dropping.select(x)
+    assert torch.equal(kept, expected)
+
+
+def test_a_distilled_model_ranks_by_the_mean_of_both_special_rows_and_keeps_both_tokens() -> None:
+    net = network("distilled")
+    dropping = net.with_tokens(drops_for(net.architecture, (0,), 0.5)).eval()
+    x = images(3)
+    attention = net.body.blocks[0].attn
+    tokens = net.body.blocks[0].norm1(net.body._pos_embed(net.body.patch_embed(x)))
+    q, k, _ = attention.qkv(tokens).view(3, 18, 3, 3, 16).permute(2, 0, 3, 1, 4)
+    rows = (q @ k.transpose(-2, -1) * attention.scale).softmax(-1)[:, :, :2, 2:].mean(1)
+    (scores,), (kept,) = dropping.select(x)
+    assert torch.allclose(scores, (rows[:, 0] + rows[:, 1]) / 2, atol=1e-6)
+    assert torch.equal(kept, ((rows[:, 0] + rows[:, 1]) / 2).topk(8).indices.sort().values)
+
+
+def test_center_ranks_equal_a_slow_loop_and_ties_go_to_the_lower_index() -> None:
+    for height, width in ((4, 4), (3, 3), (2, 5), (14, 14)):
+
+        def distance(p: int, height: int = height, width: int = width) -> float:
+            return (p // width - (height - 1) / 2) ** 2 + (p % width - (width - 1) / 2) ** 2
+
+        order = sorted(range(height * width), key=lambda p: (distance(p), p))
+        ranks = center_ranks((height, width)).tolist()
+        assert [order.index(p) for p in range(height * width)] == ranks
+    assert center_ranks((4, 4)).view(4, 4)[1:3, 1:3].flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_inverse_keeps_what_the_ticket_leaves_out() -> None:
+    ranks = random_ranks(torch.arange(5), 16, seed=0)
+    ticket, opposite = kept_patches(ranks, 6), kept_patches(inverse_ranks(ranks), 10)
+    for row in range(5):
+        assert sorted(ticket[row].tolist() + opposite[row].tolist()) == list(range(16))
+
+
+def test_random_patches_depend_on_seed_epoch_and_image_and_on_nothing_else() -> None:
+    ids = torch.tensor([5, 9, 2, 700_000])
+    together = random_ranks(ids, 64, seed=3, epoch=4)
+    for row, image in enumerate(ids):
+        assert torch.equal(together[row], random_ranks(image[None], 64, seed=3, epoch=4)[0])
+    assert torch.equal(together.sort(1).values, torch.arange(64).expand(4, -1))
+    for other in (random_ranks(ids, 64, seed=3, epoch=5), random_ranks(ids, 64, seed=4, epoch=4)):
+        assert not any(torch.equal(a, b) for a, b in zip(together, other, strict=True))
+
+
+def test_random_patches_are_uniform() -> None:
+    """Every patch gets every rank equally often, over images and over epochs: chi-squared with 255 - 30 degrees."""
+    for ranks in (
+        random_ranks(torch.arange(16_000), 16, seed=1),
+        torch.cat([random_ranks(torch.arange(8), 16, seed=1, epoch=e) for e in range(2000)]),
+    ):
+        counts = torch.stack([(ranks == r).sum(0) for r in range(16)]).double()
+        assert float(((counts - 1000).square() / 1000).sum()) < 225 + 5 * (2 * 225) ** 0.5
+
+
+@pytest.mark.parametrize(("depth", "kept"), [(12, (177, 160, 144)), (3, (177, 160, 144))])
+def test_a_keep_of_each_stage_is_composed_as_in_the_paper(depth: int, kept: tuple[int, ...]) -> None:
+    """196 patches at 0.9 a stage leave 144, with a ceiling at every stage."""
+    shape = network().architecture
+    shape = replace(shape, grid=(14, 14), image_size=112, blocks=shape.blocks[:1] * depth)
+    assert ticket_size(shape, shape, 1.0, 0.9, (0, 1, 2)) == kept[-1]
+    drops = arrange(shape, shape, (0, 1, 2), kept[-1], 0.9)
+    assert tuple(drop.keep for drop in drops) == kept
+
+
+@pytest.mark.parametrize(
+    ("keep", "of_stage", "numbers"), [(0.05, None, "0.05 of 16.* 0.8"), (1.0, 0.1, "0.1 of 2.*0.2")]
+)
+def test_a_keep_of_less_than_one_patch_is_refused_with_its_numbers(
+    keep: float, of_stage: float | None, numbers: str
+) -> None:
+    shape = network().architecture
+    with pytest.raises(InvalidInput, match=numbers):
+        ticket_size(shape, shape, keep, of_stage, (0, 1, 2))

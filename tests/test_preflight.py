@@ -312,23 +312,6 @@ invalid pipeline: finetune.tokens.blocks: [1, 3] for a network of 3 blocks
     )
 
 
-def test_token_reduction_without_a_prefix_token_is_refused(tmp_path: Path) -> None:
-    text = VIT.replace("finetune: {", "finetune: {tokens: {blocks: [1], keep: 0.5}, ").replace(
-        "{patches: {keep: 0.5}}", "{}"
-    )
-    text = text.replace("num_heads: 3", "num_heads: 3, class_token: false, global_pool: avg").replace("deit_", "vit_")
-    assert (
-        Project(tmp_path, text).refused()
-        == """\
-invalid pipeline: finetune.tokens: vit_tiny_patch16_224 has no prefix token to rank patches by
-  --> pipeline.yaml:6:14
-   |
- 6 |   finetune: {tokens: {blocks: [1], keep: 0.5}, epochs: 1}
-   |              ^^^^^^
-  help: leave tokens out"""
-    )
-
-
 def test_a_selector_that_drops_beyond_the_last_block_is_refused(tmp_path: Path) -> None:
     assert (
         Project(tmp_path, VIT).refused("ticket.selector.blocks=[2, 7]")
@@ -347,13 +330,41 @@ def test_cutmix_on_patch_tickets_is_refused_across_the_two_stages(tmp_path: Path
     assert (
         Project(tmp_path, VIT.replace("train: {", "train: {cutmix: 1.0, ")).unplanned()
         == """\
-invalid pipeline: stages.train.cutmix: patch tickets (patches.keep: 0.5) know one image, cutmix shows two
+invalid pipeline: stages.train.cutmix: cached patch tickets know one image, cutmix shows two
   --> pipeline.yaml:5:19
    |
  5 |   train: {cutmix: 1.0, epochs: 1}
    |                   ^^^
-  help: set cutmix: 0, or patches.keep: 1.0; mixup goes with both"""
+  help: set cutmix: 0, patches.view: online, or patches.keep: 1.0; mixup goes with all"""
     )
+
+
+@pytest.mark.parametrize("patches", ["{keep: 0.5, view: online}", "{keep: 0.5, method: random}", "{keep: 1.0}"])
+def test_cutmix_goes_with_tickets_of_the_view_and_with_whole_images(patches: str, tmp_path: Path) -> None:
+    text = VIT.replace("{keep: 0.5}", patches).replace("train: {", "train: {cutmix: 1.0, ")
+    Project(tmp_path, text).plan()
+
+
+@pytest.mark.parametrize(
+    ("patches", "selector", "message"),
+    [
+        ("{keep: 0.7}", "{keep_per_stage: 0.9}", "0.7 is overall, selector.keep_per_stage 0.9 of each stage"),
+        ("{keep: 0.7, view: online, method: random_fixed}", "{}", "random_fixed draws once for each image"),
+        ("{keep: 0.7}", "{mode: paper, adapt_epochs: 2.0}", "mode: paper does not adapt the selector"),
+        ("{keep: 0.7, method: random, view: online}", "{}", "patches.view has no effect: patches.method is random"),
+    ],
+)
+def test_ticket_settings_that_contradict_each_other_are_refused(
+    patches: str, selector: str, message: str, tmp_path: Path
+) -> None:
+    ticket = f"{{patches: {patches}, selector: {selector}}}" if selector != "{}" else f"{{patches: {patches}}}"
+    assert message in Project(tmp_path, VIT.replace("{patches: {keep: 0.5}}", ticket)).unplanned()
+
+
+def test_a_keep_of_each_stage_counts_for_the_controls_too(tmp_path: Path) -> None:
+    Project(tmp_path, VIT.replace("{patches: {keep: 0.5}}", "{selector: {keep_per_stage: 0.9}}")).plan()
+    ticket = "{patches: {method: random}, selector: {keep_per_stage: 0.9}}"
+    Project(tmp_path, VIT.replace("{patches: {keep: 0.5}}", ticket)).plan()
 
 
 def test_a_contradiction_that_an_arm_brings_is_refused_for_that_arm(tmp_path: Path) -> None:
@@ -362,12 +373,12 @@ def test_a_contradiction_that_an_arm_brings_is_refused_for_that_arm(tmp_path: Pa
     assert (
         Project(tmp_path, text + "arms:\n  fewer: {ticket: {patches: {keep: 0.5}}}\n").unplanned()
         == """\
-invalid pipeline: stages.train.cutmix: patch tickets (patches.keep: 0.5) know one image, cutmix shows two (arm 'fewer')
+invalid pipeline: stages.train.cutmix: cached patch tickets know one image, cutmix shows two (arm 'fewer')
   --> pipeline.yaml:5:19
    |
  5 |   train: {cutmix: 1.0, epochs: 1}
    |                   ^^^
-  help: set cutmix: 0, or patches.keep: 1.0; mixup goes with both"""
+  help: set cutmix: 0, patches.view: online, or patches.keep: 1.0; mixup goes with all"""
     )
 
 
@@ -469,7 +480,7 @@ def test_a_proxy_that_nobody_asks_is_refused(tmp_path: Path) -> None:
     assert (
         Project(tmp_path, VIT.replace("{patches: {keep: 0.5}}", "{proxy: {epochs: 2}}")).unplanned()
         == """\
-invalid pipeline: stages.ticket.proxy has no effect: examples.keep is 1, and patches.keep is 1
+invalid pipeline: stages.ticket.proxy has no effect: examples.keep is 1, and all patches are kept
   --> pipeline.yaml:4:12
    |
  4 |   ticket: {proxy: {epochs: 2}}
@@ -523,7 +534,7 @@ def test_what_an_arm_writes_must_have_an_effect_in_that_arm(tmp_path: Path) -> N
     assert (
         Project(tmp_path, text).unplanned()
         == """\
-invalid pipeline: arms.random.ticket.proxy has no effect: examples.method is random, and patches.keep is 1
+invalid pipeline: arms.random.ticket.proxy has no effect: examples.method is random, and all patches are kept
   --> pipeline.yaml:8:49
    |
  8 |   random: {ticket: {examples: {method: random}, proxy: {runs: 3}}}
@@ -539,7 +550,7 @@ def test_an_override_is_not_refused_for_what_the_file_thereby_loses_but_for_what
     assert (
         Project(tmp_path, USED).unplanned("ticket.selector.lr=1e-4")
         == """\
-invalid pipeline: stages.ticket.selector has no effect: patches.keep is 1
+invalid pipeline: stages.ticket.selector has no effect: all patches are kept
   --> --set ticket.selector.lr=1e-4
                    ^^^^^^^^
   help: remove it, or change what makes it idle"""

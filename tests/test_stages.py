@@ -119,7 +119,10 @@ def test_every_stage_of_every_arm_left_what_it_promises(finished: Project) -> No
         *(("dense", e) for e in ("ticket", "train", "finetune", "export")),
     }
     ticket = manifest(finished, "main", "ticket")
-    assert ticket["metrics"]["patches"] == {"method": "attention", "keep": 0.6, "kept_per_image": 10, "of": 16}
+    patches = ticket["metrics"]["patches"]
+    cost = patches.pop("cost")
+    assert patches == {"method": "attention", "view": "cached", "keep": 0.6, "kept_per_image": 10, "of": 16}
+    assert cost["cached"] < cost["dense"] and cost["online"] == cost["cached"] + cost["selector"]
     assert ticket["metrics"]["examples"]["kept"] == -(-ticket["metrics"]["examples"]["of"] * 8 // 10)
     assert ticket["ledger"]["scoring_macs"] > 0
     assert manifest(finished, "dense", "ticket")["ledger"]["scoring_macs"] == 0

@@ -26,6 +26,7 @@ from sievit.stages.train import TokenLabels, TrainConfig, _objective
 from sievit.stages.vision import annotator
 from sievit.stages.vision.augment import Mixer
 from sievit.stages.vision.dataset import Images, load_splits
+from sievit.stages.vision.patches import Cached
 from sievit.stages.vision.preprocessing import Preprocessing
 from sievit.stages.vision.recipe import Augmentation, Recipe
 from sievit.stages.vision.training import Batch, Pool, fit
@@ -112,7 +113,7 @@ def test_a_map_of_another_grid_is_resized_and_stays_a_distribution() -> None:
 def test_a_network_labels_each_patch_with_its_head_on_that_patch(family: str) -> None:
     net: Any = network(family)
     x = images(2)
-    tokens, _, _ = net._features(x, None)
+    tokens = net.body.norm(net._through(x, None)[0])
     answers = net.patch_logits(x)
     for patch in range(16):
         token = tokens[:, net.architecture.prefix + patch]
@@ -169,7 +170,7 @@ def labelling(pictures: Images, folder: Path, *, ticketed: bool, batches: list[B
         return plain(net, batch)
 
     ranks = np.stack([np.random.default_rng(i).permutation(16) for i in range(len(pictures))]) if ticketed else None
-    pool = Pool(pictures, np.arange(len(pictures)), ranks, 9 if ticketed else None)
+    pool = Pool(pictures, np.arange(len(pictures)), None if ranks is None else Cached(ranks, 9, (4, 4)))
     recipe = Recipe(
         epochs=2, batch_size=6, mixup=0.4, cutmix=0.0 if ticketed else 1.0, ema=0.9, drop_path=0.2,
         augment=Augmentation(flip=True, zoom=0.8),

@@ -19,6 +19,7 @@ from sievit.stages.vision.augment import Augmenter, Mixer
 from sievit.stages.vision.dataset import Images, load_splits
 from sievit.stages.vision.evaluate import top1
 from sievit.stages.vision.network import Network
+from sievit.stages.vision.patches import Cached
 from sievit.stages.vision.recipe import Augmentation, Optimizer, Recipe
 from sievit.stages.vision.training import Fitted, Normaliser, Pool, fit
 
@@ -43,7 +44,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
 def pool(images: Images, ticketed: bool) -> Pool:
     ranks = np.stack([np.random.default_rng(i).permutation(16) for i in range(len(images))])
     members = np.arange(0, len(images) - 1)
-    return Pool(images, members, ranks.astype(np.uint8), 9) if ticketed else Pool(images, members)
+    return Pool(images, members, Cached(ranks.astype(np.uint8), 9, (4, 4)) if ticketed else None)
 
 
 def trained(images: Images, recipe: Recipe, *, ticketed: bool = False, **more: Any) -> Fitted:

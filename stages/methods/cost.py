@@ -103,3 +103,27 @@ def swin_macs(stages: Sequence[SwinStageWidths], *, patch_values: int, classes: 
             total += stage.tokens * 4 * before.dim * stage.dim
         total += sum(window_block_macs(stage.dim, block, stage.tokens, stage.window_area) for block in stage.blocks)
     return total + stages[-1].dim * classes
+
+
+@dataclass(frozen=True, slots=True)
+class TicketCost:
+    """Multiply-accumulates to train on one image once. Forward and backward are three forwards.
+
+    dense: on all patches. cached: on its ticket, whose rank is there already. online: on its ticket, after a forward
+    of the selector. selector: that forward. break_even: presentations of an image after which ranking it once has paid
+    for itself; None where a ticket saves nothing.
+    """
+
+    dense: int
+    cached: int
+    online: int
+    selector: int
+    break_even: float | None
+
+
+def ticket_cost(dense: int, student: int, selector: int) -> TicketCost:
+    """What a patch ticket costs and saves, from the MACs of one forward of the student on all patches, of the student
+    on its ticket, and of the selector (0 for tickets without a network).
+    """
+    saved = 3 * (dense - student)
+    return TicketCost(3 * dense, 3 * student, 3 * student + selector, selector, selector / saved if saved > 0 else None)

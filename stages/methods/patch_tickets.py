@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,13 +26,13 @@ def compose_ranks(stage_scores: Sequence[Tensor], stage_kept: Sequence[Tensor], 
         stage_kept: per stage (B, K_s), ascending positions among these n_s.
     Returns: (B, N) int64, a permutation of 0..N-1 in each row.
     """
-    batch = stage_scores[0].shape[0]
-    survived = torch.zeros(batch, patches, dtype=torch.float64)
-    position = torch.arange(patches).expand(batch, -1)
+    batch, device = stage_scores[0].shape[0], stage_scores[0].device
+    survived = torch.zeros(batch, patches, dtype=torch.float64, device=device)
+    position = torch.arange(patches, device=device).expand(batch, -1)
     for scores, kept in zip(stage_scores, stage_kept, strict=True):
         # Scores are attentions in [0, 1]: a stage number plus half a score keeps the stages apart.
-        survived = survived.scatter_add(1, position, scores.double().cpu() * 0.5 - _previous(survived, position))
-        position = position.gather(1, kept.cpu())
+        survived = survived.scatter_add(1, position, scores.double() * 0.5 - _previous(survived, position))
+        position = position.gather(1, kept)
         survived = survived.scatter_add(1, position, torch.ones_like(position, dtype=torch.float64))
     return ranks_from_scores(survived)
 
@@ -51,19 +52,44 @@ def ranks_from_scores(scores: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, places)
 
 
-def random_ranks(image_ids: Tensor, patches: int, seed: int) -> Tensor:
-    """A uniformly random order of the patches of each image, the same for an image whatever batch it comes in.
+def random_ranks(image_ids: Tensor, patches: int, seed: int, epoch: int = 0) -> Tensor:
+    """A uniformly random order of the patches of each image, a function of (seed, epoch, image) alone: the same
+    whatever batch an image comes in, another one in another epoch.
 
     Args: image_ids (B,) int64. Returns: (B, N) int64.
+
+    Each (seed, epoch, image, patch) gets a number by Steele et al.'s SplitMix64 (OOPSLA 2014, fig. 17) and the patches
+    are sorted by it: no generator an image, so that a batch costs one sort. The authors of the tickets leave the
+    control unseeded; then no run can be repeated.
     """
-    rows = [torch.randperm(patches, generator=_generator(seed, int(i))) for i in image_ids]
-    return torch.stack(rows)
+    image = _mixed(_mixed(_mixed(np.uint64(seed % 2**64)) ^ np.uint64(epoch)) ^ image_ids.numpy().astype(np.uint64))
+    numbers = _mixed(image[:, None] ^ np.arange(patches, dtype=np.uint64))
+    # A tie among 64-bit numbers is not to be expected; a stable sort would give it to the lower index.
+    return torch.from_numpy(numbers.argsort(axis=1, kind="stable").argsort(axis=1))
 
 
-def _generator(seed: int, image: int) -> torch.Generator:
-    # Odd 64-bit constants keep (seed, image) pairs apart; neighbouring manual seeds of torch's Mersenne twister are
-    # independent enough.
-    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + image * 0xD1B54A32D192ED03) % (1 << 63))
+def _mixed(numbers: np.ndarray | np.uint64) -> np.ndarray:
+    """SplitMix64's output for these states."""
+    with np.errstate(over="ignore"):  # it wraps around, by design
+        z = np.atleast_1d(numbers) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def inverse_ranks(ranks: Tensor) -> Tensor:
+    """The least important first: the control that shows whether a score means anything. (B, N) -> (B, N) int64."""
+    return ranks.shape[1] - 1 - ranks.long()
+
+
+def center_ranks(grid: tuple[int, int]) -> Tensor:
+    """Patches by the distance of their centre from the image's; equal distances go to the lower index. (N,) int64.
+
+    The control for data sets whose objects stand in the middle: it knows no image.
+    """
+    rows, columns = (2 * torch.arange(side) + 1 - side for side in grid)
+    distance = rows.square().unsqueeze(1) + columns.square()  # whole numbers, so that ties are ties
+    return ranks_from_scores(-distance.flatten().unsqueeze(0))[0]
 
 
 def saliency(images: Tensor, grid: tuple[int, int]) -> Tensor:

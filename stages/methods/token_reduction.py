@@ -26,7 +26,7 @@ def prefix_attention(q: Tensor, k: Tensor, prefix: int, scale: float) -> Tensor:
 
     Args:
         q, k: (B, H, T, D), prefix tokens first.
-        prefix: P >= 1; with none, there is no row to read the score from.
+        prefix: P >= 1; with none there is no row to read the score from, see column_attention.
         scale: the softmax scale of the block.
     Returns: (B, N) float32, mean over heads and prefix rows of softmax(q k^T)[:, :, :P, P:]. fp32 whatever the input: a
     rounding in half precision changes which tokens are kept.
@@ -35,6 +35,20 @@ def prefix_attention(q: Tensor, k: Tensor, prefix: int, scale: float) -> Tensor:
         raise ValueError("prefix_attention needs at least one prefix token")
     rows = q[:, :, :prefix].float() @ k.float().transpose(-2, -1) * scale
     return rows.softmax(-1)[..., prefix:].mean((1, 2))
+
+
+def column_attention(q: Tensor, k: Tensor, prefix: int, scale: float, rows: int = 64) -> Tensor:
+    """Attention that each patch token gets from all patch tokens: the score of a network without prefix tokens.
+
+    Args: as prefix_attention; prefix may be 0. rows: query rows held at once, so that T x T is never formed.
+    Returns: (B, N) float32, mean over heads and patch rows of softmax(q k^T)[:, :, P:, P:].
+    """
+    keys, tokens = k.float().transpose(-2, -1), q.shape[2]
+    total = q.new_zeros(q.shape[0], tokens - prefix, dtype=torch.float32)
+    for start in range(prefix, tokens, rows):
+        weights = (q[:, :, start : start + rows].float() @ keys * scale).softmax(-1)
+        total = total + weights[..., prefix:].sum((1, 2))
+    return total / (q.shape[1] * (tokens - prefix))
 
 
 def top_tokens(scores: Tensor, count: int) -> Tensor:

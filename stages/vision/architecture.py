@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..methods import InvalidInput
-from ..methods.cost import BlockWidths, SwinStageWidths, conv_stem_macs, swin_macs, vit_macs
+from ..methods.cost import BlockWidths, SwinStageWidths, block_macs, conv_stem_macs, swin_macs, vit_macs
 from ..methods.windows import Level, pyramid
 
 SCHEMA = 1
@@ -86,6 +86,16 @@ class Architecture:
             },
             start_patches=start_patches,
         )
+
+    def selector_macs(self) -> int:
+        """Multiply-accumulates for the ticket of one image: everything up to the attention of the last block that drops
+        tokens.
+        """
+        last = self.tokens[-1]
+        reaching = self.tokens[-2].keep if len(self.tokens) > 1 else self.patches
+        begun = replace(self, blocks=self.blocks[: last.block], tokens=self.tokens[:-1], classes=0).macs()
+        widths = self.widths()[last.block]
+        return begun + block_macs(self.embed, widths, reaching + self.prefix, 0)
 
     def with_tokens(self, tokens: tuple[TokenDrop, ...]) -> Architecture:
         return replace(self, tokens=tokens)

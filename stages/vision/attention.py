@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import timm.layers
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..methods import InvalidInput
-from ..methods.token_reduction import prefix_attention
+from ..methods.token_reduction import column_attention, prefix_attention
 from .window_attention import CosineWindowAttention, WindowAttention
 
 
@@ -57,11 +58,11 @@ class Attention(nn.Module):
         return q, k, v.view(batch, tokens, self.heads, self.v).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attend(x, prefix=0)[0]
+        return self.attend(x, prefix=None)[0]
 
-    def attend(self, x: Tensor, prefix: int) -> tuple[Tensor, Tensor | None]:
-        """Output, and with prefix > 0 the score of each patch token: the attention that the prefix tokens pay it, (B,
-        N).
+    def attend(self, x: Tensor, prefix: int | None) -> tuple[Tensor, Tensor | None]:
+        """Output, and unless prefix is None the score of each patch token, (B, N): the attention that the prefix tokens
+        pay it, or, with a prefix of 0, that all patch tokens pay it.
         """
         batch, tokens, _ = x.shape
         q, k, v = self.split(self.qkv(x))
@@ -71,9 +72,17 @@ class Attention(nn.Module):
         else:
             weights = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)
             out = F.dropout(weights, dropout, self.training) @ v
-        scores = prefix_attention(q, k, prefix, self.scale) if prefix else None
+        scores = None
+        if prefix is not None:
+            scores = self._scores(q.detach(), k.detach(), prefix)  # they order tokens; no gradient comes back
         out = out.transpose(1, 2).reshape(batch, tokens, self.heads * self.v)
         return self.proj_drop(self.proj(out)), scores
+
+    def _scores(self, q: Tensor, k: Tensor, prefix: int) -> Tensor:
+        if prefix:
+            return prefix_attention(q, k, prefix, self.scale)
+        # All rows at once when exporting: a loop would be unrolled into the graph.
+        return column_attention(q, k, 0, self.scale, rows=q.shape[2] if torch.compiler.is_exporting() else 64)
 
 
 def from_timm(attention: nn.Module) -> Attention:

@@ -52,20 +52,29 @@ def curve(rows: Sequence[Mapping[str, float]]) -> str:
 
 
 def tickets(pixels: np.ndarray, ranks: np.ndarray, kept: int, grid: tuple[int, int], names: Sequence[str]) -> str:
-    """Images with the patches outside their ticket faded into a tint. pixels (n, S, S, 3) uint8, ranks (n, N)."""
+    """Each image, its ranks as a heat map (dark: ranked first), and its ticket: the patches outside it faded into a
+    tint. pixels (n, S, S, 3) uint8, ranks (n, N).
+    """
     from matplotlib.figure import Figure
 
     columns = min(8, len(pixels))
-    rows = -(-len(pixels) // columns)
-    figure = Figure(figsize=(columns, 1.25 * rows))
+    bands = -(-len(pixels) // columns)
+    figure = Figure(figsize=(columns, 3.4 * bands))
+    cells = figure.subplots(3 * bands, columns, squeeze=False, gridspec_kw={"wspace": 0.08, "hspace": 0.08})
+    for axes in cells.flat:
+        axes.set_axis_off()
     side = pixels.shape[1]
     for index, (image, rank, name) in enumerate(zip(pixels, ranks, names, strict=True)):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        axes.set_axis_off()
-        axes.set_title(name, fontsize=7, color=INK, parse_math=False)
+        band, column = divmod(index, columns)
+        top, middle, bottom = (cells[3 * band + row][column] for row in range(3))
+        cut = name if len(name) <= 14 else f"{name[:13]}…"
+        top.set_title(cut, fontsize=7, color=INK, parse_math=False)
+        top.imshow(image, interpolation="nearest")
+        heat = 1 - rank.reshape(grid).repeat(side // grid[0], 0).repeat(side // grid[1], 1) / len(rank)
+        middle.imshow(heat, cmap="BuGn", vmin=0, vmax=1, interpolation="nearest")
         mask = (rank < kept).reshape(grid).repeat(side // grid[0], 0).repeat(side // grid[1], 1)[..., None]
         faded = image.astype(np.float32) * 0.15 + TINT * 0.85
-        axes.imshow(np.where(mask, image, faded).astype(np.uint8), interpolation="nearest")
+        bottom.imshow(np.where(mask, image, faded).astype(np.uint8), interpolation="nearest")
     return _svg(figure)
 
 

@@ -22,7 +22,6 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from ..methods import InvalidInput
-from ..methods.patch_tickets import kept_patches, map_ranks
 from ..methods.token_labels import labels_of, mixed_labels, patch_shares
 from . import processes
 from .augment import Augmenter, Mixer
@@ -30,22 +29,22 @@ from .clock import Clock
 from .dataset import Images
 from .examples import Everything, Policy, Watch
 from .network import Network
+from .patches import PatchPolicy, Views
 from .recipe import Recipe
 from .tensors import flatten_optimizer, read_tensors, restore_optimizer, write_tensors
 
 
 @dataclass(frozen=True)
 class Pool:
-    """What is trained on: images, which of them, and the patch ranks of all of them (None: whole images)."""
+    """What is trained on: images, which of them, and which patches of each view (None: whole images)."""
 
     images: Images
     members: np.ndarray  # (m,) positions in images
-    ranks: np.ndarray | None = None  # (len(images), N)
-    patches: int | None = None  # patches kept of each image
+    patches: PatchPolicy | None = None
 
     @property
     def whole(self) -> bool:
-        return self.ranks is None
+        return self.patches is None
 
 
 @dataclass
@@ -228,7 +227,8 @@ class _Run:
         )
         self.schedule.step_update(0)
         self.ema = ModelEmaV3(network, decay=recipe.ema, use_warmup=True) if recipe.ema is not None else None
-        self.augment = Augmenter(recipe.augment, pool.images.size, colour_only=not pool.whole)
+        tied = pool.patches is not None and pool.patches.follows_image
+        self.augment = Augmenter(recipe.augment, pool.images.size, colour_only=tied)
         self.mix = Mixer(recipe.mixup, recipe.cutmix, recipe.smoothing, len(pool.images.classes))
 
     def batches(self) -> Iterator[Batch]:
@@ -253,8 +253,8 @@ class _Run:
         kept = None
         of_patches = None if self.annotate is None else self.annotate(views)  # before the mixing writes over them
         mixed = self.mix(views, labels, generator)
-        if not self.pool.whole and self.clock.now < self.whole_from:
-            kept = self._ticket(indices, theta, mixed.share)
+        if self.pool.patches is not None and self.clock.now < self.whole_from:
+            kept = self.pool.patches.kept(Views(indices, theta, mixed.share, self.clock.epoch, mixed.images))
         if of_patches is not None:
             shares = patch_shares(mixed.own, self.network.architecture.grid).to(self.device)
             of_patches = mixed_labels(of_patches, shares)
@@ -264,17 +264,6 @@ class _Run:
         weights = None if weights is None else weights[: len(labels)].to(self.device)
         images = self.normalise(mixed.images)
         return Batch(images, mixed.targets, kept, labels, indices, weights, mixed.share, of_patches)
-
-    def _ticket(self, indices: np.ndarray, theta: Tensor, share: float) -> Tensor:
-        """Patches kept of each view: ranks mapped through the view's geometry; of a mixture, the mixture of both
-        ranks.
-        """
-        assert self.pool.ranks is not None and self.pool.patches is not None
-        ranks = torch.from_numpy(self.pool.ranks[indices].astype(np.int64))
-        mapped = map_ranks(ranks, theta, self.network.ticket_grid).float()
-        if share < 1:
-            mapped = mapped * share + mapped.flip(0) * (1 - share)
-        return kept_patches(mapped, self.pool.patches).to(self.device)
 
     def advance(
         self, batch: Batch, objective: Objective, penalty: Callable[[Network], Tensor] | None

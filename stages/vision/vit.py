@@ -2,7 +2,8 @@
 
 `ViT` runs timm's own modules one after the other. What it adds to timm's forward is two things that timm has not:
 an argument `kept` (a patch ticket: only these patches enter the blocks) and token reduction at chosen blocks (only
-the patches that the prefix tokens attend to most go on). Without both it computes what timm computes.
+the patches that the prefix tokens attend to most go on, or all patches where there are none). Without both it computes
+what timm computes.
 """
 
 from __future__ import annotations
@@ -40,16 +41,19 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Any:
         """kept: (B, K) patch indices of a ticket, or None for all patches."""
-        return self.body.forward_head(self._features(images, kept)[0])
+        return self.body.forward_head(self.body.norm(self._through(images, kept)[0]))
 
-    def select(self, images: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Logits, and per token-dropping block the scores (B, n) of the patches that reached it and the positions (B,
-        K) kept.
+    def select(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Per token-dropping block the scores (B, n) of the patches that reached it and the positions (B, K) kept.
+        What comes after the last of these blocks has no say and is not computed.
         """
-        features, scores, positions = self._features(images, None)
-        return self.body.forward_head(features), scores, positions
+        _, scores, positions = self._through(images, None, last=max(self.drops))
+        return scores, positions
 
-    def _features(self, images: Tensor, kept: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def _through(
+        self, images: Tensor, kept: Tensor | None, last: int | None = None
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The tokens after all blocks, or as they stand once block `last` has dropped some; scores and positions."""
         body, prefix = self.body, self.architecture.prefix
         x = body.norm_pre(embed(body, images, kept))
         all_scores: list[Tensor] = []
@@ -58,19 +62,21 @@ class ViT(nn.Module):
             count = self.drops.get(index)
             if count is not None and x.shape[1] - prefix <= count:
                 count = None  # a ticket has left no more patches than that already
-            attended, scores = block.attn.attend(block.norm1(x), 0 if count is None else prefix)
+            attended, scores = block.attn.attend(block.norm1(x), None if count is None else prefix)
             x = x + block.drop_path1(block.ls1(attended))
             if count is not None:
                 positions = top_tokens(scores, count)
                 x = gather_tokens(x, positions, prefix)
                 all_scores.append(scores)
                 all_positions.append(positions)
+            if index == last:
+                break
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        return body.norm(x), all_scores, all_positions
+        return x, all_scores, all_positions
 
     def patch_logits(self, images: Tensor) -> Tensor:
         """What the class head answers for every patch token, in an LV-ViT the head for them: (B, N, K)."""
-        features, _, _ = self._features(images, None)
+        features = self.body.norm(self._through(images, None)[0])
         if isinstance(self.body, LVViT):
             return self.body.token_logits(features)
         return head_on_patches(self.body, features, self.architecture.prefix)
