@@ -13,7 +13,7 @@ from . import options
 from .console import Document
 from .diagnostics import suggest
 from .errors import InputError, IntegrityError, SievitError, UsageError
-from .session import DEFAULT_PIPELINE, Session, require_arm, session_of, store_of
+from .session import DEFAULT_PIPELINE, Session, require_arm, session_of, store_of, written_store
 
 if TYPE_CHECKING:
     from .collect import Removal
@@ -40,7 +40,7 @@ def ls(
     """
     from . import views
 
-    session, place = session_of(context), store_of(store)
+    session, place = session_of(context), written_store(store)
     known = [each.name for each in session.stages]
     if stage is not None and stage not in known and stage not in place.stages():
         raise UsageError(f"there is no stage {stage!r}", hint=suggest(stage, known, kind="stages"))
@@ -66,7 +66,7 @@ def show(
     """
     from . import views
 
-    artifact = store_of(store).resolve(ref)
+    artifact = written_store(store).resolve(ref)
     document = {"ref": artifact.ref, "path": str(artifact.root), **artifact.manifest}
     session_of(context).console.result(document, views.artifact)
 
@@ -123,7 +123,8 @@ def _verdict(found: Forecast) -> str:
         case "shared":
             return f"{node} is the same as in arm {found.shared_with}, and is made there"
         case "unknown":
-            return f"{node} is not known before {found.waits_for} has run"
+            own = f", and differs from {found.compared_to} by itself:" if found.reasons else ""
+            return f"{node} is not known before {found.waits_for} has run{own}"
         case _ if found.compared_to:
             return f"{node} would run. It differs from {found.compared_to}:"
         case _:
@@ -165,7 +166,7 @@ def diff(
     """
     from . import views
 
-    place = store_of(store)
+    place = written_store(store)
     session_of(context).console.result(compared(place.resolve(left), place.resolve(right)), views.difference)
 
 
@@ -215,7 +216,7 @@ def report(
     from . import records, views
     from .report.page import write
 
-    session, place = session_of(context), store_of(store)
+    session, place = session_of(context), written_store(store)
     record = records.load(place, run) if run is not None else records.newest(place)
     if record is None:
         raise InputError(f"no run is recorded in {place.root}", hint="`sievit run` makes one")
@@ -244,7 +245,7 @@ def verify(
 
     if ref is not None and all_:
         raise UsageError("REF and --all exclude each other", hint="without either, all are verified")
-    session, place = session_of(context), store_of(store)
+    session, place = session_of(context), written_store(store)
     began = time.monotonic()
     checked, unreadable = ([place.resolve(ref)], []) if ref is not None else place.scan()
     damaged = [
@@ -291,12 +292,13 @@ def gc(
     from . import views
     from .collect import collect
 
-    session, place = session_of(context), store_of(store)
+    session, place = session_of(context), written_store(store)
 
     def sweep(dry_run: bool) -> list[Removal]:
         newest = None if damaged else keep_last
         return collect(place, keep_last=newest, damaged=damaged, checkpoints=checkpoints, dry_run=dry_run)
 
+    sound, unreadable = place.scan()
     planned = sweep(dry_run=True)
     if planned and not dry_run and not yes:
         if not session.console.interactive:
@@ -305,7 +307,11 @@ def gc(
         if not typer.confirm("remove these?", err=True):
             raise SievitError("nothing was removed")
     done = planned if dry_run or not planned else sweep(dry_run=False)
-    session.console.result(_collected(place, done, dry_run=dry_run), views.collection)
+    document = _collected(place, done, dry_run=dry_run) | {
+        "artifacts": len(sound) + len(unreadable),
+        "damaged_only": damaged,
+    }
+    session.console.result(document, views.collection)
 
 
 def _collected(store: Store, removals: Sequence[Removal], *, dry_run: bool) -> Document:

@@ -55,7 +55,7 @@ class Console:
         """What the command was asked for, said once. With --json it is printed by `close`."""
         self._document = document
         if not self.json:
-            self.stdout.print(draw(document))
+            self.stdout.print(draw(document), crop=False)  # a path that is left whole may run over the edge
 
     def document(self, document: Document) -> None:
         """A result that is JSON with or without --json."""
@@ -77,7 +77,7 @@ class Console:
             if document:
                 sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
         elif error is not None:
-            self._tell(error.text())
+            self._tell(error.text(self.stderr.width if self.stderr.is_terminal else None))
         return error.exit_code if error is not None else 0
 
     def _tell(self, text: str) -> None:

@@ -15,6 +15,7 @@ Every message says what is wrong; `where` names the file, field or artifact; `hi
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -32,15 +33,18 @@ class SievitError(Exception):
         self.hint = hint
         self.excerpt = excerpt  # the lines under `where`: the source with a caret under the fault
 
-    def text(self) -> str:
-        """The whole printed text: what, where, what to do."""
-        lines = [f"{self.title}: {self.message}"]
+    def text(self, width: int | None = None) -> str:
+        """The whole printed text: what, where, what to do. width: of the terminal; None leaves long lines long.
+
+        Places are never folded: they are there to be copied.
+        """
+        lines = _folded(f"{self.title}: {self.message}", width, "  ")
         if self.where:
             lines.append(f"  --> {self.where}")
-        if self.excerpt:
-            lines.append(self.excerpt)
+        if shown := _window(self.excerpt, width):
+            lines.append(shown)
         if self.hint:
-            lines.append(f"  help: {self.hint}")
+            lines += _folded(f"  help: {self.hint}", width, "        ")
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, object]:
@@ -69,8 +73,8 @@ class SpecError(SievitError):
         super().__init__(message, where=where, hint=hint, excerpt=excerpt)
         self.also = tuple(also)
 
-    def text(self) -> str:
-        return "\n\n".join([super().text(), *(error.text() for error in self.also)])
+    def text(self, width: int | None = None) -> str:
+        return "\n\n".join([super().text(width), *(error.text(width) for error in self.also)])
 
     def as_json(self) -> dict[str, object]:
         """The first mistake as in every error, and all of them under "diagnostics"."""
@@ -118,3 +122,36 @@ class Terminated(SievitError):
 
     exit_code = 143
     title = "terminated"
+
+
+def _folded(text: str, width: int | None, indent: str) -> list[str]:
+    """Lines of at most `width` columns, broken between words alone: a path or a key in it stays whole."""
+    if width is None:
+        return [text]
+    return [
+        folded
+        for line in text.split("\n")
+        for folded in textwrap.wrap(
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+        or [line]
+    ]
+
+
+def _window(excerpt: str, width: int | None) -> str:
+    """The part of a source line around its carets that fits; nothing when even those do not."""
+    lines = excerpt.split("\n")
+    if width is None or max(map(len, lines)) <= width:
+        return excerpt
+    *above, carets = lines
+    if len(above) < 2:  # under an option: without its line, carets point at nothing
+        return ""
+    gutter = carets.index("|") + 2
+    room, start = width - gutter - 2, carets.index("^")  # two columns for the dots at the ends
+    source = above[-1]
+    first = max(gutter, min(start - room // 2, len(source) - room))
+    head = "…" if first > gutter else ""
+    tail = "…" if first + room < len(source) else ""
+    length = min(len(carets) - start, first + room - start)
+    above[-1] = source[:gutter] + head + source[first : first + room] + tail
+    return "\n".join([*above, carets[:gutter] + " " * (len(head) + start - first) + "^" * max(1, length)])

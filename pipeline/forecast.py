@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from . import keys
 from .keys import Change
-from .resolve import Facts, Place, gather, place, sources
+from .resolve import LEFT_TO_THE_STAGE, Facts, Inputs, Place, gather, place, sources
 
 if TYPE_CHECKING:
     from .plan import Node, Plan
@@ -27,7 +27,8 @@ class Forecast:
     run:     nothing has this key; `reasons` are the differences to `compared_to`, the nearest artifact of the stage,
     if there is one.
     shared:  the arm `shared_with` will have made it by then.
-    unknown: it depends on what the entry `waits_for` will leave.
+    unknown: it depends on what the entry `waits_for` will leave; `reasons` are what its own settings and facts change
+    against `compared_to`, whatever that will be.
     """
 
     node: Node
@@ -58,7 +59,8 @@ def forecast(plan: Plan, store: Store, *, force: bool = False, facts: Facts | No
     for node in plan.nodes:
         missing = [source for source in sources(node) if source not in made]
         if missing:
-            found.append(Forecast(node, "unknown", waits_for=missing[0][1]))
+            compared_to, own = _own_changes(node, facts, store)
+            found.append(Forecast(node, "unknown", reasons=own, compared_to=compared_to, waits_for=missing[0][1]))
             continue
         material = facts.material(node, gather(node, plan, made, store))
         stage, key = node.stage.name, keys.key_of(material)
@@ -74,3 +76,11 @@ def forecast(plan: Plan, store: Store, *, force: bool = False, facts: Facts | No
             reasons = tuple(near[1]) if near else ()
             found.append(Forecast(node, "run", key, reasons=reasons, compared_to=near[0].ref if near else None))
     return found
+
+
+def _own_changes(node: Node, facts: Facts, store: Store) -> tuple[str | None, tuple[Change, ...]]:
+    """What a node changes by itself against the artifact that is nearest to it when nobody asks for the inputs."""
+    texts = {edge.role: edge.ref for edge in node.inputs if edge.ref and edge.ref.startswith(LEFT_TO_THE_STAGE)}
+    material = facts.material(node, Inputs(texts=texts))
+    near = keys.nearest(material, store.artifacts(node.stage.name), leaving_out="inputs")
+    return (near[0].ref, tuple(near[1])) if near else (None, ())

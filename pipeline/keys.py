@@ -126,11 +126,20 @@ def explain(wanted: Mapping[str, Any], candidates: Sequence[Artifact]) -> list[C
     return found[1] if found else []
 
 
-def nearest(wanted: Mapping[str, Any], candidates: Sequence[Artifact]) -> tuple[Artifact, list[Change]] | None:
-    """As `explain`, with the artifact compared to; None when there are no candidates."""
+def nearest(
+    wanted: Mapping[str, Any], candidates: Sequence[Artifact], *, leaving_out: str = ""
+) -> tuple[Artifact, list[Change]] | None:
+    """As `explain`, with the artifact compared to; None when there are no candidates.
+
+    leaving_out: a part of the material that is not known yet, and not compared.
+    """
     best: tuple[Artifact, list[Change]] | None = None
     for one in candidates:
-        differences = changes(one.manifest["key_material"], wanted)
+        differences = [
+            change
+            for change in changes(one.manifest["key_material"], wanted)
+            if not leaving_out or change.field.partition(".")[0] != leaving_out
+        ]
         if best is None or len(differences) <= len(best[1]):
             best = one, differences
     return best

@@ -55,6 +55,13 @@ def store_of(folder: Path | None, pipeline: Path | None = None) -> Store:
     return Store(folder or (pipeline.parent if pipeline else Path()) / DEFAULT_STORE)
 
 
+def written_store(folder: Path | None) -> Store:
+    """The store that a command reads. InputError: a folder was named and is not there, which is hardly meant so."""
+    if folder is not None and not folder.is_dir():
+        raise InputError("there is no such store", where=str(folder), hint=f"`sievit run --store {folder}` makes one")
+    return store_of(folder)
+
+
 def require_arm(plan: Plan, arm: str | None) -> None:
     """UsageError, naming the nearest, when the pipeline has no such arm."""
     if arm is not None and arm not in plan.spec.arms:

@@ -241,9 +241,12 @@ class Store:
 
     def _nothing_of(self, stage: str) -> InputError:
         near = difflib.get_close_matches(stage, self.stages(), n=1)
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"`sievit {stage}` makes one, if it is a stage of this pipeline"
-        )
+        if near:
+            hint = f"did you mean {near[0]!r}?"
+        elif self.stages():
+            hint = f"there are artifacts of {', '.join(self.stages())}"
+        else:
+            hint = "the store is empty: `sievit run` fills it"
         return InputError(f"there is no artifact of stage {stage!r}", where=str(self.root), hint=hint)
 
     def verify(self, artifact: Artifact) -> None:

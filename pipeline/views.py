@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -39,7 +40,7 @@ STATES = {
     "failed": "bold red",
 }
 WIDEST = 60  # characters of a value that is shown in a table
-MOST = 4  # reasons of a stage that a plan shows
+MOST = 4  # reasons of a stage that a plan shows, and rows of one list that a difference does
 
 
 def line(text: str, style: str = "") -> Text:
@@ -109,13 +110,12 @@ def _why(stage: Document) -> str:
         return str(stage["ref"])
     if stage["state"] == "shared":
         return f"same as in arm {stage['shared_with']}"
-    if stage["state"] == "unknown":
-        return f"when {stage['waits_for']} has run"
-    if stage["compared_to"] is None:
+    waits = [f"when {stage['waits_for']} has run"] if stage["state"] == "unknown" else []
+    if not waits and stage["compared_to"] is None:
         return "nothing like it in the store"
     shown = [_change(each) for each in stage["reasons"][:MOST]]
     more = len(stage["reasons"]) - len(shown)
-    return "\n".join([*shown, *([f"and {more} more: sievit explain {stage['entry']}"] if more else [])])
+    return "\n".join([*waits, *shown, *([f"and {more} more: sievit explain {stage['entry']}"] if more else [])])
 
 
 def _change(change: Document) -> str:
@@ -325,29 +325,73 @@ def difference(document: Document) -> RenderableType:
     for title in ("config", "inputs", "metrics", "files"):
         changes = document["changes"][title]
         if changes:
-            rows = [(change["field"], change["left"], change["right"]) for change in changes]
+            rows = _summarised(changes)
             parts += [line(title, "bold"), table("field", document["left"], document["right"], rows=rows), Text("")]
     return Group(*parts[:-1]) if parts else line(f"{document['left']} and {document['right']} are equal")
 
 
+def _summarised(changes: Sequence[Document]) -> list[tuple[str, Any, Any]]:
+    """A line a field; a list of rows in which much differs (a curve, the rows of a benchmark) is a single one."""
+    rows: dict[str, list[Document]] = {}
+    for change in changes:
+        rows.setdefault(change["field"].partition("[")[0], []).append(change)
+    lines: list[tuple[str, Any, Any]] = []
+    for field, several in rows.items():
+        if len(several) > MOST and "[" in several[0]["field"]:
+            places = {change["field"].partition("]")[0] for change in several}
+            lines.append((field, f"{len(several)} values in {len(places)} rows differ", "(--json has them)"))
+        else:
+            lines += [(change["field"], change["left"], change["right"]) for change in several]
+    return lines
+
+
 def verification(document: Document) -> RenderableType:
     damaged = document["damaged"]
-    rows = [(each["ref"], each["message"], each["where"]) for each in damaged]
+    parts: list[RenderableType] = []
+    for each in damaged:
+        parts += [
+            line(each["ref"], "bold"),
+            Padding(line(_fault(each["message"])), (0, 0, 0, 2), expand=False),
+            _path(f"  {each['where']}"),
+        ]
     closing = f"{document['checked']} artifacts checked, {len(damaged)} damaged"
-    parts: list[RenderableType] = [table("ref", "what", "where", rows=rows, whole={"ref"})] if rows else []
     return Group(*parts, line(closing, "bold red" if damaged else "green"))
+
+
+def _fault(message: str) -> str:
+    """What is wrong, without the name that stands above it."""
+    return message.partition(" is not what was stored: ")[2] or message
+
+
+def _path(text: str) -> Text:
+    """A path that is never folded: it is there to be copied."""
+    shown = line(text, "dim")
+    shown.no_wrap, shown.overflow = True, "ignore"
+    return shown
 
 
 def collection(document: Document) -> RenderableType:
     rows = [
-        (each["path"].removeprefix(f"{document['store']}/"), each["kind"], size(each["bytes"]), each["why"])
+        (
+            _two_lines(each["path"].removeprefix(f"{document['store']}/"), _fault(each["why"])),
+            each["kind"],
+            size(each["bytes"]),
+        )
         for each in document["removed"]
     ]
     if not rows:
-        return line("nothing to remove: everything is needed by a newest run, or newest of its kind")
+        return line(f"nothing to remove: {_all_kept(document)}")
     verb = "would be removed" if document["dry_run"] else "removed"
     closing = f"{len(rows)} {verb}, {size(document['bytes'])}"
-    return Group(table("what", "kind", "size", "why", rows=rows, right={"size"}), line(closing))
+    return Group(table("what", "kind", "size", rows=rows, right={"size"}, whole={"kind"}), line(closing))
+
+
+def _all_kept(document: Document) -> str:
+    if document["artifacts"] == 0:
+        return f"no artifacts in {document['store']}"
+    if document["damaged_only"]:
+        return "no artifact is damaged"
+    return "every artifact is needed by a newest run, or newest of its kind"
 
 
 def report(document: Document) -> RenderableType:

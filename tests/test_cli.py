@@ -471,10 +471,38 @@ def test_explain_names_the_field_for_a_stage_and_for_an_artifact(sievit: Sievit)
     assert "main/prune is in the store: prune@1" in sievit("explain", "prune").out
     change = sievit("explain", "prune", "--set", "prune.target.macs=0.4").out
     assert "main/prune would run" in change and "target.macs: 0.5 -> 0.4" in change
-    assert "not known before prune has run" in sievit("explain", "finetune", "--set", "prune.target.macs=0.4").out
+    below = sievit("explain", "finetune", "--set", "prune.target.macs=0.4").out
+    assert "not known before prune has run" in below and "->" not in below
     assert "epochs" not in sievit("explain", "train@1").out
     sievit("train", "--set", "train.epochs=3")
     assert "epochs: 20 -> 3" in sievit("explain", "train@latest").out
+
+
+def test_a_stage_below_a_miss_tells_its_own_changes_too(sievit: Sievit) -> None:
+    sievit("run")
+    changed = ["--set", "prune.target.macs=0.4", "--set", "finetune.epochs=3"]
+    plan = sievit("plan", *changed).out.splitlines()
+    (at,) = [number for number, line in enumerate(plan) if line.split()[:2] == ["main", "finetune"]]
+    assert "when prune has run" in plan[at]
+    assert re.search(r"^ +epochs: \d+ -> 3$", plan[at + 1].rstrip())
+    (export,) = [line for line in plan if line.split()[:2] == ["main", "export"]]
+    assert export.split()[-4:] == ["when", "finetune", "has", "run"], "nothing of its own has changed"
+    told = sievit("explain", "finetune", *changed).out
+    assert "not known before prune has run, and differs from finetune@" in " ".join(told.split())
+    assert re.search(r"epochs: \d+ -> 3", told)
+
+
+def test_what_is_not_there_is_said_and_no_command_is_made_up(sievit: Sievit, folder: Path) -> None:
+    for command in (["ls"], ["verify"], ["gc"], ["report"], ["show", "train"], ["diff", "train@1", "train@2"]):
+        answer = sievit(*command, "--store", "elsewhere")
+        assert answer.code == 3
+        assert "there is no such store" in answer.err and "elsewhere" in answer.err
+    assert "nothing to remove: no artifacts in artifacts" in sievit("gc").out
+    assert "the store is empty" in sievit("show", "bogus").err
+    sievit("run")
+    told = sievit("show", "bogus").err
+    assert "there are artifacts of benchmark, export, finetune" in told and "sievit bogus" not in told
+    assert "nothing to remove: no artifact is damaged" in sievit("gc", "--damaged").out
 
 
 def test_diff_lists_config_inputs_and_files(sievit: Sievit) -> None:

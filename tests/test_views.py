@@ -1,20 +1,23 @@
-"""How results are drawn: whole at 80 columns, and nothing of a terminal's width lost."""
+"""How results and errors are drawn: whole at 80 columns, and readable in fewer."""
 
 from __future__ import annotations
 
 import io
+import itertools
 from typing import Any
 
+import pytest
 from report_run import measurement
 from rich.console import Console, RenderableType
 
 from sievit.pipeline import views
+from sievit.pipeline.diagnostics import Source, Span, located
 
 
 def drawn(what: RenderableType, width: int = 80) -> str:
     """As a terminal of so many columns shows it, spaces at the ends of lines left out."""
     stream = io.StringIO()
-    Console(file=stream, width=width, markup=False, emoji=False, highlight=False).print(what)
+    Console(file=stream, width=width, markup=False, emoji=False, highlight=False).print(what, crop=False)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
@@ -36,3 +39,50 @@ def test_a_percentile_of_too_few_calls_is_a_dash_with_its_reason() -> None:
     assert "–" in shown[2].split()
     assert "131 calls," in shown[3]
     assert "662 needed" in shown[4]
+
+
+def test_damage_is_told_in_sentences_and_its_place_can_be_copied_whole() -> None:
+    place = "/home/somebody/a/rather/long/way/to/the/project/artifacts/train/238bdee454f0/model.safetensors"
+    damaged = {
+        "ref": "train@2",
+        "message": "train@2 is not what was stored: model.safetensors has 7294050 bytes, expected 7294048",
+        "where": place,
+    }
+    assert drawn(views.verification({"checked": 17, "damaged": [damaged]})).splitlines() == [
+        "train@2",
+        "  model.safetensors has 7294050 bytes, expected 7294048",
+        f"  {place}",
+        "17 artifacts checked, 1 damaged",
+    ]
+    removed = {"path": "s/train/238bdee454f0", "kind": "damaged", "why": damaged["message"], "bytes": 7_294_050}
+    document = {"store": "s", "removed": [removed], "bytes": 7_294_050, "dry_run": True}
+    assert drawn(views.collection(document)).splitlines() == [
+        "what                                                   kind        size",
+        "train/238bdee454f0                                     damaged  7.29 MB",
+        "model.safetensors has 7294050 bytes, expected 7294048",
+        "1 would be removed, 7.29 MB",
+    ]
+
+
+def test_a_difference_of_many_rows_is_one_line_and_of_a_few_is_told() -> None:
+    curve = [{"field": f"curve[{row}].loss", "left": 1.0, "right": 2.0} for row in range(30)]
+    few = [{"field": f"gates[{row}].bound", "left": 1.0, "right": 2.0} for row in range(2)]
+    changes = {"config": [], "inputs": [], "files": [], "metrics": [*curve, *few]}
+    shown = drawn(views.difference({"left": "train@1", "right": "train@2", "changes": changes})).splitlines()
+    assert len(shown) == 2 + 1 + 2
+    assert shown[2].startswith("curve") and "30 values in 30 rows differ" in shown[2]
+    assert [line.split() for line in shown[3:]] == [["gates[0].bound", "1", "2"], ["gates[1].bound", "1", "2"]]
+
+
+@pytest.mark.parametrize("width", range(30, 130, 7))
+def test_an_error_fits_the_terminal_and_its_carets_stay_under_the_fault(width: int) -> None:
+    words = "stages: {train: {epochs: 4, " + ", ".join(f"other_{n}: {n}" for n in range(20)) + ", epcohs: 3, last: 1}}"
+    span = Span(Source("pipeline.yaml", words), 1, words.index("epcohs") + 1, len("epcohs"))
+    text = located("unknown key 'epcohs' in stages.train", span, "valid keys: " + ", ".join("abcdefghijklm" * 4)).text(
+        width
+    )
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    source, carets = next((a, b) for a, b in itertools.pairwise(lines) if "^" in b)
+    assert source[carets.index("^") : carets.rindex("^") + 1] == "epcohs"
+    assert " ".join(text.split()).count("valid keys: a, b, c") == 1
