@@ -70,6 +70,7 @@ class Folder:
     kind_of_stage: str = "export"
     key: str = "0" * 12
     digest: str = "0" * 64
+    ref: str = "made@1"
 
     def file(self, name: str) -> Path:
         return self.root / name

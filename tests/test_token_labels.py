@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from test_benchmark import Folder, Listening
 from test_training import CPU, NORMALISE, Killed, state
-from tiny_vision import data, image_folder, images, network
+from tiny_vision import FAMILIES, data, image_folder, images, network
 from torch import Tensor
 
+from sievit.pipeline.settings import DataConfig, ModelConfig
+from sievit.pipeline.stage import Context
+from sievit.stages import train
 from sievit.stages.methods import InvalidInput
 from sievit.stages.methods.token_labels import (
     labels_of,
@@ -26,11 +30,12 @@ from sievit.stages.train import TokenLabels, TrainConfig, _objective
 from sievit.stages.vision import annotator
 from sievit.stages.vision.augment import Mixer
 from sievit.stages.vision.dataset import Images, load_splits
+from sievit.stages.vision.network import create
 from sievit.stages.vision.patches import Cached
 from sievit.stages.vision.preprocessing import Preprocessing
 from sievit.stages.vision.recipe import Augmentation, Recipe
 from sievit.stages.vision.training import Batch, Pool, fit
-from sievit.stages.vision.weights import save_network
+from sievit.stages.vision.weights import load_network, save_network
 
 
 def soft(*shape: int, seed: int = 0) -> Tensor:
@@ -114,7 +119,7 @@ def test_a_network_labels_each_patch_with_its_head_on_that_patch(family: str) ->
     net: Any = network(family)
     x = images(2)
     tokens = net.body.norm(net._through(x, None)[0])
-    answers = net.patch_logits(x)
+    answers = net.place_logits(x).flatten(2).transpose(1, 2)
     for patch in range(16):
         token = tokens[:, net.architecture.prefix + patch]
         expected = {
@@ -122,6 +127,15 @@ def test_a_network_labels_each_patch_with_its_head_on_that_patch(family: str) ->
             "distilled": lambda t: (net.body.head(t) + net.body.head_dist(t)) / 2,
         }.get(family, lambda t: net.body.head(net.body.fc_norm(t)))(token)
         assert torch.allclose(answers[:, patch], expected, atol=1e-5)
+
+
+def test_a_swin_labels_each_place_of_its_last_stage() -> None:
+    sizes = {"embed_dim": 24, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4}
+    net: Any = create("swin_tiny_patch4_window7_224", classes=5, image_size=32, args=sizes).eval()
+    x = images(3)
+    maps = net.place_logits(x)
+    assert maps.shape == (3, 5, 4, 4)
+    assert torch.allclose(maps.mean((2, 3)), net(x), atol=1e-5), "a linear head after an average over places"
 
 
 @pytest.mark.parametrize(
@@ -230,9 +244,47 @@ def test_labels_are_those_of_the_views_that_the_student_sees(pictures: Images, t
     for batch in batches:
         assert batch.token_labels is not None
         views = batch.images * 0.5 + 0.5
-        best = teacher.patch_logits((views - 0.4) / 0.3).argmax(-1)
+        best = teacher.place_logits((views - 0.4) / 0.3).argmax(1).flatten(1)
         assert torch.equal(batch.token_labels.argmax(-1), best)
         assert torch.equal(batch.token_labels.amax(-1), torch.ones(best.shape))
+
+
+def test_the_train_stage_labels_with_the_named_artifact_and_books_its_cost(tmp_path: Path) -> None:
+    image_folder(tmp_path / "images", per_class=12)
+    block = DataConfig(source="images", image_size=32)
+    classes = load_splits(block.model_dump(), tmp_path).train.classes
+    labeller = Folder(tmp_path / "labeller", kind_of_stage="train")
+    labeller.root.mkdir()
+    save_network(network("deit", classes=2), labeller.root)
+    Preprocessing(32, (0.5,) * 3, (0.5,) * 3, classes).save(labeller.root)
+    name, args = FAMILIES["lv-vit"]
+    config = train.TrainConfig(epochs=1, batch_size=8, token_labels=TokenLabels(source="train@1", top=1))
+    assert train.STAGE.references(config) == {"annotator": "train@1"}
+    for folder in ("out", "work"):
+        (tmp_path / folder).mkdir()
+    ctx = Context(
+        config=config,
+        data=block,
+        model=ModelConfig(name=name, args=args),
+        seed=0,
+        device="cpu",
+        arm="main",
+        entry="train",
+        base=tmp_path,
+        out=tmp_path / "out",
+        work=tmp_path / "work",
+        inputs={"annotator": labeller},  # type: ignore[dict-item]
+        many=(),
+        references={},
+        progress=Listening(),  # type: ignore[arg-type]
+    )
+    train.run(ctx)
+    assert ctx.metrics["token_labels"] == {"source": "train@1", "weight": 0.5, "top": 1, "map": (4, 4)}
+    # The labeller's head answers 16 patches, not one class token.
+    per_image = network("deit", classes=2).architecture.macs() + 15 * 48 * 2
+    assert ctx.ledger["scoring_macs"] == ctx.ledger["images"] * per_image
+    answers = load_network(tmp_path / "out").train()(images(2))
+    assert answers.shape == (2, 2), "what is handed on answers once, in training too"
 
 
 def test_an_annotator_of_other_classes_is_refused(pictures: Images, tmp_path: Path) -> None:

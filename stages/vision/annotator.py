@@ -62,10 +62,7 @@ def from_artifact(
         raise InvalidInput(f"token_labels.source {who} is a Swin, whose last tokens are no patches", "name a ViT")
     whole = network.with_tokens(()).to(device).requires_grad_(False)  # every patch has an answer
 
-    def answers(images: Tensor) -> Tensor:
-        return _as_map(whole.patch_logits(images), whole.architecture.grid)
-
-    return Annotator(answers, own.normaliser(device), image_size=image_size, **how)
+    return Annotator(whole.place_logits, own.normaliser(device), image_size=image_size, **how)
 
 
 def from_timm(text: str, classes: int, device: torch.device, *, image_size: int, **how: Any) -> Annotator:
@@ -103,10 +100,5 @@ def place_logits(network: nn.Module, images: Tensor) -> Tensor:
                 "name a convolutional network or a plain ViT as token_labels.source",
             )
         logits = head_on_patches(body, features, prefix)
-    return _as_map(logits.reshape(batch, high * wide, -1), (high, wide))
-
-
-def _as_map(logits: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, h*w, K) -> (B, K, h, w)."""
-    maps: Tensor = logits.transpose(1, 2).unflatten(2, grid)
+    maps: Tensor = logits.reshape(batch, high, wide, -1).permute(0, 3, 1, 2)
     return maps

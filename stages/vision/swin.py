@@ -73,6 +73,17 @@ class Swin(nn.Module):
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Any:
         """kept: (B, K) patch indices of a ticket, ascending, or None for the whole image."""
+        return self.body.head(self._features(images, kept))
+
+    def place_logits(self, images: Tensor) -> Tensor:
+        """What the class head answers for every place of the last stage: (B, K, h, w)."""
+        features = self._features(images, None)
+        batch, high, wide, width = features.shape
+        logits: Tensor = self.body.head(features.reshape(-1, 1, 1, width))
+        return logits.view(batch, high, wide, -1).permute(0, 3, 1, 2)
+
+    def _features(self, images: Tensor, kept: Tensor | None) -> Tensor:
+        """Normalised, (B, h, w, C)."""
         geometry = self.whole
         if kept is not None:
             if self.tickets is None:
@@ -87,7 +98,8 @@ class Swin(nn.Module):
             x = stage.downsample(x)
             for number, block in enumerate(stage.blocks):
                 x = self._block(block, x, windows, shifted=number % 2 == 1)
-        return body.head(body.norm(x))
+        features: Tensor = body.norm(x)
+        return features
 
     def _block(self, block: Any, x: Tensor, windows: Any, shifted: bool) -> Tensor:
         """V1 normalises before attention and MLP, V2 after them. x: (B, S, S, C)."""

@@ -74,12 +74,17 @@ class ViT(nn.Module):
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         return x, all_scores, all_positions
 
-    def patch_logits(self, images: Tensor) -> Tensor:
-        """What the class head answers for every patch token, in an LV-ViT the head for them: (B, N, K)."""
+    def place_logits(self, images: Tensor) -> Tensor:
+        """What the class head answers for every patch token, in an LV-ViT the head for them: (B, K, h, w). A network
+        that drops tokens has no answer for all.
+        """
         features = self.body.norm(self._through(images, None)[0])
         if isinstance(self.body, LVViT):
-            return self.body.token_logits(features)
-        return head_on_patches(self.body, features, self.architecture.prefix)
+            logits: Tensor = self.body.token_logits(features)
+        else:
+            logits = head_on_patches(self.body, features, self.architecture.prefix)
+        maps: Tensor = logits.transpose(1, 2).unflatten(2, self.architecture.grid)
+        return maps
 
     @property
     def ticket_grid(self) -> tuple[int, int]:
