@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -163,6 +163,8 @@ def _told(place: _Place, error: Any, other_keys: Sequence[str]) -> SpecError:
         return located(f"'{place.missing}' is missing in {place.path}", place.key, f"it takes {takes}{note}")
     if error["type"] in ("value_error", "assertion_error"):
         return _judged(place, str(error["ctx"]["error"]))
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return _untagged(place, error["ctx"])
     takes = words(place.expected, place.limits)
     if place.node is None:
         return located(f"{place.path} must be {takes}", place.key, place.note)
@@ -191,6 +193,20 @@ def _judged(place: _Place, text: str) -> SpecError:
     elif place.node is not None:
         key = place.span
     return located(f"{path}: {text}", key, place.note if not _is_model(place.expected) else "")
+
+
+def _untagged(place: _Place, context: Mapping[str, str]) -> SpecError:
+    """A mapping of several kinds without the key that says which, or with another word in it."""
+    name = context["discriminator"].strip("'")
+    kinds = [m.model_fields[name].annotation for m in _members(_unwrapped(place.expected)[0]) if _is_model(m)]
+    tags = [str(tag) for kind in kinds for tag in get_args(kind)]
+    takes = f"one of {', '.join(tags)}"
+    node = None if place.node is None else place.node.mapping.get(name)
+    if node is None:
+        return located(f"'{name}' is missing in {place.path}", place.key, f"it takes {takes}")
+    close = nearest(str(node.value), tags)
+    hint = f"did you mean '{close}'?" if close else ""
+    return located(f"{place.path}.{name} must be {takes}, got {describe(node)}", node.span, hint)
 
 
 # The errors of pydantic that the words for the annotation answer completely.

@@ -50,8 +50,6 @@ from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 from .vision.recipe import ExamplePolicy, Recipe, Settings, Swap, check_examples
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
     from torch import Tensor
 
@@ -125,6 +123,7 @@ def run(ctx: Context) -> None:
     from .vision.device import open_device
     from .vision.evaluate import top1
     from .vision.network import create
+    from .vision.penalty import group_penalty
     from .vision.preprocessing import choose
     from .vision.tensors import write_tensors
     from .vision.training import fit
@@ -185,7 +184,7 @@ def run(ctx: Context) -> None:
             policy=policy,
             objective=_objective(config),
             annotate=annotator,
-            penalty=_penalty(config),
+            penalty=None if config.weights is None else group_penalty(config.weights.strength),
             judge=lambda current: top1(current, splits.calibration, normalise, device),
             keep_epochs=config.keep_epochs,
             checkpoint=ctx.work / "training.safetensors",
@@ -313,28 +312,6 @@ def _objective(config: TrainConfig) -> Objective:
         return cross_entropy(of_class, batch.targets, each=each) + weight * (patches if each else patches.mean())
 
     return objective
-
-
-def _penalty(config: TrainConfig) -> Callable[[Network], Tensor] | None:
-    """The penalty as a function of the network, or None."""
-    from .methods.regularisers import group_lasso, head_norms, unit_norms
-
-    if config.weights is None:
-        return None
-    strength = config.weights.strength
-
-    def penalty(network: Network) -> Tensor:
-        total = network.body.patch_embed.proj.weight.new_zeros(())
-        for block in network.blocks:
-            a, mlp = block.attn, block.mlp
-            heads = head_norms(a.qkv.weight, a.proj.weight, a.heads, a.qk, a.v)
-            units = unit_norms(mlp.fc1.weight, mlp.fc2.weight)
-            per_head = 2 * (a.qk + a.v) * a.qkv.in_features
-            total = total + group_lasso(heads, per_head) + group_lasso(units, 2 * mlp.fc1.in_features)
-        weighted: Tensor = strength * total
-        return weighted
-
-    return penalty
 
 
 def coherent(seen: Preflight) -> None:

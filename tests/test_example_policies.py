@@ -166,7 +166,13 @@ def test_infobatch_is_off_in_the_first_pass_and_in_every_pass_that_reaches_into_
         ("steps: 90", "{policy: infobatch}", r"infobatch acts between passes; give epochs .* instead of steps"),
         ("epochs: 3.5", "{policy: random, keep: 0.5}", r"give epochs as a whole number, not 3\.5"),
         ("epochs: 2", "{policy: infobatch}", r"infobatch would drop nothing: of 2 epochs"),
-        ("epochs: 2", "{policy: forget}", r"examples"),
+        ("epochs: 9, budget: steps", "{policy: infobatch}", r"budget: steps cannot be kept with infobatch"),
+        (
+            "epochs: 9",
+            "{policy: swapp}",
+            r"examples\.policy must be one of swap, infobatch, random, got the text 'swapp'",
+        ),
+        ("epochs: 9", "{every: 2}", r"'policy' is missing in stages\.train\.examples"),
     ],
 )
 def test_a_policy_that_contradicts_itself_or_the_run_is_refused_with_its_line(
@@ -176,7 +182,7 @@ def test_a_policy_that_contradicts_itself_or_the_run_is_refused_with_its_line(
     file.write_text(f"data: {{source: 'builtin:digits'}}\nstages:\n  train: {{{train},\n    examples: {examples}}}\n")
     with pytest.raises(SpecError, match=message) as caught:
         load_pipeline(file, STAGES)
-    assert f"{file}:4:" in caught.value.where
+    assert f"{file}:{3 if 'budget' in train else 4}:" in caught.value.where
     assert not caught.value.also
 
 

@@ -15,6 +15,12 @@ import torch.distributed as dist
 from tiny_vision import data, image_folder, network
 from torch import Tensor
 
+from sievit.pipeline.plan import make_plan
+from sievit.pipeline.progress import Silent
+from sievit.pipeline.runner import run
+from sievit.pipeline.spec import load_pipeline
+from sievit.pipeline.store import Store
+from sievit.stages.__main__ import STAGES
 from sievit.stages.methods import InvalidInput
 from sievit.stages.vision import examples, processes
 from sievit.stages.vision.clock import Clock
@@ -282,7 +288,25 @@ def test_a_clock_runs_evenly_over_passes_and_ends_at_its_total(lengths: list[int
     assert clock.now == total
 
 
-# ---- Several processes
+def test_the_stage_keeps_every_decision_and_its_ledger_counts_what_was_trained_on(tmp_path: Path) -> None:
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(
+        """
+data: {source: "builtin:digits", image_size: 32, max_train: 100, max_test: 50}
+model: {name: deit_tiny_patch16_224, args: {patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}}
+stages: {train: {epochs: 4, batch_size: 16, mixup: 0.2, examples: {policy: infobatch}}}
+arms: {longer: {train: {epochs: 5}}}
+"""
+    )
+    store = Store(tmp_path / "artifacts")
+    run(make_plan(load_pipeline(file, STAGES), STAGES), store, progress=Silent(), invalid_input=(InvalidInput,))
+    for epochs, ref in ((4, "train@1"), (5, "train@2")):
+        artifact = store.resolve(ref)
+        pool = json.loads((artifact.root / "pool.json").read_text())
+        kept = {one["epoch"]: one["kept"] for one in pool["decisions"]}
+        assert sorted(kept) == list(range(2, epochs))
+        images = sum(kept.get(epoch, 100) // 2 * 2 for epoch in range(1, epochs + 1))  # mixing pairs them
+        assert artifact.ledger["images"] == artifact.metrics["examples"]["images"] == images
 
 
 COUNT, BATCH = 40, 6

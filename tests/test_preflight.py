@@ -312,6 +312,24 @@ invalid pipeline: finetune.tokens.blocks: [1, 3] for a network of 3 blocks
     )
 
 
+def test_swaps_by_the_attention_of_a_class_token_need_one(tmp_path: Path) -> None:
+    text = """data:  {source: "builtin:digits", image_size: 32}
+model: {name: vit_tiny_patch16_224, args: {patch_size: 8, class_token: false, global_pool: avg}}
+stages:
+  train: {epochs: 4, examples: {policy: swap, mode: paper, every: 1, until: 2}}
+"""
+    assert (
+        Project(tmp_path, text).refused()
+        == """\
+invalid pipeline: examples.mode: paper sorts by the attention of the class token, and vit_tiny_patch16_224 has none
+  --> pipeline.yaml:4:53
+   |
+ 4 |   train: {epochs: 4, examples: {policy: swap, mode: paper, every: 1, until: 2}}
+   |                                                     ^^^^^
+  help: use mode: corrected"""
+    )
+
+
 def test_a_selector_that_drops_beyond_the_last_block_is_refused(tmp_path: Path) -> None:
     assert (
         Project(tmp_path, VIT).refused("ticket.selector.blocks=[2, 7]")

@@ -53,6 +53,13 @@ def _train(metrics: Mapping[str, Any]) -> list[str]:
         first = number(curve[0], "loss")
         way = f"{significant(first)} → " if len(curve) > 1 and first is not None else ""
         said.append(f"Loss {way}{significant(last)} after {len(curve)} epoch{'' if len(curve) == 1 else 's'}.")
+    pool = mapping(metrics, "examples")  # examples that came and went while training
+    if number(pool, "share") is not None:
+        said.append(
+            f"Examples by {text(pool, 'policy')}: trained on {count(number(pool, 'images'))} images where all "
+            f"{count(number(pool, 'of'))} in each of {count(number(pool, 'passes'))} passes would have been "
+            f"{count(number(pool, 'images_of_all'))} ({percent(number(pool, 'share'))})."
+        )
     budget = mapping(metrics, "budget")
     if number(budget, "steps") is not None:
         allowed = f" of {big(number(budget, 'allowed'))} allowed" if number(budget, "allowed") is not None else ""
