@@ -93,6 +93,7 @@ def _outcome(record: RunRecord, plan: Plan, store: Store, seconds: float) -> Doc
         "gates": [{"name": name, **gate} for name, gate in record.gates.items()],
         "rows": [row for row in measured.get("rows", ()) if row.get("final", True)],
         "over_seeds": measured.get("over_seeds", []),
+        "matrix": measured.get("matrix"),
         "noise_floor": measured.get("noise_floor"),
         "disturbed": measured.get("disturbed", False),
         "host": measured.get("host"),
@@ -106,12 +107,13 @@ def _stage(node: NodeRecord) -> Document:
 
 
 def _measured(record: RunRecord, plan: Plan, store: Store) -> Document:
-    """The metrics of the stage that measures the files of all arms; empty before it has run."""
+    """The metrics of the stages that stand once for all arms, the first of a name; empty before they have run."""
+    metrics: Document = {}
     for node in plan.nodes:
         found = record.node(node.arm, node.entry.name)
         if node.stage.across_arms and found.key and (artifact := store.find(found.stage, found.key)):
-            return dict(artifact.metrics)
-    return {}
+            metrics = {**artifact.metrics, **metrics}
+    return metrics
 
 
 def _write_report(record: RunRecord, plan: Plan, store: Store) -> tuple[Path, Path]:

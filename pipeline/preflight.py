@@ -113,13 +113,15 @@ def _keep(refusal: SpecError, problems: Problems) -> None:
 def seen(node: Node, plan: Plan, store: Store | None = None, inputs: Inputs | None = None) -> Preflight:
     """What a stage sees of a node. Without a store, references to artifacts stay unseen."""
     reads: dict[str, Preflight] = {}
+    several: dict[str, list[Preflight]] = {}
     there = dict(inputs.single) if inputs is not None else {}
     many = {one.role for one in node.stage.reads if one.many}
     for edge in node.inputs if inputs is None else ():
-        if edge.source is not None and edge.role not in many:
+        if edge.source is not None:
             source = plan.node(*edge.source)
             assert source is not None
-            reads[edge.role] = seen(source, plan, store)
+            one = seen(source, plan, store)
+            several.setdefault(edge.role, []).append(one) if edge.role in many else reads.update({edge.role: one})
         elif edge.ref is not None and "@" in edge.ref and store is not None:
             there[edge.role] = store.resolve(edge.ref)
     return Preflight(
@@ -131,6 +133,7 @@ def seen(node: Node, plan: Plan, store: Store | None = None, inputs: Inputs | No
         entry=node.entry.name,
         base=plan.spec.base,
         reads=reads,
+        many=several,
         inputs=there,
     )
 

@@ -206,7 +206,7 @@ class _Pass:
         line.state, line.ref, line.key, line.error = ("cached" if cached else "done"), artifact.ref, artifact.key, None
         line.finished = records.now()
         line.seconds = 0.0 if cached else round(time.monotonic() - started, 3)
-        if node.stage.across_arms and ("gates" in artifact.metrics or not self.record.gates):
+        if node.stage.writes == "measurement":
             self.record.gates = records.judge(self.plan.spec.gates.model_dump(), artifact.metrics.get("gates", {}))
         if not cached:
             self.record.save(self.store)

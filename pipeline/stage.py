@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .spec import DataConfig, ModelConfig
     from .store import Artifact
 
-Kind = Literal["tickets", "model", "onnx", "measurement"]
+Kind = Literal["tickets", "model", "onnx", "measurement", "evaluation"]
 JSON = Any  # a value that json.dumps accepts
 
 
@@ -46,7 +46,9 @@ class Reads:
 class Preflight:
     """A stage as it is going to run: all that is settled about it before anything does, for its checks to look at.
 
-    reads:  role -> the stage of this plan whose result it will read; roles that take many are left out.
+    arm:    under one of several seeds: main@seed1.
+    reads:  role -> the stage of this plan whose result it will read.
+    many:   the same for the roles that take many: the stages in all arms.
     inputs: role -> an artifact that is there already: named as train@7, or handed to a stage command.
     base:   the folder of pipeline.yaml.
     """
@@ -59,7 +61,13 @@ class Preflight:
     entry: str
     base: Path
     reads: Mapping[str, Preflight] = field(default_factory=dict)
+    many: Mapping[str, Sequence[Preflight]] = field(default_factory=dict)
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
+
+    @property
+    def family(self) -> str:
+        """The arm as the file names it, whatever the seed."""
+        return self.arm.partition("@")[0]
 
     def at(self, path: str) -> str:
         """The place of one of its own settings in pipeline.yaml, for an error to point to: "stages.train.cutmix"."""

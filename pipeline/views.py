@@ -138,6 +138,8 @@ def outcome(document: Document) -> RenderableType:
     parts: list[RenderableType] = []
     if document["rows"]:
         parts += [measurement(document), Text("")]
+    elif drawn := further(document):
+        parts += [*drawn[1:], Text("")]
     parts += [_gate(gate) for gate in document["gates"]]
     if stages and cached == len(stages):
         parts.append(line(f"nothing to do: {cached} stages cached", "green"))
@@ -166,6 +168,8 @@ def stage_outcome(document: Document) -> RenderableType:
     metrics = document["metrics"]
     if isinstance(metrics.get("rows"), list):
         parts += [Text(""), measurement(metrics)]
+    elif drawn := further(metrics):
+        parts += drawn
     elif metrics:
         parts += [Text(""), _fields(metrics)]
     return Group(*parts)

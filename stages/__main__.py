@@ -19,7 +19,7 @@ from sievit.pipeline.errors import UsageError
 from sievit.pipeline.progress import choose
 from sievit.pipeline.session import DEFAULT_PIPELINE, session_of, store_of
 
-from . import benchmark, export, finetune, prune, quantize, ticket, train
+from . import benchmark, export, finetune, matrix, prune, quantize, ticket, train
 from .methods import InvalidInput
 
 STAGES = (
@@ -30,6 +30,7 @@ STAGES = (
     export.STAGE,
     quantize.STAGE,
     benchmark.STAGE,
+    matrix.STAGE,
 )
 
 PROVIDERS = get_args(benchmark.Provider)

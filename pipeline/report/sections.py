@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .numbers import DASH, interval, percent, ratio
-from .reading import listing, number, text
+from .numbers import DASH, big, count, interval, percent, ratio
+from .reading import listing, mapping, number, text
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Section:
 
 def sections(metrics: Mapping[str, Any]) -> tuple[Section, ...]:
     """What the metrics of a stage across arms say beyond its rows."""
-    return tuple(section for make in (over_seeds,) if (section := make(metrics)) is not None)
+    return tuple(section for make in (over_seeds, matrix) if (section := make(metrics)) is not None)
 
 
 def over_seeds(metrics: Mapping[str, Any]) -> Section | None:
@@ -56,6 +56,60 @@ def over_seeds(metrics: Mapping[str, Any]) -> Section | None:
             for line in lines
         ),
     )
+
+
+def matrix(metrics: Mapping[str, Any]) -> Section | None:
+    """Each arm on each kind of test patches, what it spent, and the verdicts; None without a matrix."""
+    found = mapping(metrics, "matrix")
+    if not found:
+        return None
+    tested = [text(name) for name in listing(found, "test")]
+    cells = {(text(cell, "arm"), text(cell, "test")): cell for cell in listing(found, "cells")}
+    seeds = [text(seed) for seed in listing(found, "seeds")]
+    spread = "t over seeds" if len(seeds) > 1 else "Wilson's, one seed: they speak of these networks, not of the method"
+    equal = text(found, "budget")
+    return Section(
+        "matrix",
+        "Tickets, random and full patches",
+        f"Rows: what an arm was trained on; columns: the patches of {count(number(found, 'test_images'))} test images "
+        f"that it was tested on. Top-1 with 95% intervals ({spread}); seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}.",
+        ("Trained", *(f"On {name}" for name in tested), "Steps", "MACs spent"),
+        tuple(
+            (
+                text(arm, "arm"),
+                *(_estimate(cells.get((text(arm, "arm"), name))) for name in tested),
+                *_spent(listing(arm, "spent")),
+            )
+            for arm in listing(found, "arms")
+        ),
+        (
+            *(f"{text(claim, 'words')}." for claim in listing(found, "claims")),
+            f"Budget: equal {'MACs' if equal == 'macs' else equal}." if equal else "The arms have no budget in common.",
+            "MACs spent are those of training, and of choosing the ticket before it; means over seeds.",
+        ),
+    )
+
+
+def _estimate(cell: Any) -> str:
+    within = interval(number(cell, "low"), number(cell, "high"), percent)
+    return percent(number(cell, "mean")) + (f" ({within})" if within else "")
+
+
+def _spent(records: Sequence[Any]) -> tuple[str, str]:
+    """Steps and MACs, means over seeds; a dash where one is not known."""
+    steps = [number(record, "steps") for record in records]
+    macs = [_sum(number(record, "macs"), number(record, "scoring_macs")) for record in records]
+    return count(_mean(steps)), big(_mean(macs))
+
+
+def _sum(*values: float | None) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    total = _sum(*values)
+    return None if total is None or not values else total / len(values)
 
 
 def _each(line: Any, name: str, form: Any) -> str:

@@ -137,8 +137,14 @@ def _step(node: Any, place: tuple[str, str], stage: str, key: str, store: Shelf)
             Note(text(note, "level") or "note", text(note, "text") or text(note)) for note in listing(manifest, "notes")
         ),
         pictures=tuple(_picture(figure, artifact.root) for figure in listing(manifest, "figures")),
-        across_arms=step.across_arms or bool(listing(manifest, "metrics", "rows")),
+        across_arms=step.across_arms or _reads_many(manifest),
     )
+
+
+def _reads_many(manifest: Mapping[str, Any]) -> bool:
+    """Whether it stands once for all arms: no other stage has inputs in lists, or rows of several arms."""
+    lists = any(isinstance(given, list) for given in mapping(manifest, "inputs").values())
+    return lists or bool(listing(manifest, "metrics", "rows"))
 
 
 def _inputs(manifest: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
