@@ -33,7 +33,9 @@ def inputs_alone(plan: Plan, node: Node, store: Store, override: Mapping[str, st
     for edge in edges:
         if edge.source is not None and edge.source not in made:
             made[edge.source] = _newest(plan, store, edge, edge.source)
-            progress.note(f"{edge.role}: {made[edge.source].ref}, the newest of {'/'.join(edge.source)}")
+            arm, entry = edge.source
+            newest = f"the newest that stage '{entry}' of arm '{arm}' has made"
+            progress.note(f"{edge.role}: {made[edge.source].ref}, {newest}; --input {edge.role}=REF names another")
     found = gather(_with_edges(node, edges), plan, made, store)
     for role, artifact in found.single.items():
         inputs.single[role] = artifact

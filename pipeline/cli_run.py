@@ -156,6 +156,7 @@ def plan(
     """
     from . import views
     from .forecast import forecast
+    from .resolve import caveats
 
     session, place = session_of(context), store_of(store, pipeline)
     planned = session.plan(pipeline, set_)
@@ -167,6 +168,7 @@ def plan(
         "store": str(place.root),
         "stages": stages,
         "expected_seconds": None if None in seconds else round(sum(seconds), 3),
+        "notes": caveats(planned),
     }
     session.console.result(document, views.plan)
 

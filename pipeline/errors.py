@@ -83,10 +83,15 @@ class SpecError(SievitError):
 
 
 class InputError(SievitError):
-    """Data, weights or a file that a stage was given is wrong."""
+    """Data, weights or a file that a stage was given is wrong. `field`: the setting that names it, such as data.source,
+    for whoever has the file of settings at hand to show its line."""
 
     exit_code = 3
     title = "invalid input"
+
+    def __init__(self, message: str, *, where: str = "", hint: str = "", excerpt: str = "", field: str = "") -> None:
+        super().__init__(message, where=where, hint=hint, excerpt=excerpt)
+        self.field = field
 
 
 class IntegrityError(SievitError):

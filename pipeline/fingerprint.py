@@ -7,8 +7,10 @@ size, times and inode. This memo is for data only, which belongs to the user; wh
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import os
+import re
 import stat
 import time
 import uuid
@@ -18,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .diagnostics import nearest, suggest
 from .errors import InputError, SievitError
 from .manifest import sha256_file, sha256_of
 
@@ -48,11 +51,15 @@ TARS = frozenset({".tar"})
 
 _COUNTED = IMAGES | TARS
 
-# Data sets that torchvision downloads into `root`, and checks. Their name stands for their content: hashing what lies
-# in `root` would give the first run, which downloads, another key than the second.
+# Data sets that torchvision downloads into `root`, and checks when it reads them: their name stands for their content.
 DOWNLOADED = frozenset(
     {"cifar10", "cifar100", "mnist", "kmnist", "qmnist", "fashion_mnist", "places365", "inaturalist", "inat"}
 )
+
+# Data sets that lie in `root` as files which somebody put there, and that count by these.
+BY_FILES = frozenset({"imagenet", "image_folder", "folder"})
+
+_NAMED = sorted([f"builtin:{name}" for name in BUILTIN] + [f"torch/{name}" for name in DOWNLOADED | BY_FILES])
 
 # A file changed within the clock tick of its hashing could change again unnoticed, so such a hash is not remembered.
 _SETTLED_NS = 2 * 10**9
@@ -64,27 +71,28 @@ def fingerprint(data: DataConfig, base: Path, memo_path: Path, progress: Progres
     """What the data source holds, as a short text: equal texts mean equal images under equal names.
 
     base: the folder that relative paths are meant from. memo_path: a file to remember hashes in; may be absent or
-    deleted. InputError: no such path, no image in it, an unreadable file, an unknown builtin.
+    deleted. InputError with the field at fault: no such path, no class folders in it, a name that nobody knows; without
+    one: an unreadable file.
     """
+    source = _absolute(base, data.source)
     kind, _, name = data.source.partition(":")
     if kind == "builtin":
         return _builtin(name)
-    family, _, name = data.source.partition("/")
-    if family.lower() == "hfds" and name:
-        return f"hfds/{name}"
-    if family.lower() == "torch" and name:
+    family, slash, name = data.source.partition("/")
+    label = ""
+    if slash and family.lower() == "hfds":
+        return _hfds(name)
+    if slash and family.lower() == "torch":
+        source = _torch(data, base)
         if name.lower() in DOWNLOADED:
             return f"torch/{name.lower()} of torchvision {_version('torchvision')}"
-        source = _absolute(base, data.root or ".")
         label = f"torch/{name.lower()} "
-    else:
-        source = _absolute(base, data.source)
-        label = ""
     memo = _Memo(memo_path)
     try:
-        parts = {"source": _tree(source, memo, progress)}  # its train and test folders, or tars, where it has them
+        field = "data.root" if label else "data.source"
+        parts = {"source": _tree(source, field, memo, progress)}  # with its train and test folders, or tars
         if data.test is not None:
-            parts["test"] = _tree(_absolute(base, data.test), memo, progress)
+            parts["test"] = _tree(_absolute(base, data.test), "data.test", memo, progress)
     finally:
         memo.save()  # after Ctrl-C too: what was hashed need not be hashed again
     files = sum(len(part) for part in parts.values())
@@ -95,41 +103,75 @@ def _absolute(base: Path, text: str) -> Path:
     return (base / Path(text).expanduser()).absolute()
 
 
+def caveat(data: DataConfig) -> str | None:
+    """What a fingerprint cannot see, as a sentence for the user; None when it sees everything."""
+    if not data.source.lower().startswith("hfds/"):
+        return None
+    return f"{data.source} counts by its name: a change on the hub goes unnoticed until a stage is made with --force"
+
+
 def _builtin(name: str) -> str:
     if name not in BUILTIN:
-        near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.0)
-        raise InputError(
-            f"there is no builtin data set {name!r}", where="data.source", hint=f"did you mean 'builtin:{near[0]}'?"
-        )
+        raise _wrong("data.source", f"there is no 'builtin:{name}'", suggest(f"builtin:{name}", _NAMED, kind="names"))
     return f"builtin:{name} of {BUILTIN[name]} {_version(BUILTIN[name])}"
+
+
+def _hfds(name: str) -> str:
+    if not name:
+        raise _wrong("data.source", "hfds/ is followed by no name", "such as hfds/uoft-cs/cifar10")
+    if importlib.util.find_spec("datasets") is None:
+        raise _wrong("data.source", "hfds/... needs the package datasets", "pip install 'sievit[hfds]'")
+    return f"hfds/{name}"
+
+
+def _torch(data: DataConfig, base: Path) -> Path:
+    """The folder of one of torchvision's data sets, which has to be there: nothing is downloaded in passing."""
+    name = data.source.partition("/")[2]
+    if name.lower() not in DOWNLOADED | BY_FILES:
+        raise _wrong(
+            "data.source", f"there is no {data.source!r}", suggest(f"torch/{name.lower()}", _NAMED, kind="names")
+        )
+    if data.root is None:
+        hint = "set data.root to the folder that torchvision downloaded it to"
+        raise _wrong("data.source", f"{data.source} needs a data.root", hint)
+    folder = _absolute(base, data.root)
+    if not folder.is_dir():
+        raise _wrong("data.root", f"there is no folder {str(folder)!r}", _nearest_sibling(folder))
+    return folder
+
+
+def _wrong(field: str, message: str, hint: str) -> InputError:
+    return InputError(f"{field}: {message}", where=field, hint=hint, field=field)
 
 
 def _version(distribution: str) -> str:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        raise InputError(
-            f"{distribution} is not installed, which the data set comes from",
-            where="data.source",
-            hint=f"pip install {distribution}",
-        ) from None
+        message = f"{distribution} is not installed, which the data set comes from"
+        raise _wrong("data.source", message, f"pip install {distribution}") from None
 
 
-def _tree(source: Path, memo: _Memo, progress: Progress | None) -> list[list[object]]:
+def _tree(source: Path, field: str, memo: _Memo, progress: Progress | None) -> list[list[object]]:
     """[relative path, size in bytes, sha256] of every image and tar of a source, sorted by path; one row for a file."""
     try:
         if source.is_file():
+            if source.suffix not in TARS:
+                hint = "give a folder with a folder per class, or a .tar of one"
+                raise _wrong(field, f"{str(source)!r} is neither a folder nor a .tar", hint)
             found = {"": (str(source), source.stat())}
         elif source.is_dir():
             found = {name: (path, info) for name, path, info in _walk(source)}
         else:
-            raise InputError("there is no such data source", where=str(source), hint=_nearest_sibling(source))
+            bare = next((name for name in _NAMED if re.split("[:/]", name)[1] == source.name.lower()), None)
+            near = bare or nearest(source.name, _NAMED)
+            hint = f"did you mean {near!r}?" if near else _nearest_sibling(source)
+            raise _wrong(field, f"there is no {str(source)!r}", hint)
     except OSError as error:
         raise _unreadable(error.filename or str(source), error) from error
-    if not found:
-        raise InputError(
-            "the data source holds no image", where=str(source), hint="it needs a folder of images for each class"
-        )
+    if not any(name == "" or "/" in name or name.endswith(tuple(TARS)) for name in found):
+        what = f"{str(source)!r} holds {'images, but no folders' if found else 'no image'}"
+        raise _wrong(field, what, "it needs a folder of images for each class")
     memo.forget_missing_below(source, {path for path, _ in found.values()})
     digests = {name: memo.get(path, info) for name, (path, info) in found.items()}
     unknown = [name for name, digest in digests.items() if digest is None]

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import fingerprint as fingerprints
 from . import host, keys
+from .errors import InputError
 from .manifest import sha256_of
+from .preflight import pointed
 from .stage import Labelled, Progress
 
 if TYPE_CHECKING:
     from .plan import Node, Plan
-    from .spec import DataConfig, ModelConfig
+    from .spec import ModelConfig
     from .store import Artifact, Store
 
 Place = tuple[str, str]  # arm, entry: where a node stands in the plan
@@ -102,6 +104,12 @@ def _is_final(source: Place, plan: Plan) -> bool:
     return same[-1] == source
 
 
+def caveats(plan: Plan) -> list[str]:
+    """What the keys of a plan cannot see."""
+    found = [fingerprints.caveat(node.data) for node in plan.nodes if "data" in node.stage.uses]
+    return list(dict.fromkeys(note for note in found if note is not None))
+
+
 class Facts:
     """What keys depend on beyond the settings. Each is looked up once a run, and only if a stage uses it."""
 
@@ -113,11 +121,15 @@ class Facts:
         self._data: dict[str, str] = {}
         self._weights: dict[str, str | None] = {}
 
-    def data(self, config: DataConfig) -> str:
-        """The fingerprint of a data source."""
+    def data(self, node: Node) -> str:
+        """The fingerprint of a node's data source. SpecError: what the data block names is not there."""
+        spec, config = self._plan.spec, node.data
         name = sha256_of(config.model_dump(mode="json"))
         if name not in self._data:
-            self._data[name] = fingerprints.fingerprint(config, self._plan.spec.base, self._memo, self._progress)
+            try:
+                self._data[name] = fingerprints.fingerprint(config, spec.base, self._memo, self._progress)
+            except InputError as error:
+                raise pointed(error, node, spec) if error.field else error from None
         return self._data[name]
 
     def weights(self, model: ModelConfig) -> str | None:
@@ -137,7 +149,7 @@ class Facts:
             many=inputs.many,
             references=inputs.texts,
             data=node.data,
-            data_fingerprint=self.data(node.data) if "data" in uses else "",
+            data_fingerprint=self.data(node) if "data" in uses else "",
             model=node.model,
             weights_digest=self.weights(node.model) if "model" in uses else None,
             seed=node.seed,
@@ -162,7 +174,7 @@ class Facts:
                     "config": node.entry.config.model_dump(mode="json"),
                     "inputs": [[edge.role, edge.source, edge.ref] for edge in node.inputs],
                     "seed": node.seed,
-                    "data": [node.data.model_dump(mode="json"), self.data(node.data)],
+                    "data": [node.data.model_dump(mode="json"), self.data(node)],
                     "model": node.model.model_dump(mode="json"),
                 }
                 for node in self._plan.nodes

@@ -46,7 +46,7 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
-        if self.test is not None and self.source.startswith("builtin:"):
+        if self.test is not None and self.source.lower().startswith(("builtin:", "torch/", "hfds/")):
             raise ValueError(f"test: {self.source} brings its own test split; leave this out")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError("std: must be above 0 in every channel")

@@ -98,6 +98,7 @@ def plan(document: Document) -> RenderableType:
         table("arm", "stage", "state", "about", "why", rows=rows, right={"about"}, whole={"arm", "stage", "state"}),
         Text(""),
         line(closing + about),
+        *(line(f"note: {note}") for note in document["notes"]),
     )
 
 

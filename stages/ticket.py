@@ -213,6 +213,7 @@ def run(ctx: Context) -> None:
         config.examples.keep,
         balanced=config.examples.balanced,
         skip_hardest=config.examples.skip_hardest,
+        names=splits.train.classes,
     )
     np.save(ctx.out / "kept.npy", kept)
     np.save(ctx.out / "scores.npy", scores.astype(np.float32))
@@ -512,12 +513,16 @@ def idle(seen: Preflight) -> dict[str, str]:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a network, a proxy or a selector that cannot be built, and blocks that they do not have."""
+    """Refuse images that are not there, a network, a proxy or a selector that cannot be built, and blocks that they do
+    not have.
+    """
     from .methods import InvalidInput
     from .vision.architecture import load_architecture
     from .vision.network import outline
     from .vision.selector import ticketed
+    from .vision.sources import check_sources
 
+    check_sources(seen.data.model_dump(), seen.base)
     config: TicketConfig = seen.config
     size = seen.data.image_size
     own = outline(seen.model.name, image_size=size, args=seen.model.args)

@@ -332,12 +332,13 @@ def coherent(seen: Preflight) -> None:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a network that cannot be built, patch tickets that it cannot take, and what asks of it a head for patches
-    or a class token.
+    """Refuse images that are not there, a network that cannot be built, patch tickets that it cannot take, and what
+    asks of it a head for patches or a class token.
     """
     from .methods import InvalidInput
     from .vision.architecture import Architecture
     from .vision.network import outline
+    from .vision.sources import check_sources
     from .vision.tickets import ticket_use
 
     network = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
@@ -358,6 +359,7 @@ def preflight(seen: Preflight) -> None:
             "use mode: corrected",
             field=seen.at("examples.mode"),
         )
+    check_sources(seen.data.model_dump(), seen.base)
 
 
 def _ticket_shape(seen: Preflight) -> tuple[tuple[int, int], int] | None:

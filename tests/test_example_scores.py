@@ -60,3 +60,15 @@ def test_where_everything_is_kept_nothing_is_passed_over() -> None:
 @pytest.mark.parametrize(("total", "keep", "count"), [(100, 0.55, 55), (100, 0.07, 7), (25, 0.56, 14), (3, 0.01, 1)])
 def test_counts_do_not_suffer_from_binary_fractions(total: int, keep: float, count: int) -> None:
     assert kept_count(total, keep) == count
+
+
+def test_a_class_that_would_vanish_is_refused_by_name() -> None:
+    labels = np.array([0] * 8 + [1] * 2)
+    scores = np.array([0.0] * 8 + [1.0] * 2)
+    assert 1 not in labels[select_examples(scores, labels, 0.5, balanced=False, skip_hardest=0.2)]
+    with pytest.raises(InvalidInput) as caught:
+        select_examples(scores, labels, 0.5, balanced=True, skip_hardest=0.2, names=("ant", "bee"))
+    assert str(caught.value) == "keep 0.5 and skip_hardest 0.2 leave none of the 2 examples of class 'bee'"
+    assert caught.value.hint == "pass over fewer, keep more, or set examples.balanced: false"
+    with pytest.raises(InvalidInput, match=r"keep 0.1 leave none of the 2 examples of class 1"):
+        select_examples(scores, labels, 0.1, balanced=True)

@@ -185,13 +185,39 @@ def test_a_builtin_is_its_name_and_the_version_that_carries_it(tmp_path: Path) -
     assert of(tmp_path, source="builtin:digits") == expected
 
 
-def test_a_download_keeps_its_fingerprint_when_it_has_arrived(tmp_path: Path) -> None:
-    before = of(tmp_path, source="torch/cifar10", root="data")
+def test_a_download_counts_by_its_name_wherever_it_lies(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
+    before = of(tmp_path, source="torch/cifar10", root="data")
     (tmp_path / "data" / "1.png").write_bytes(b"1")
-    assert of(tmp_path, source="torch/cifar10", root="data") == before == of(tmp_path, source="torch/CIFAR10")
+    assert of(tmp_path, source="torch/cifar10", root="data") == before == of(tmp_path, source="torch/CIFAR10", root=".")
     assert before != of(tmp_path, source="torch/cifar100", root="data")
+
+
+def test_a_root_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(InputError, match="there is no folder") as caught:
+        of(tmp_path, source="torch/cifar10", root="dataa")
+    assert caught.value.field == "data.root" and "/data'?" in caught.value.hint
+
+
+def test_a_data_set_of_the_hub_counts_by_its_name_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DataConfig(source="hfds/cifar10")
+    assert "goes unnoticed" in str(module.caveat(config)) and module.caveat(DataConfig()) is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs the package datasets"):
+        of(tmp_path, source="hfds/cifar10")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     assert of(tmp_path, source="hfds/cifar10") == "hfds/cifar10"
+
+
+def test_the_names_after_torch_are_those_that_timm_knows() -> None:
+    """timm's own words: what is not among them ends in its assertion, and what is among them ends otherwise."""
+    from timm.data.dataset_factory import create_dataset
+
+    for name in module.DOWNLOADED | module.BY_FILES:
+        with pytest.raises(Exception) as caught:
+            create_dataset(f"torch/{name}", root="/nowhere", split="train")
+        assert "Unknown torchvision dataset" not in str(caught.value), name
 
 
 def test_a_local_torch_folder_counts_by_its_files(images: Path, tmp_path: Path) -> None:
@@ -203,12 +229,20 @@ def test_a_local_torch_folder_counts_by_its_files(images: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("source", "message", "hint"),
     [
-        ("builtin:digit", "no builtin data set 'digit'", "did you mean 'builtin:digits'?"),
-        ("imagse", "no such data source", "/images'?"),
-        ("images/catt", "no such data source", "/images/cat'?"),
-        ("nothing/like/it", "no such data source", "is there, but it has no 'nothing'"),
+        ("builtin:digit", "there is no 'builtin:digit'", "did you mean 'builtin:digits'?"),
+        ("imagse", "there is no ", "/images'?"),
+        ("images/catt", "there is no ", "/images/cat'?"),
+        ("nothing/like/it", "there is no ", "is there, but it has no 'nothing'"),
         ("empty", "holds no image", "a folder of images for each class"),
-        ("no\x00", "no such data source", ""),
+        ("images/cat", "holds images, but no folders", "a folder of images for each class"),
+        ("images/cat/1.png", "is neither a folder nor a .tar", "a folder per class"),
+        ("no\x00", "there is no ", ""),
+        ("cifar10", "there is no ", "did you mean 'torch/cifar10'?"),
+        ("torch:cifar10", "there is no ", "did you mean 'torch/cifar10'?"),
+        ("torch/cifr10", "there is no 'torch/cifr10'", "did you mean 'torch/cifar10'?"),
+        ("torch/x/cifar10", "there is no 'torch/x/cifar10'", "valid names: "),
+        ("torch/cifar10", "torch/cifar10 needs a data.root", "set data.root"),
+        ("hfds/", "followed by no name", "such as"),
     ],
 )
 def test_a_source_that_is_not_there_is_refused_with_what_is(
@@ -218,7 +252,7 @@ def test_a_source_that_is_not_there_is_refused_with_what_is(
     (tmp_path / "empty" / "class" / "notes.txt").write_text("")
     with pytest.raises(InputError) as caught:
         of(tmp_path, source=source)
-    assert message in caught.value.message and hint in caught.value.hint and caught.value.where
+    assert message in caught.value.message and hint in caught.value.hint and caught.value.field == "data.source"
 
 
 def test_a_name_that_is_not_utf_8_is_counted(settled: None, images: Path, tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import fakes
 import pytest
+from tiny_vision import image_folder
 
 from sievit.pipeline.errors import SievitError
+from sievit.pipeline.forecast import forecast
 from sievit.pipeline.plan import Plan, make_plan
 from sievit.pipeline.preflight import check_settings
 from sievit.pipeline.progress import Silent
@@ -338,6 +340,111 @@ invalid pipeline: selector.blocks [2, 7] do not fit a network of 3 blocks
   --> --set ticket.selector.blocks=[2, 7]
                             ^^^^^^
   help: use different numbers from 0 to 2"""
+    )
+
+
+# ---- images that are not there
+
+DATA = VIT.replace('"builtin:digits"', "images")
+
+
+def forecast_of(project: Project, *overrides: str) -> str:
+    """What `sievit plan` prints for a mistake that no look at the settings alone can see."""
+    return project._refused(lambda *given: forecast(project.plan(*given), project.store), *overrides)
+
+
+def test_a_missing_folder_of_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "image").mkdir()
+    assert (
+        forecast_of(Project(tmp_path, DATA))
+        == """\
+invalid pipeline: data.source: there is no 'images'
+  --> pipeline.yaml:1:17
+   |
+ 1 | data:  {source: images, image_size: 32}
+   |                 ^^^^^^
+  help: did you mean 'image'?"""
+    )
+
+
+def test_images_without_class_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_bytes(b"1")
+    assert (
+        forecast_of(Project(tmp_path, DATA))
+        == """\
+invalid pipeline: data.source: 'images' holds images, but no folders
+  --> pipeline.yaml:1:17
+   |
+ 1 | data:  {source: images, image_size: 32}
+   |                 ^^^^^^
+  help: it needs a folder of images for each class"""
+    )
+
+
+def test_a_data_set_that_torchvision_does_not_have_is_refused(tmp_path: Path) -> None:
+    told = forecast_of(Project(tmp_path, VIT), "data.source=torch/cifr10")
+    assert told.startswith(
+        """\
+invalid pipeline: data.source: there is no 'torch/cifr10'
+  --> --set data.source=torch/cifr10
+                        ^^^^^^^^^^^^
+  help: did you mean 'torch/cifar10'? valid names: """
+    )
+
+
+def test_a_data_set_of_torchvision_without_a_root_is_refused(tmp_path: Path) -> None:
+    assert (
+        forecast_of(Project(tmp_path, DATA.replace("images", "torch/cifar10")))
+        == """\
+invalid pipeline: data.source: torch/cifar10 needs a data.root
+  --> pipeline.yaml:1:17
+   |
+ 1 | data:  {source: torch/cifar10, image_size: 32}
+   |                 ^^^^^^^^^^^^^
+  help: set data.root to the folder that torchvision downloaded it to"""
+    )
+
+
+def test_an_unknown_builtin_of_an_arm_is_refused_in_the_arm(tmp_path: Path) -> None:
+    text = VIT + 'arms:\n  other: {data: {source: "builtin:digit"}}\n'
+    assert forecast_of(Project(tmp_path, text)).startswith(
+        """\
+invalid pipeline: data.source: there is no 'builtin:digit' (arm 'other')
+  --> pipeline.yaml:8:26
+   |
+ 8 |   other: {data: {source: "builtin:digit"}}
+   |                          ^^^^^^^^^^^^^^^
+  help: did you mean 'builtin:digits'? valid names: """
+    )
+
+
+def test_a_folder_of_one_class_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    image_folder(tmp_path / "images", per_class=2, classes=("ant",))
+    assert (
+        Project(tmp_path, DATA).refused()
+        == """\
+invalid pipeline: data: images has 1 class
+  --> pipeline.yaml:1:17
+   |
+ 1 | data:  {source: images, image_size: 32}
+   |                 ^^^^^^
+  help: classification needs a folder for each of two classes or more"""
+    )
+    assert not list((tmp_path / "artifacts").glob("[a-z]*"))
+
+
+def test_a_data_set_that_was_not_downloaded_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    text = DATA.replace("images", "torch/cifar10, root: .")
+    assert (
+        Project(tmp_path, text).refused()
+        == f"""\
+invalid pipeline: data.root: {tmp_path} does not hold torch/cifar10 (train: Dataset not found or corrupted)
+  --> pipeline.yaml:1:38
+   |
+ 1 | data:  {{source: torch/cifar10, root: ., image_size: 32}}
+   |                                      ^
+  help: set data.root to the folder that torchvision downloaded it to"""
     )
 
 

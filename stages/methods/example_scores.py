@@ -8,6 +8,8 @@ Shapes: M examples, K classes, R proxy runs, E epochs. High score = worth keepin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -50,7 +52,13 @@ def random_scores(examples: int, seed: int) -> Tensor:
 
 
 def select_examples(
-    scores: np.ndarray, labels: np.ndarray, keep: float, *, balanced: bool, skip_hardest: float = 0.0
+    scores: np.ndarray,
+    labels: np.ndarray,
+    keep: float,
+    *,
+    balanced: bool,
+    skip_hardest: float = 0.0,
+    names: Sequence[str] | None = None,
 ) -> np.ndarray:
     """The ceil(keep * M) highest scores, ties to the lower index, as ascending indices.
 
@@ -59,8 +67,10 @@ def select_examples(
         keep: fraction kept, 0 < keep <= 1.
         balanced: take the same fraction of every class (largest remainders fill up, so the total is exact).
         skip_hardest: fraction of the highest scores passed over as probable label noise.
+        names: of the classes, for messages.
     Returns: (ceil(keep * M),) int64 ascending.
-    Raises: InvalidInput when keep + skip_hardest leave fewer examples than asked for.
+    Raises: InvalidInput when keep + skip_hardest leave fewer examples than asked for, or, with balanced, none of a
+    class.
     """
     total = len(scores)
     wanted = kept_count(total, keep)
@@ -73,6 +83,14 @@ def select_examples(
         )
     if balanced:
         order = order[balanced_prefix(labels[order], wanted)]
+        lost = np.setdiff1d(labels, labels[order])
+        if len(lost):
+            name = lost[0] if names is None else f"'{names[int(lost[0])]}'"
+            settings = f"keep {keep:g}" + (f" and skip_hardest {skip_hardest:g}" if skipped else "")
+            raise InvalidInput(
+                f"{settings} leave none of the {int((labels == lost[0]).sum())} examples of class {name}",
+                f"{'pass over fewer, ' if skipped else ''}keep more, or set examples.balanced: false",
+            )
     return np.sort(order[:wanted]).astype(np.int64)
 
 

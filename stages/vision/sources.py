@@ -60,8 +60,23 @@ def list_sources(data: Mapping[str, Any], base: Path) -> tuple[Listing, Listing 
             f"data: the classes of the test split differ from those of the training split "
             f"({_difference(listings[0].classes, listings[1].classes)})",
             f"training: {train}; test: {test}",
+            field="data.source" if data.get("test") is None else "data.test",
         )
     return listings
+
+
+def check_sources(data: Mapping[str, Any], base: Path) -> None:
+    """List the samples and decode none. hfds/... is left out, which would be fetched for it.
+
+    Raises: InvalidInput as `list_sources`, with the field that names what is wrong.
+    """
+    if str(data["source"]).lower().startswith(("builtin:", "hfds/")):
+        return
+    try:
+        list_sources(data, base)
+    except InvalidInput as error:
+        error.field = error.field or "data.source"
+        raise
 
 
 def _difference(train: tuple[str, ...], test: tuple[str, ...]) -> str:
@@ -195,10 +210,16 @@ def _timm(source: str, data: Mapping[str, Any], base: Path, names: tuple[str, ..
             return _wrap(dataset, source)
         except (RuntimeError, OSError, ValueError, AssertionError, TypeError, ImportError, FileNotFoundError) as error:
             failures.append(f"{split}: {error}".splitlines()[0])
+    why = failures[0].split(". ")[0]  # torchvision goes on to recommend an argument that nobody here can give
+    if source.lower().startswith("torch/"):
+        raise InvalidInput(
+            f"data.root: {root or 'nothing'} does not hold {source} ({why})",
+            "set data.root to the folder that torchvision downloaded it to",
+            field="data.source" if root is None else "data.root",
+        )
     raise InvalidInput(
-        f"data.source: {source} has no usable split {' or '.join(names)} ({failures[0]})",
-        "torch/... needs data.root, the folder torchvision downloaded it to; hfds/... needs the extra: pip "
-        "install 'sievit[hfds]'",
+        f"data.source: {source} has no usable split {' or '.join(names)} ({why})",
+        "hfds/... needs the name of a data set of images on the hub, and the extra: pip install 'sievit[hfds]'",
     )
 
 
