@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from sievit.stages.vision.network import Network, create
+from sievit.stages.vision.swin import Swin
 
 ARGS: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 FAMILIES = {
@@ -24,6 +25,26 @@ FAMILIES = {
     "registers, average pool": ("vit_base_patch16_reg4_gap_256", ARGS),
     "lv-vit": ("lvvit_s", {**ARGS, "stem_dim": 4}),
 }
+# 16 x 16 patches of 2 px in windows of 4: shifted blocks in both stages.
+SWIN_ARGS: dict[str, Any] = {
+    "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4],
+}  # fmt: skip
+SWINS = {
+    "swin": ("swin_tiny_patch4_window7_224", SWIN_ARGS),
+    "swin v2": ("swinv2_tiny_window8_256", SWIN_ARGS),
+}
+
+
+def swin(family: str = "swin", *, classes: int = 5, seed: int = 0, **more: Any) -> Swin:
+    """As network, with weights so large that attention is far from uniform."""
+    name, args = SWINS[family]
+    torch.manual_seed(seed)
+    made = create(name, classes=classes, image_size=32, args={**args, **more}).eval()
+    assert isinstance(made, Swin)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return made
 
 
 def network(family: str = "deit", *, classes: int = 5, seed: int = 0, **more: Any) -> Network:

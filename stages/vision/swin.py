@@ -95,11 +95,23 @@ class Swin(nn.Module):
         body = self.body
         x = body.patch_embed.norm(body.patch_embed.proj(images).permute(0, 2, 3, 1))
         for stage, windows in zip(body.layers, geometry, strict=True):
-            x = stage.downsample(x)
+            x = self._merge(stage.downsample, x)
             for number, block in enumerate(stage.blocks):
                 x = self._block(block, x, windows, shifted=number % 2 == 1)
         features: Tensor = body.norm(x)
         return features
+
+    def _merge(self, merging: Any, x: Tensor) -> Tensor:
+        """2 x 2 tokens to one; none in the first stage. timm's own also pads. (B, S, S, C) -> (B, S/2, S/2, C')."""
+        if isinstance(merging, nn.Identity):
+            return x
+        batch, side, _, channels = x.shape
+        x = x.reshape(batch, side // 2, 2, side // 2, 2, channels).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        if self.architecture.generation == 1:
+            x = merging.reduction(merging.norm(x))
+        else:
+            x = merging.norm(merging.reduction(x))
+        return x
 
     def _block(self, block: Any, x: Tensor, windows: Any, shifted: bool) -> Tensor:
         """V1 normalises before attention and MLP, V2 after them. x: (B, S, S, C)."""
@@ -263,9 +275,7 @@ def _fitting(side: int, stages: int) -> str:
     """Windows that tile every stage."""
     fit = [w for w in range(2, side + 1) if pyramid(side, [w] * stages, reference=side) is not None]
     if not fit:
-        return (
-            f"the number of patches a side must be a multiple of {2 ** (stages - 1)}: change image_size or patch_size"
-        )
+        return f"patches a side must be a multiple of {2 ** (stages - 1)}: change data.image_size or patch_size"
     return f"set model.args.window_size to one of {', '.join(map(str, fit))}"
 
 

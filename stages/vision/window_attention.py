@@ -86,14 +86,20 @@ class CosineWindowAttention(nn.Module):
         if self.q_bias is not None:  # keys have none: the softmax would cancel it
             bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         q, k, v = _heads(F.linear(x, self.qkv.weight, bias), self.heads, self.qk, self.v)
-        q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=LARGEST_SCALE).exp()
+        q = _directions(q) * self.logit_scale.clamp(max=LARGEST_SCALE).exp()
         position = self.biases(index) if self.fixed is None else self.fixed
-        return _attend(self, q, F.normalize(k, dim=-1), v, self.scale, position, mask)
+        return _attend(self, q, _directions(k), v, self.scale, position, mask)
 
 
 def _of_pairs(table: Tensor, index: Tensor) -> Tensor:
     """Rows of a table (N, H) by positions (A, A) -> (H, A, A)."""
     return table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)
+
+
+def _directions(x: Tensor) -> Tensor:
+    """Unit vectors along the last axis. torch's own normalize is exported with a needless expansion."""
+    units: Tensor = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return units
 
 
 def _heads(qkv: Tensor, heads: int, qk: int, v: int) -> tuple[Tensor, Tensor, Tensor]:
