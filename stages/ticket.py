@@ -499,7 +499,10 @@ def idle(seen: Preflight) -> dict[str, str]:
         adapting = ("selector.mode", "selector.adapt_epochs", "selector.lr")
         found |= dict.fromkeys(("selector",) if selector.keep_per_stage is None else adapting, unselected)
         if not config.scored and selector.keep_per_stage is None:
-            found["proxy"] = f"{unscored}, and {unselected}"
+            # A Swin's tickets are about the patches of proxy.model; without torch timm's name alone tells a Swin.
+            swin = seen.model.name.startswith("swin") and not config.whole
+            names = ("runs", "epochs", "steps", "batch_size", "lr") if swin else ("",)
+            found |= {f"proxy.{name}".rstrip("."): f"{unscored}, and {unselected}" for name in names}
         return found
     if not selector.adaptation:
         found["selector.lr"] = "the selector is not adapted"

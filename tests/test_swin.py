@@ -32,13 +32,14 @@ from sievit.stages.methods.patch_tickets import kept_patches
 from sievit.stages.methods.regularisers import head_norms
 from sievit.stages.methods.token_reduction import keep_count
 from sievit.stages.methods.windows import join, legal_squares, partition, pyramid, relative_index, shift_mask
-from sievit.stages.train import Penalty, TrainConfig, _penalty
 from sievit.stages.vision.architecture import SwinArchitecture, load_architecture
 from sievit.stages.vision.attention import set_fused
 from sievit.stages.vision.dataset import load_splits
 from sievit.stages.vision.evaluate import logits
 from sievit.stages.vision.network import create, outline, rebuild
 from sievit.stages.vision.onnx_export import export
+from sievit.stages.vision.patches import Cached
+from sievit.stages.vision.penalty import group_penalty
 from sievit.stages.vision.ranking import by_chance
 from sievit.stages.vision.recipe import Recipe
 from sievit.stages.vision.swin import Swin, TicketUse
@@ -383,8 +384,7 @@ def test_blanking_costs_the_whole_image_and_packing_less() -> None:
 @BOTH
 def test_the_penalty_sees_every_head_and_unit(family: str) -> None:
     net = swin(family)
-    penalty = _penalty(TrainConfig(epochs=1, weights=Penalty(strength=0.5)))
-    assert penalty is not None
+    penalty = group_penalty(0.5)
     expected = 0.0
     net.requires_grad_(False)
     for block in net.blocks:
@@ -409,7 +409,7 @@ def test_a_killed_run_on_tickets_ends_with_the_same_bits(mode: Any, tmp_path: Pa
     def train(**more: Any) -> dict[str, Tensor]:
         net = swin("swin v2", classes=2, drop_path_rate=0.1).with_tickets(TicketUse(mode, GRID, 4))
         recipe = Recipe(steps=5, batch_size=4, ema=0.9)
-        pool = Pool(split, np.arange(len(split)), ranks, 4)
+        pool = Pool(split, np.arange(len(split)), Cached(ranks, 4, GRID))
         normalise = Normaliser((0.5,) * 3, (0.5,) * 3, CPU)
         fitted = fit(net, pool, recipe, seed=1, device=CPU, normalise=normalise, finish=0.4, **more)
         assert 0 < fitted.ticketed < fitted.images
@@ -513,6 +513,16 @@ def test_tickets_of_a_vit_train_both_generations_and_the_ledger_says_what_each_w
     assert 64 < packed["ledger"]["tokens_per_image"] < 256
     assert packed["ledger"]["train_macs"] < 0.6 * 3 * packed["ledger"]["images"] * macs
     assert ("v2", "finetune") in found
+
+
+@pytest.mark.parametrize("method", ["random", "saliency"])
+def test_tickets_without_a_selector_are_about_the_proxy_s_patches(method: str, tmp_path: Path) -> None:
+    text = PIPELINE.replace("method: attention", f"method: {method}").replace("epochs: 1, batch_size: 8, ", "", 1)
+    image_folder(tmp_path / "images")
+    plan, store = planned(tmp_path, text.split("  train:")[0])
+    run(plan, store, progress=Silent(), invalid_input=(InvalidInput,))
+    record = json.loads(next(tmp_path.glob("artifacts/ticket/*/tickets.json")).read_text())
+    assert record["patches"]["grid"] == [4, 4] and record["patches"]["kept_per_image"] == 4
 
 
 @pytest.mark.slow
