@@ -11,14 +11,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import Protocol, TextIO
 
 from .diagnostics import printable
 from .stage import Progress, Task
-
-if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
-    from rich.progress import ProgressColumn, TaskID
 
 _LINE_EVERY_S = 10.0
 
@@ -100,67 +96,6 @@ class Lines:
         _print(self._stream, f"  warning: {text}")
 
 
-class Bars:
-    """rich bars: one for the stages, one for each task that is under way."""
-
-    def __init__(self, stream: TextIO, *, colour: bool = True) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self._console = Console(file=stream, no_color=not colour or None, highlight=False, markup=False)
-        columns: list[ProgressColumn] = [
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[values]}", markup=False),
-        ]
-        self._bars: RichProgress = Progress(*columns, console=self._console, transient=True)
-        self._total: TaskID | None = None
-        self._stages = 0
-
-    @contextmanager
-    def run(self, stages: int) -> Iterator[None]:
-        self._stages = stages
-        self._total = self._bars.add_task("stages", total=stages, values="")
-        with self._bars:
-            yield
-        self._bars.remove_task(self._total)
-        self._total = None
-
-    def begin(self, number: int, label: str) -> None:
-        if self._total is not None:
-            self._bars.update(self._total, completed=number - 1, values=printable(label))
-
-    def end(self, number: int, label: str, outcome: str, seconds: float) -> None:
-        if self._total is not None:
-            self._bars.update(self._total, completed=number, values="")
-        took = f"  {duration(seconds)}" if seconds else ""
-        self._console.print(printable(f"{number:>3}/{self._stages}  {label:<24} {outcome}{took}"), soft_wrap=True)
-
-    @contextmanager
-    def task(self, label: str, total: int) -> Iterator[Task]:
-        task = self._bars.add_task(printable(label), total=total, values="")
-        try:
-            yield _BarTask(self._bars, task)
-        finally:
-            self._bars.remove_task(task)
-
-    def note(self, text: str) -> None:
-        self._console.print(printable(f"         {text}"), soft_wrap=True)
-
-    def warn(self, text: str) -> None:
-        self._console.print(printable(f"         warning: {text}"), style="yellow", soft_wrap=True)
-
-
 class Notebook:
     """The Progress that a stage is given: it shows everything, and keeps notes and warnings for the manifest."""
 
@@ -199,6 +134,8 @@ def choose(
     if quiet:
         return Quiet(stream)
     if stream.isatty() and environment.get("TERM") not in ("dumb", "unknown"):
+        from .bars import Bars
+
         return Bars(stream, colour=not environment.get("NO_COLOR"))
     return Lines(stream)
 
@@ -215,7 +152,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _values(values: Mapping[str, float]) -> str:
+def told_values(values: Mapping[str, float]) -> str:
+    """loss 1.152  lr 0.001"""
     return "  ".join(f"{printable(name)} {value:.4g}" for name, value in values.items())
 
 
@@ -254,18 +192,7 @@ class _LineTask:
         left = ""
         if 0 < self._done < self._total:
             left = f"  {duration((now - self._started) / self._done * (self._total - self._done))} left"
-        values = f"  {_values(self._values)}" if self._values else ""
+        values = f"  {told_values(self._values)}" if self._values else ""
         _print(self._stream, f"  {self._label} {self._done}/{self._total}{values}{left}")
         self._printed_at = now
         self._printed_done = self._done
-
-
-class _BarTask:
-    def __init__(self, bars: RichProgress, task: TaskID) -> None:
-        self._bars = bars
-        self._task = task
-        self._values: dict[str, float] = {}
-
-    def advance(self, steps: int = 1, **values: float) -> None:
-        self._values.update(values)
-        self._bars.update(self._task, advance=steps, values=_values(self._values))

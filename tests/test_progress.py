@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sievit.pipeline import host
-from sievit.pipeline.progress import Bars, Display, Lines, Notebook, Quiet, Silent, choose, duration
+from sievit.pipeline.bars import Bars
+from sievit.pipeline.progress import Display, Lines, Notebook, Quiet, Silent, choose, duration
 
 
 class Terminal(io.StringIO):
@@ -68,8 +69,24 @@ def test_a_terminal_gets_bars_and_lines_that_stay() -> None:
     stream = Terminal()
     tell(Bars(stream))
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
-    for expected in ("stages", "epochs", "a note", "warning: a warning", "1/2  main/train", "train@7  1 min 15 s"):
+    for expected in ("stages", "epochs", "1/2  main/train", "train@7  1 min 15 s"):
         assert expected in text, expected
+    for expected in ("a note", "warning: a warning", "train@7"):  # each says what it is about
+        assert re.search(rf"1/2  main/train +{expected}", text), expected
+
+
+def test_a_long_note_goes_on_below_its_beginning_and_breaks_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    stream = Terminal()
+    display = Bars(stream, colour=False)
+    with display.run(12):
+        display.begin(3, "main/quantize")
+        display.note("the measuring threads had a core for 37% of the time")
+        lines = [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).splitlines()]
+    column = len("  3/12  ") + 24 + 2
+    (first,) = [number for number, line in enumerate(lines) if "the measuring" in line]
+    assert lines[first] == "  3/12  main/quantize".ljust(column) + "the measuring threads had"
+    assert lines[first + 1] == " " * column + "a core for 37% of the time"
 
 
 @pytest.mark.parametrize(
