@@ -37,13 +37,14 @@ from __future__ import annotations
 
 import time
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from sievit.pipeline.settings import ModelConfig
 from sievit.pipeline.stage import Config, Context, Preflight, Stage
 
+from .vision.patch_settings import Patches, Selector
 from .vision.recipe import Recipe, Settings
 
 if TYPE_CHECKING:
@@ -79,29 +80,6 @@ class Examples(Settings):
         return self
 
 
-class Patches(Settings):
-    """Which patches of each image are kept."""
-
-    method: Literal["attention", "saliency", "random", "random_fixed", "inverse", "center"] = Field(
-        "attention", description="how patches are ranked"
-    )
-    keep: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="fraction of the patches kept, of every image; null: all, or what selector.keep_per_stage leaves",
-    )
-    view: Literal["cached", "online"] = Field(
-        "cached", description="rank each image once, or every view of it that training makes"
-    )
-
-    @model_validator(mode="after")
-    def _fixed_is_of_the_image(self) -> Patches:
-        if self.method == "random_fixed" and self.view == "online":
-            raise ValueError("random_fixed draws once for each image and sees no view; use random, or view: cached")
-        return self
-
-
 class Proxy(Recipe):
     """The short runs whose statistics score the examples; the first of them is also the start of the selector."""
 
@@ -110,40 +88,6 @@ class Proxy(Recipe):
     model: ModelConfig | None = Field(
         None, description="a smaller network for proxy and selector; null: the pipeline's own"
     )
-
-
-class Selector(Settings):
-    """The frozen network whose attention ranks the patches."""
-
-    source: str | None = Field(None, description="a model artifact such as train@3 instead of the first proxy run")
-    mode: Literal["corrected", "paper"] = Field(
-        "corrected",
-        description="paper: as the authors' code does on CIFAR, the dense network drops tokens without having been "
-        "adapted to it",
-    )
-    adapt_epochs: float | None = Field(
-        None, ge=0, description="epochs of training with token dropping on; null: 1, in mode paper 0"
-    )
-    lr: float = Field(2e-4, gt=0, description="peak learning rate of these epochs")
-    blocks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = Field(
-        None, description="blocks that drop tokens; null: at a quarter, a half and three quarters"
-    )
-    keep_per_stage: float | None = Field(
-        None, gt=0, lt=1, description="fraction kept at each of these blocks, instead of patches.keep overall"
-    )
-
-    @property
-    def adaptation(self) -> float:
-        """Epochs of adapting."""
-        if self.adapt_epochs is not None:
-            return self.adapt_epochs
-        return 1.0 if self.mode == "corrected" else 0.0
-
-    @model_validator(mode="after")
-    def _paper_does_not_adapt(self) -> Selector:
-        if self.mode == "paper" and self.adapt_epochs:
-            raise ValueError(f"mode: paper does not adapt the selector, adapt_epochs asks for {self.adapt_epochs:g}")
-        return self
 
 
 class TicketConfig(Config):
@@ -162,7 +106,7 @@ class TicketConfig(Config):
     @property
     def whole(self) -> bool:
         """Whether all patches of every image are asked for."""
-        return self.selector.keep_per_stage is None and self.patches.keep in (None, 1)
+        return self.patches.keep == 1 or self.patches.keep is self.selector.keep_per_stage is None
 
     @property
     def selected(self) -> bool:
@@ -171,7 +115,7 @@ class TicketConfig(Config):
 
     @model_validator(mode="after")
     def _one_keep(self) -> TicketConfig:
-        if self.patches.keep is not None and self.selector.keep_per_stage is not None:
+        if self.patches.keep is not None and not self.whole and self.selector.keep_per_stage is not None:
             raise ValueError(
                 f"patches.keep: {self.patches.keep:g} is overall, selector.keep_per_stage "
                 f"{self.selector.keep_per_stage:g} of each stage; give one of them and set the other to null"

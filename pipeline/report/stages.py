@@ -36,7 +36,19 @@ def _ticket(metrics: Mapping[str, Any]) -> list[str]:
         an_image = " in each image" if what == "Patches" else ""
         method = f" by {text(chosen, 'method')}" if text(chosen, "method") else ""
         said.append(f"{what}{method}: kept {count(kept_)} of {count(of)}{share}{an_image}{asked}.")
-    return said
+    return [*said, *_ticket_cost(mapping(metrics, "patches", "cost"))]
+
+
+def _ticket_cost(cost: Mapping[str, Any]) -> list[str]:
+    """What training on a ticket costs, cached and online, whichever was chosen."""
+    dense, cached, online = (number(cost, name) for name in ("dense", "cached", "online"))
+    if not dense or cached is None or online is None:
+        return []
+    looking = f", {big(online)} ({percent(online / dense)}) with the selector looking at every view (online)"
+    return [
+        f"Training on one image takes {big(dense)} MACs whole, {big(cached)} ({percent(cached / dense)}) on its ticket"
+        f"{looking if online > cached else ''}."
+    ]
 
 
 def _train(metrics: Mapping[str, Any]) -> list[str]:

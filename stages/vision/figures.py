@@ -57,16 +57,19 @@ def tickets(pixels: np.ndarray, ranks: np.ndarray, kept: int, grid: tuple[int, i
     """
     from matplotlib.figure import Figure
 
-    columns = min(8, len(pixels))
-    bands = -(-len(pixels) // columns)
-    figure = Figure(figsize=(columns, 3.4 * bands))
-    cells = figure.subplots(3 * bands, columns, squeeze=False, gridspec_kw={"wspace": 0.08, "hspace": 0.08})
-    for axes in cells.flat:
+    bands = -(-len(pixels) // 10)
+    columns = -(-len(pixels) // bands)
+    figure = Figure(figsize=(columns, 3.2 * bands))
+    cells = [
+        band.subplots(3, columns, squeeze=False, gridspec_kw={"wspace": 0.08, "hspace": 0.08})
+        for band in figure.subfigures(bands, 1, squeeze=False)[:, 0]
+    ]
+    for axes in (one for band in cells for one in band.flat):
         axes.set_axis_off()
     side = pixels.shape[1]
     for index, (image, rank, name) in enumerate(zip(pixels, ranks, names, strict=True)):
         band, column = divmod(index, columns)
-        top, middle, bottom = (cells[3 * band + row][column] for row in range(3))
+        top, middle, bottom = cells[band][:, column]
         cut = name if len(name) <= 14 else f"{name[:13]}…"
         top.set_title(cut, fontsize=7, color=INK, parse_math=False)
         top.imshow(image, interpolation="nearest")

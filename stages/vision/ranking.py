@@ -113,11 +113,13 @@ def write_tables(
     for name, images, salt in (("ranks_calibration", splits.calibration, 1), ("ranks_test", splits.test, 2)):
         np.save(folder / f"{name}.npy", ranks_of(images, salt, np.arange(len(images))).astype(kind))
     sample = _sample(splits.train)
-    if not training:
-        return Tables(ranked, sample, ranks_of(splits.train, 0, sample))
-    ranks = ranks_of(splits.train, 0, np.arange(len(splits.train)))
-    np.save(folder / "ranks.npy", ranks.astype(kind))
-    return Tables(ranked, sample, ranks[sample])
+    if training:
+        ranks = ranks_of(splits.train, 0, np.arange(len(splits.train)))
+        np.save(folder / "ranks.npy", ranks.astype(kind))
+        shown = ranks[sample]
+    else:
+        shown = ranks_of(splits.train, 0, sample)
+    return Tables(ranked, sample, shown)
 
 
 def _sample(images: Images) -> np.ndarray:
