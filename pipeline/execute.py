@@ -12,9 +12,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,12 +23,14 @@ from . import host, records
 from .errors import InputError, Interrupted, SievitError, Terminated
 from .manifest import FIGURES, canonical
 from .progress import Notebook
-from .stage import Context, Figure
+from .resolve import Inputs
+from .stage import Context, Figure, Part
 
 if TYPE_CHECKING:
     from .plan import Node, Plan
     from .progress import Display
-    from .resolve import Inputs
+    from .spec import ModelConfig
+    from .stage import Config, Stage
     from .store import Artifact, Draft
 
 _FIGURE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -82,9 +84,29 @@ class Setting:
         return host.git(self.plan.spec.base)
 
 
-def execute(node: Node, inputs: Inputs, material: dict[str, Any], draft: Draft, setting: Setting) -> Artifact:
-    """Run the stage function in a draft and commit what it leaves."""
+def execute(
+    node: Node,
+    inputs: Inputs,
+    material: dict[str, Any],
+    draft: Draft,
+    setting: Setting,
+    obtain: Callable[[Node], tuple[Artifact, bool]],
+) -> Artifact:
+    """Run the stage function in a draft and commit what it leaves. obtain: the artifact of a part of the work, and
+    whether it was there.
+    """
     notebook = Notebook(setting.display)
+    parts = Inputs()
+    peaks: list[float] = []
+
+    def part(stage: Stage, config: Config, *, role: str, model: ModelConfig | None = None) -> Part:
+        peaks.append(host.peak_memory_mb())  # making a part starts the figure anew
+        name = f"{node.entry.name}:{role}"  # no entry is called so: a part never passes for the entry's own artifact
+        entry = replace(node.entry, name=name, uses=stage.name, needs=(), config=config)
+        artifact, cached = obtain(replace(node, stage=stage, entry=entry, inputs=(), model=model or node.model))
+        parts.single[role] = artifact
+        return Part(artifact, made=not cached)
+
     context = Context(
         config=node.entry.config,
         data=node.data,
@@ -100,6 +122,7 @@ def execute(node: Node, inputs: Inputs, material: dict[str, Any], draft: Draft, 
         many=[one for ones in inputs.many.values() for one in ones],
         references=inputs.texts,
         progress=notebook,
+        part=part,
     )
     started, clock, cpu = records.now(), time.monotonic(), host.cpu_seconds()
     host.reset_peak_memory()
@@ -117,7 +140,7 @@ def execute(node: Node, inputs: Inputs, material: dict[str, Any], draft: Draft, 
                 "data": node.data.model_dump(mode="json"),
                 "model": node.model.model_dump(mode="json"),
                 "device": setting.device,
-                "inputs": inputs.as_json(),
+                "inputs": inputs.as_json() | parts.as_json(),
                 "references": inputs.texts,
                 "pipeline": setting.plan.spec.name,
                 "arm": node.arm,
@@ -133,7 +156,7 @@ def execute(node: Node, inputs: Inputs, material: dict[str, Any], draft: Draft, 
                 "started": started,
                 "seconds": round(time.monotonic() - clock, 3),
                 "cpu_seconds": round(host.cpu_seconds() - cpu, 3),
-                "peak_memory_mb": host.peak_memory_mb(),
+                "peak_memory_mb": max([host.peak_memory_mb(), *peaks]),
             }
         )
 

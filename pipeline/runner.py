@@ -10,8 +10,8 @@ from __future__ import annotations
 import difflib
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from . import keys, records
 from .alone import inputs_alone
@@ -219,22 +219,38 @@ class _Pass:
         for artifact in inputs.artifacts():
             self._verify(artifact)
         material = self.facts.material(node, inputs)
-        stage, key = node.stage.name, keys.key_of(material)
-        line.key, line.ref, line.finished = key, None, None
-        force = self.force and may_make and (stage, key) not in self._fresh
-        if not force and (hit := self._hit(stage, key)):
-            return hit, True
+        line.key, line.ref, line.finished = keys.key_of(material), None, None
         if not may_make:
+            if hit := self._hit(node.stage.name, line.key):
+                return hit, True
             hint = f"`sievit run --until {node.entry.name}` makes it"
             raise InputError(f"{label} has not been made with these settings", where=label, hint=hint)
+
+        def begin() -> None:
+            line.state = "running"
+            self.record.save(self.store)
+            self.display.begin(number, label)
+
+        return self._found_or_made(node, inputs, material, begin)
+
+    def _part(self, node: Node) -> tuple[Artifact, bool]:
+        """(artifact of a part of a stage's work, whether it was there)."""
+        inputs = Inputs()
+        return self._found_or_made(node, inputs, self.facts.material(node, inputs), lambda: None)
+
+    def _found_or_made(
+        self, node: Node, inputs: Inputs, material: dict[str, Any], begin: Callable[[], None]
+    ) -> tuple[Artifact, bool]:
+        stage, key = node.stage.name, keys.key_of(material)
+        force = self.force and (stage, key) not in self._fresh
+        if not force and (hit := self._hit(stage, key)):
+            return hit, True
         self.store.require_space()
         with self.store.draft(stage, key, self.wait_s, waiting=self.display.note) as draft:
             if not force and (hit := self._hit(stage, key)):  # made by the process that we waited for
                 return hit, True
-            line.state = "running"
-            self.record.save(self.store)
-            self.display.begin(number, label)
-            artifact = execute(node, inputs, material, draft, self.setting)
+            begin()
+            artifact = execute(node, inputs, material, draft, self.setting, self._part)
         self._fresh.add((stage, key))
         self._verify(artifact)
         return artifact, False

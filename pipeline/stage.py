@@ -111,6 +111,19 @@ class Stage:
     # before the first of them does and before anything is written; it may import torch. What it raises may carry
     # `field`, a path in pipeline.yaml such as "model.name" or preflight.at("tokens.blocks"): the user sees the line.
     preflight: Callable[[Preflight], None] = _nothing_to_check
+    # What two of its artifacts have in common beyond their settings, for `sievit diff`: name -> number or text.
+    compare: Callable[[Artifact, Artifact], Mapping[str, JSON]] | None = None
+
+
+class PartOf(Protocol):
+    """Gives an artifact of its own to a part of a stage's work, so that whatever needs the same part shares it.
+
+    The part is declared as a stage that reads nothing and stands in no pipeline file. Its key covers its own config
+    and what it uses; it is made when no artifact has that key, keeps its checkpoints when killed, and is named in the
+    manifest of the artifact that asked for it under `role`. model: other than the pipeline's.
+    """
+
+    def __call__(self, stage: Stage, config: Config, *, role: str, model: ModelConfig | None = None) -> Part: ...
 
 
 class Task(Protocol):
@@ -148,6 +161,18 @@ class Labelled:
         return self.arm.partition("@")[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a stage's work. made: by this very call; otherwise it was there."""
+
+    artifact: Artifact
+    made: bool
+
+
+def _no_store(stage: Stage, config: Config, *, role: str, model: ModelConfig | None = None) -> Part:
+    raise RuntimeError(f"there is no store to keep {stage.name} in as {role!r}")
+
+
 @dataclass
 class Context:
     """Everything a stage function may touch.
@@ -176,6 +201,7 @@ class Context:
     metrics: dict[str, JSON] = field(default_factory=dict)  # what was measured; goes into the manifest
     ledger: dict[str, JSON] = field(default_factory=dict)  # what it cost; goes into the manifest
     figures: list[Figure] = field(default_factory=list)
+    part: PartOf = _no_store
 
     def figure(self, name: str, svg: str, *, title: str, caption: str = "") -> None:
         """Keep a picture (SVG text) with the artifact; the report shows it. Not part of the content digest."""

@@ -1,9 +1,15 @@
 """Choose what is worth training on: which images (examples), and which patches of each (patch tickets).
 
 Examples   random      uniform, the control
-           el2n        ||softmax - onehot|| early in training, mean over proxy runs (Paul et al., NeurIPS 2021): the
-                       hard ones stay
+           el2n        ||softmax - onehot|| early in training (Paul et al., NeurIPS 2021)
+           grand       norm of the last layer's gradient early in training (the same)
            forgetting  how often a proxy run lost an example it had right (Toneva et al., ICLR 2019)
+           margin      1 - (best - second best probability); entropy of the probabilities (Coleman et al., ICLR 2020)
+           moderate    a median distance to the class centre, neither easy nor hard (Xia et al., ICLR 2023)
+           ccs         skip_hardest passed over, then an even share of every stratum of a score (Zheng et al., ICLR
+                       2023)
+           Scores are means over proxy runs, the highest stay, equal ones go by index. A proxy run is an artifact of
+           its own (`sievit ls proxy`): arms that differ in method, keep or score share it.
 Patches    attention     composed top-k by the attention of the prefix tokens (without them, of all patches) in a
                          trained ViT that drops tokens at several blocks (Data-Level Lottery Tickets, IJCAI 2023):
                          proxy network, then adapt_epochs with dropping on, then frozen
@@ -27,8 +33,8 @@ reads    the data block, the model block (for the proxy); with selector.source a
 writes   kept.npy (ascending indices into the training split), scores.npy, ranks.npy (cached only),
          ranks_calibration.npy, ranks_test.npy (rank 0 = most important patch), selector/ (attention and inverse: the
          network that ranked), tickets.json
-ledger   the cost of proxy runs, of adapting the selector and of ranking; what an image costs in training, cached and
-         online, is in the metrics
+ledger   the cost of proxy runs (whoever trained them: `shared` says which), of adapting the selector and of ranking;
+         what an image costs in training, cached and online, is in the metrics
 
     sievit ticket pipeline.yaml --set ticket.examples.keep=0.5
 """
@@ -37,57 +43,30 @@ from __future__ import annotations
 
 import time
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from math import ceil
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from sievit.pipeline.settings import ModelConfig
 from sievit.pipeline.stage import Config, Context, Preflight, Stage
 
+from . import proxy
+from .proxy import Proxy
 from .vision.patch_settings import Patches, Selector
-from .vision.recipe import Recipe, Settings
+from .vision.scoring import Examples
 
 if TYPE_CHECKING:
-    import numpy as np
+    from pathlib import Path
+
     import torch
+
+    from sievit.pipeline.settings import ModelConfig
 
     from .methods.cost import TicketCost
     from .vision.architecture import Architecture, SwinArchitecture
     from .vision.dataset import Splits
-    from .vision.network import Network
     from .vision.preprocessing import Preprocessing
     from .vision.vit import ViT
-
-
-class Examples(Settings):
-    """Which training images are kept."""
-
-    method: Literal["random", "el2n", "forgetting"] = Field(
-        "el2n", description="how images are scored; high scores stay"
-    )
-    keep: float = Field(1.0, gt=0, le=1, description="fraction of the training images kept")
-    balanced: bool = Field(True, description="keep the same fraction of every class")
-    skip_hardest: float = Field(
-        0.0, ge=0, lt=1, description="fraction of the highest scores passed over as probable label noise"
-    )
-
-    @model_validator(mode="after")
-    def _enough_left(self) -> Examples:
-        if self.keep < 1 and self.keep + self.skip_hardest > 1 + 1e-9:
-            raise ValueError(
-                f"skip_hardest: {self.skip_hardest:g} with keep {self.keep:g} is more than there is; together at most 1"
-            )
-        return self
-
-
-class Proxy(Recipe):
-    """The short runs whose statistics score the examples; the first of them is also the start of the selector."""
-
-    epochs: float | None = Field(4, gt=0, le=10_000, description="passes of each run; this or steps")
-    runs: int = Field(1, ge=1, le=20, description="independent runs, averaged")
-    model: ModelConfig | None = Field(
-        None, description="a smaller network for proxy and selector; null: the pipeline's own"
-    )
 
 
 class TicketConfig(Config):
@@ -101,7 +80,7 @@ class TicketConfig(Config):
     @property
     def scored(self) -> bool:
         """Whether examples are chosen by what proxy runs say."""
-        return self.examples.keep < 1 and self.examples.method != "random"
+        return self.examples.statistic is not None
 
     @property
     def whole(self) -> bool:
@@ -131,14 +110,22 @@ class TicketConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _epoch_is_reached(self) -> TicketConfig:
+        epoch, epochs = self.examples.epoch, self.proxy.epochs
+        if self.examples.statistic is not None and epoch is not None and epochs is not None and epoch > ceil(epochs):
+            raise ValueError(f"examples.epoch: is {epoch}, and proxy.epochs {epochs:g}")
+        return self
+
 
 def run(ctx: Context) -> None:
     """Scores, then kept examples; ranks, then a look at them."""
     import numpy as np
 
-    from .methods.example_scores import select_examples
     from .vision.dataset import load_splits
     from .vision.device import open_device
+    from .vision.score_figures import pictures
+    from .vision.scoring import choose, score
     from .vision.tickets import write_record
 
     config: TicketConfig = ctx.config
@@ -150,15 +137,12 @@ def run(ctx: Context) -> None:
     architecture = proxies.target
     patches = _ticket_size(config, proxies.ranker, architecture)
     whole = patches == architecture.patches
-    scores = _score_examples(ctx, splits, proxies)
-    kept = select_examples(
-        scores,
-        splits.train.labels,
-        config.examples.keep,
-        balanced=config.examples.balanced,
-        skip_hardest=config.examples.skip_hardest,
-        names=splits.train.classes,
-    )
+    # Which class gets how many hangs on the labels alone unless some are passed over: told before a proxy is paid for.
+    if config.examples.balanced and config.examples.skip_hardest == 0:
+        choose(config.examples, np.zeros(len(splits.train), np.float32), splits.train, ctx.seed)
+    runs = (proxies.run(number) for number in range(config.proxy.runs))
+    scores = score(config.examples, splits.train, runs, ctx.seed)
+    kept = choose(config.examples, scores, splits.train, ctx.seed)
     np.save(ctx.out / "kept.npy", kept)
     np.save(ctx.out / "scores.npy", scores.astype(np.float32))
 
@@ -189,8 +173,12 @@ def run(ctx: Context) -> None:
     ctx.ledger |= {
         "images": proxies.images,
         "scoring_macs": proxies.macs,
-        "scoring_seconds": round(time.monotonic() - begun + proxies.earlier_seconds, 3),
+        "scoring_seconds": (seconds := round(time.monotonic() - begun + proxies.earlier_seconds, 3)),
+        "seconds": seconds,
+        "shared": proxies.shared,
     }
+    for picture in pictures(config.examples, splits.train, scores, kept):
+        ctx.figure(picture.name, picture.svg, title=picture.title, caption=picture.caption)
 
 
 def _ticket_size(
@@ -228,7 +216,7 @@ def _tell(ctx: Context, splits: Splits) -> None:
 
 
 class _Proxies:
-    """The proxy runs, trained when first asked for, and what they cost."""
+    """The proxy runs, trained when first asked for unless the store has them, and what they cost."""
 
     def __init__(self, ctx: Context, splits: Splits, device: torch.device) -> None:
         self.ctx, self.splits, self.device = ctx, splits, device
@@ -237,21 +225,31 @@ class _Proxies:
         self.images = 0
         self.macs = 0
         self.source_macs: int | None = 0  # what selector.source cost to make; None when it does not say
-        self.earlier_seconds = 0.0  # spent on these runs before a kill
-        self._trained: list[Network] = []
+        self.earlier_seconds = 0.0  # spent before a kill, or by whoever made a run that this ticket shares
+        self.runs: dict[int, Path] = {}
+        self.shared: list[dict[str, Any]] = []
 
-    def network(self, model: ModelConfig) -> Network:
-        from .vision.network import create
+    def run(self, number: int) -> Path:
+        """The folder of run `number`, its cost charged to this ticket whoever paid it."""
+        if number not in self.runs:
+            begun = time.monotonic()
+            part = self.ctx.part(
+                proxy.STAGE, self.config.proxy.run(number), role=f"proxy-{number}", model=self.config.proxy.model
+            )
+            if not part.made:
+                self.ctx.progress.note(f"proxy run {number + 1}: {part.artifact.ref}, which was there")
+            ledger = part.artifact.ledger
+            self.images += ledger["images"]
+            self.macs += ledger["scoring_macs"]
+            self.earlier_seconds += ledger["scoring_seconds"] - (time.monotonic() - begun)
+            self.shared.append({"ref": part.artifact.ref, "made": part.made, **ledger})
+            self.runs[number] = part.artifact.root
+        return self.runs[number]
 
-        return create(
-            model.name,
-            classes=len(self.splits.train.classes),
-            image_size=self.ctx.data.image_size,
-            args=dict(model.args),
-            pretrained=model.pretrained,
-            weights=None if model.weights is None else self.ctx.base / model.weights,
-            drop_path=self.config.proxy.drop_path,
-        )
+    def bare(self, model: ModelConfig) -> Architecture | SwinArchitecture:
+        """The architecture of a model, weights left out."""
+        without = model.model_copy(update={"pretrained": False, "weights": None})
+        return proxy.start(self.ctx, without, len(self.splits.train.classes)).architecture
 
     @cached_property
     def target(self) -> Architecture | SwinArchitecture:
@@ -272,47 +270,6 @@ class _Proxies:
             return self.bare(self.model)
         return load_architecture(self.ctx.inputs["selector"].root / "architecture.json")
 
-    def bare(self, model: ModelConfig) -> Architecture | SwinArchitecture:
-        """The architecture of a model, weights left out."""
-        return self.network(model.model_copy(update={"pretrained": False, "weights": None})).architecture
-
-    def preprocessing(self, network: Network) -> Preprocessing:
-        from .vision.preprocessing import choose
-
-        loaded = self.model.pretrained or self.model.weights is not None
-        return choose(network, self.ctx.data, self.splits.train.classes, loaded)
-
-    def train(self) -> tuple[list[Network], np.ndarray, np.ndarray]:
-        """Networks, class probabilities (R, M, K) at the end of each run, and correct (R, E, M) after each epoch."""
-        import numpy as np
-        import torch
-
-        from .vision.proxy import train_proxy
-
-        recipe, runs = self.config.proxy, []
-        for number in range(recipe.runs):
-            torch.manual_seed(self.ctx.seed * 1000 + number)
-            network = self.network(self.model)
-            steps = recipe.total_steps(len(self.splits.train))
-            with self.ctx.progress.task(f"proxy run {number + 1}/{recipe.runs}", steps) as task:
-                run = train_proxy(
-                    network,
-                    self.splits.train,
-                    recipe,
-                    seed=self.ctx.seed * 1000 + number,
-                    device=self.device,
-                    normalise=self.preprocessing(network).normaliser(self.device),
-                    work=self.ctx.work,
-                    stem=f"proxy-{number}",
-                    tick=lambda n, values, task=task: task.advance(n, **values),  # type: ignore[misc]
-                )
-            self.images += run.images
-            self.macs += run.macs
-            self.earlier_seconds += run.earlier_seconds
-            runs.append(run)
-        self._trained = [run.network for run in runs]
-        return self._trained, np.stack([r.probabilities for r in runs]), np.stack([r.correct for r in runs])
-
     def selector(self, patches: int) -> tuple[ViT, Preprocessing]:
         """The adapted, token-dropping network."""
         import numpy as np
@@ -332,8 +289,9 @@ class _Proxies:
             self.source_macs = None if spent is None else spent.total
             check(preprocessing, None, self.ctx.data.image_size, f"selector.source {artifact.ref}")
         else:
-            network = (self._trained or self.train()[0])[0]
-            preprocessing = self.preprocessing(network)
+            folder = self.run(0)
+            network = load_network(folder, drop_path=self.config.proxy.drop_path)
+            preprocessing = load(folder)
         drops = arrange(network.architecture, self.target, settings.blocks, patches, settings.keep_per_stage)
         dropping = network.with_tokens(drops)
         if settings.adaptation > 0:
@@ -358,21 +316,6 @@ class _Proxies:
             self.macs += 3 * fitted.images * dropping.architecture.macs()
         assert isinstance(dropping, ViT), "arrange refuses other families"
         return dropping.to(self.device).eval(), preprocessing
-
-
-def _score_examples(ctx: Context, splits: Splits, proxies: _Proxies) -> np.ndarray:
-    """(M,) float32; with keep: 1 nothing needs a score and none is paid for."""
-    import torch
-
-    from .methods.example_scores import el2n, forgetting, random_scores
-
-    settings = ctx.config.examples
-    if settings.keep == 1 or settings.method == "random":
-        return random_scores(len(splits.train), ctx.seed).numpy()
-    _, probabilities, correct = proxies.train()
-    if settings.method == "el2n":
-        return el2n(torch.from_numpy(probabilities), torch.from_numpy(splits.train.labels)).numpy()
-    return forgetting(torch.from_numpy(correct)).numpy()
 
 
 def _write_ranks(ctx: Context, splits: Splits, proxies: _Proxies, patches: int) -> dict[str, float | None] | None:
@@ -431,11 +374,9 @@ def idle(seen: Preflight) -> dict[str, str]:
     """What proxy, selector and noise settings have no part in, as chosen here."""
     config: TicketConfig = seen.config
     examples, patches, selector = config.examples, config.patches, config.selector
-    found: dict[str, str] = {}
-    unscored = "examples.keep is 1" if examples.keep == 1 else f"examples.method is {examples.method}"
+    found = {f"examples.{field}": why for field, why in examples.idle().items()}
+    unscored = examples.unscored
     unselected = "all patches are kept" if config.whole else f"patches.method is {patches.method}"
-    if examples.skip_hardest and not config.scored:
-        found["examples.skip_hardest"] = unscored
     if patches.method in ("random", "random_fixed"):
         found["patches.view"] = f"patches.method is {patches.method}"
     if not config.selected:
@@ -498,7 +439,7 @@ def _references(config: TicketConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="ticket",
-    version=3,
+    version=4,
     config=TicketConfig,
     run=run,
     reads=(),

@@ -115,6 +115,7 @@ def manifest(project: Project, arm: str, entry: str) -> dict[str, Any]:
 
 def test_every_stage_of_every_arm_left_what_it_promises(finished: Project) -> None:
     assert {(m["arm"], m["entry"]) for m in finished.manifests()} == {
+        ("main", "ticket:proxy-0"),
         *(("main", e) for e in ("ticket", "train", "prune", "finetune", "export", "quantize", "benchmark")),
         *(("dense", e) for e in ("ticket", "train", "finetune", "export")),
     }

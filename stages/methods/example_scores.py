@@ -1,109 +1,134 @@
-"""Which training images are worth keeping: scores per example, and the selection from them.
+"""What a training image is worth: scores per example, from what a proxy run answers about it.
 
-Shapes: M examples, K classes, R proxy runs, E epochs. High score = worth keeping, in every function.
+Shapes: B examples of a batch, M of the data set, K classes, E epochs, C features, H linear heads. A score is
+computed batch by batch and averaged over proxy runs by the caller, so that nothing larger than one number an example
+is ever held. A high score is worth keeping, in every function but `class_distances`, which `moderate` turns into one.
 
-- EL2N: Paul, Ganguli & Dziugaite, "Deep Learning on a Data Diet", NeurIPS 2021, eq. 3.
+- EL2N, GraNd: Paul, Ganguli & Dziugaite, "Deep Learning on a Data Diet", NeurIPS 2021, definitions 2.1 and 2.2.
 - Forgetting: Toneva et al., "An Empirical Study of Example Forgetting", ICLR 2019, §3.
+- Margin, entropy: Coleman et al., "Selection via Proxy", ICLR 2020, §2.
+- Moderate: Xia et al., "Moderate Coreset", ICLR 2023, §3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from . import InvalidInput
+if TYPE_CHECKING:
+    from torch import Tensor  # importing torch takes more memory than 1.3 million scores do
+
+ROWS = 16_384  # examples whose features are in memory at once
 
 
 def el2n(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Euclidean norm of the error vector, ||p - onehot(y)||, averaged over runs.
+    """Euclidean norm of the error vector, ||p - onehot(y)||.
 
     Args:
-        probabilities: (R, M, K) softmax outputs of R proxy runs, early in their training.
-        labels: (M,) int64.
-    Returns: (M,) float32 in [0, sqrt(2)].
+        probabilities: (B, K) softmax outputs, early in training.
+        labels: (B,) int64.
+    Returns: (B,) in [0, sqrt(2)].
     """
-    target = torch.nn.functional.one_hot(labels, probabilities.shape[-1]).to(probabilities.dtype)
-    errors: Tensor = (probabilities - target).norm(dim=-1)
-    return errors.mean(0).float()
+    errors = probabilities.scatter_add(1, labels[:, None], probabilities.new_full((len(labels), 1), -1.0))
+    lengths: Tensor = errors.norm(dim=-1)
+    return lengths
 
 
-def forgetting(correct: Tensor) -> Tensor:
+def grand(probabilities: Tensor, labels: Tensor, inputs: Tensor) -> Tensor:
+    """Norm of the gradient of the cross-entropy with respect to the last linear layer's weights and biases.
+
+    The gradient is the outer product of the error vector and [features, 1], so its norm is the product of theirs:
+    ||p - onehot(y)|| * ||[features, 1]||. Logits that are the mean of H heads give each head 1/H of the error.
+
+    Args:
+        probabilities: (B, K). labels: (B,) int64.
+        inputs: (B, H, C), what each of the linear heads reads; H is 1 but for distilled networks.
+    Returns: (B,), not negative.
+
+    Differs from the paper: the last layer's part of the gradient instead of all weights', early in training and not
+    at initialisation, where the ranking says nothing (Kirsch, "Does 'Deep Learning on a Data Diet' reproduce?", 2023).
+    """
+    heads = inputs.shape[1]
+    extended = (inputs.square().sum((1, 2)) + heads).sqrt() / heads
+    norms: Tensor = el2n(probabilities, labels) * extended
+    return norms
+
+
+def margin(probabilities: Tensor) -> Tensor:
+    """1 - (highest - second highest probability): the least decided ones first. (B, K) -> (B,) in [0, 1]."""
+    first, second = probabilities.topk(2, dim=-1).values.unbind(-1)
+    return 1 - (first - second)
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """-sum p log p in nats. (B, K) -> (B,) in [0, log K]."""
+    return -(probabilities * probabilities.clamp_min(1e-30).log()).sum(-1)
+
+
+def forgetting(correct: Iterable[np.ndarray]) -> np.ndarray:
     """How often an example went from right to wrong; one never right counts as forgotten at every chance.
 
     Args:
-        correct: (R, E, M) bool, was the example classified correctly after each epoch of each run.
-    Returns: (M,) float32, events per run.
+        correct: E rows (M,) bool in the order of the epochs, was the example classified correctly after each. They
+            are read one after the other.
+    Returns: (M,) float32, events of this run.
 
     Differs from the paper: judged on clean views after each epoch, not on the augmented batch in passing, so that the
     count does not depend on mixup. Never-learned examples get E, above every count that can occur, as in the authors'
     code.
     """
-    events = (correct[:, :-1] & ~correct[:, 1:]).sum(1)
-    never = ~correct.any(1)
-    return torch.where(never, torch.full_like(events, correct.shape[1]), events).float().mean(0)
+    rows = iter(correct)
+    before = np.asarray(next(rows))
+    events, ever, epochs = np.zeros(len(before), np.float32), before.copy(), 1
+    for row in rows:
+        events += before & ~row
+        ever |= row
+        before, epochs = row, epochs + 1
+    events[~ever] = epochs
+    return events
 
 
-def random_scores(examples: int, seed: int) -> Tensor:
-    """Uniform scores, the control of every other method. Returns (M,) float32."""
-    return torch.rand(examples, generator=torch.Generator().manual_seed(seed))
-
-
-def select_examples(
-    scores: np.ndarray,
-    labels: np.ndarray,
-    keep: float,
-    *,
-    balanced: bool,
-    skip_hardest: float = 0.0,
-    names: Sequence[str] | None = None,
-) -> np.ndarray:
-    """The ceil(keep * M) highest scores, ties to the lower index, as ascending indices.
+def class_distances(features: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Euclidean distance of each example's features to the mean of its class.
 
     Args:
-        scores, labels: (M,).
-        keep: fraction kept, 0 < keep <= 1.
-        balanced: take the same fraction of every class (largest remainders fill up, so the total is exact).
-        skip_hardest: fraction of the highest scores passed over as probable label noise.
-        names: of the classes, for messages.
-    Returns: (ceil(keep * M),) int64 ascending.
-    Raises: InvalidInput when keep + skip_hardest leave fewer examples than asked for, or, with balanced, none of a
-    class.
+        features: (M, C), may be a memory map: it is read in blocks of rows, twice.
+        labels: (M,) int64 in 0..classes-1.
+    Returns: (M,) float32.
+
+    Differs from the authors' code, whose centre is the median of each feature: a mean needs no sorting of all of them.
     """
-    total = len(scores)
-    wanted = kept_count(total, keep)
-    skipped = int(skip_hardest * total) if keep < 1 else 0  # everything is kept: nothing is passed over
-    order = np.lexsort((np.arange(total), -scores.astype(np.float64)))[skipped:]
-    if len(order) < wanted:
-        raise InvalidInput(
-            f"keep {keep} and skip_hardest {skip_hardest} ask for {wanted} of {len(order)} examples",
-            "lower one of the two; together they must not pass 1",
-        )
-    if balanced:
-        order = order[balanced_prefix(labels[order], wanted)]
-        lost = np.setdiff1d(labels, labels[order])
-        if len(lost):
-            name = lost[0] if names is None else f"'{names[int(lost[0])]}'"
-            settings = f"keep {keep:g}" + (f" and skip_hardest {skip_hardest:g}" if skipped else "")
-            raise InvalidInput(
-                f"{settings} leave none of the {int((labels == lost[0]).sum())} examples of class {name}",
-                f"{'pass over fewer, ' if skipped else ''}keep more, or set examples.balanced: false",
-            )
-    return np.sort(order[:wanted]).astype(np.int64)
+    sums = np.zeros((classes, features.shape[1]))
+    blocks = [slice(start, start + ROWS) for start in range(0, len(labels), ROWS)]
+    for block in blocks:
+        order = np.argsort(labels[block], kind="stable")
+        present, starts = np.unique(labels[block][order], return_index=True)
+        sums[present] += np.add.reduceat(np.asarray(features[block], np.float64)[order], starts)
+    centres = sums / np.maximum(1, np.bincount(labels, minlength=classes))[:, None]
+    distances = [np.linalg.norm(features[block] - centres[labels[block]], axis=1) for block in blocks]
+    return np.concatenate(distances).astype(np.float32)
 
 
-def kept_count(total: int, keep: float) -> int:
-    """ceil(keep * total) without the surprise of binary fractions (0.55 * 100 is 55, not 56); at least 1."""
-    return max(1, int(np.ceil(keep * total - 1e-9)))
+def moderate(distances: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """How near an example's distance to its class centre is to the median, by rank: 0 in the middle, falling outwards.
+
+    The best n of a group are the window of n around its median, which is what the authors' code keeps; equal
+    distances go by index.
+
+    Args:
+        distances: (M,). groups: (M,) int64, within which the median is meant: the labels, or zeros for one median.
+    Returns: (M,) float32, exact integers: -|2 rank + 1 - group size|.
+    """
+    order = np.lexsort((distances, groups))
+    sizes = np.bincount(groups)
+    starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    scores = np.empty(len(distances), np.float32)
+    scores[order] = -np.abs(2 * (np.arange(len(order)) - starts) + 1 - np.repeat(sizes, sizes))
+    return scores
 
 
-def balanced_prefix(labels: np.ndarray, wanted: int) -> np.ndarray:
-    """Positions of the first examples of each class, in proportion to the class sizes, `wanted` in all."""
-    classes, sizes = np.unique(labels, return_counts=True)
-    exact = sizes * (wanted / len(labels))
-    quota = np.floor(exact).astype(np.int64)
-    remainders = np.lexsort((np.arange(len(classes)), -(exact - quota)))
-    quota[remainders[: wanted - int(quota.sum())]] += 1
-    return np.concatenate([np.flatnonzero(labels == c)[:n] for c, n in zip(classes, quota, strict=True)])
+def random_scores(examples: int, seed: int) -> np.ndarray:
+    """Uniform scores, the control of every other method. Returns (M,) float32."""
+    return np.random.default_rng(seed).random(examples, np.float32)

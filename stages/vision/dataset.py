@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..methods import InvalidInput
-from ..methods.example_scores import balanced_prefix
+from ..methods.example_selection import balanced_prefix
 from .decode import BadImage, decode
 from .sources import Listing, list_sources
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..methods import InvalidInput
 from ..methods import example_policies as methods
-from ..methods.example_scores import kept_count
+from ..methods.example_selection import kept_count
 from ..methods.token_reduction import prefix_attention
 from . import processes
 from .attention import Attention

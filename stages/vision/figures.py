@@ -14,7 +14,7 @@ INK, FAINT, ACCENT = "#30363d", "#b6bec8", "#0b6e63"
 TINT = np.array([150.0, 205.0, 197.0], dtype=np.float32)  # no grey: a faded patch must not pass for part of the image
 
 
-def _svg(figure: Any) -> str:
+def svg_of(figure: Any) -> str:
     """The same bytes for the same picture: fixed ids, no date."""
     import matplotlib
 
@@ -24,7 +24,7 @@ def _svg(figure: Any) -> str:
     return buffer.getvalue()
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def axes_of(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
@@ -36,7 +36,7 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
 
 def curve(rows: Sequence[Mapping[str, float]]) -> str:
     """Training loss and calibration top-1 by epoch."""
-    figure, axes = _axes(6, 3)
+    figure, axes = axes_of(6, 3)
     epochs = [row["epoch"] for row in rows]
     axes.plot(epochs, [row["loss"] for row in rows], "o-", markersize=3, color=FAINT, label="training loss")
     axes.set_xlabel("epoch")
@@ -48,7 +48,7 @@ def curve(rows: Sequence[Mapping[str, float]]) -> str:
         right.plot(epochs, [100 * row["top1_calibration"] for row in rows], "o-", markersize=3, color=ACCENT)
         right.set_ylabel("top-1 on the calibration split, %", color=ACCENT)
         right.set_ylim(0, 100)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def tickets(pixels: np.ndarray, ranks: np.ndarray, kept: int, grid: tuple[int, int], names: Sequence[str]) -> str:
@@ -78,7 +78,7 @@ def tickets(pixels: np.ndarray, ranks: np.ndarray, kept: int, grid: tuple[int, i
         mask = (rank < kept).reshape(grid).repeat(side // grid[0], 0).repeat(side // grid[1], 1)[..., None]
         faded = image.astype(np.float32) * 0.15 + TINT * 0.85
         bottom.imshow(np.where(mask, image, faded).astype(np.uint8), interpolation="nearest")
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def widths(before: Sequence[Mapping[str, int]], after: Sequence[Mapping[str, int]]) -> str:
@@ -101,4 +101,4 @@ def widths(before: Sequence[Mapping[str, int]], after: Sequence[Mapping[str, int
         if number == 0:
             axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
     figure.tight_layout()
-    return _svg(figure)
+    return svg_of(figure)

@@ -1,0 +1,126 @@
+"""Pictures of a choice of images, as SVG text: scores and where they were cut, the extremes, what each class kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .dataset import Images
+from .figures import ACCENT, FAINT, INK, axes_of, svg_of
+from .scoring import Examples, groups
+
+SHOWN = 16  # images at each end
+NAMED = 24  # classes whose names fit under their bars
+
+
+class Picture(NamedTuple):
+    """A figure of an artifact: file stem, SVG, title and caption."""
+
+    name: str
+    svg: str
+    title: str
+    caption: str
+
+
+def pictures(settings: Examples, train: Images, scores: np.ndarray, kept: np.ndarray) -> Iterator[Picture]:
+    """What there is to see of a choice; nothing where everything is kept. scores (M,), kept (n,) indices."""
+    if len(kept) == len(train):
+        return
+    chosen = np.zeros(len(train), bool)
+    chosen[kept] = True
+    share = f"{len(kept)} of {len(train)} images kept by {settings.method}"
+    if settings.statistic is not None:
+        name = "distance to the class centre" if settings.statistic == "distance" else f"{settings.statistic} score"
+        if settings.method == "ccs":  # within its strata it chooses at random: its one cut is what it passes over
+            edges = np.sort(scores)[len(scores) - int(settings.skip_hardest * len(scores)) :][:1]
+            within = f"strata of the {1 - settings.skip_hardest:.0%} with the lowest scores"
+        else:
+            edges = cuts(scores, chosen, groups(settings, train))
+            within = "each class has its own cut" if settings.balanced else "one cut for all classes"
+        yield Picture(
+            "scores", histogram(scores, chosen, edges, name), "Scores of the training images", f"{share}; {within}."
+        )
+        order = np.argsort(-scores, kind="stable")
+        for end, where in (("highest", order[:SHOWN]), ("lowest", order[::-1][:SHOWN])):
+            titles = [_label(train.classes[train.labels[i]]) for i in where]
+            svg = gallery(train.pixels(where), titles, scores[where], chosen[where])
+            caption = f"Class and {name}; a faded frame marks images that are not kept."
+            yield Picture(f"scores-{end}", svg, f"Images with the {end} scores", caption)
+    before = np.bincount(train.labels, minlength=len(train.classes))
+    after = np.bincount(train.labels[kept], minlength=len(train.classes))
+    names = [_label(name) for name in train.classes]
+    caption = f"{share}; the fewest, {after.min()}, of class {_label(train.classes[int(after.argmin())])}."
+    yield Picture("kept-by-class", by_class(before, after, names), "Kept images of each class", caption)
+
+
+def cuts(scores: np.ndarray, chosen: np.ndarray, within: np.ndarray) -> np.ndarray:
+    """Where the kept scores of each group end while those of others go on, at either side; ascending, each once."""
+    order = np.argsort(within, kind="stable")
+    starts = np.flatnonzero(np.diff(within[order], prepend=-1))
+    own, kept = scores[order], chosen[order]
+    lowest, highest = (f.reduceat(own, starts) for f in (np.minimum, np.maximum))
+    lower = np.minimum.reduceat(np.where(kept, own, np.inf), starts)
+    upper = np.maximum.reduceat(np.where(kept, own, -np.inf), starts)
+    some = np.isfinite(lower)
+    return np.unique(np.concatenate([lower[some & (lower > lowest)], upper[some & (upper < highest)]]))
+
+
+def histogram(scores: np.ndarray, chosen: np.ndarray, edges: np.ndarray, name: str) -> str:
+    """Kept and passed-over images by score, a dashed line at every cut. scores (M,), chosen (M,) bool."""
+    figure, axes = axes_of(6, 3)
+    parts = [scores[chosen], scores[~chosen]]
+    bins = min(40, len(np.unique(scores)))
+    axes.hist(parts, bins=bins, stacked=True, color=[ACCENT, FAINT], label=["kept", "passed over"])
+    faint = max(0.15, 1 / max(1, len(edges)) ** 0.5)
+    axes.vlines(edges, 0, 1, transform=axes.get_xaxis_transform(), color=INK, linestyle="--", lw=1, alpha=faint)
+    axes.set_xlabel(name)
+    axes.set_ylabel("images")
+    _legend(axes)
+    return svg_of(figure)
+
+
+def gallery(pixels: np.ndarray, titles: Sequence[str], scores: np.ndarray, chosen: np.ndarray) -> str:
+    """Images with class and score above, kept ones in a frame. pixels (n, S, S, 3) uint8."""
+    from matplotlib.figure import Figure
+
+    columns = min(8, len(pixels))
+    rows = -(-len(pixels) // columns)
+    figure = Figure(figsize=(columns, 1.4 * rows))
+    for index, (image, title, value, kept) in enumerate(zip(pixels, titles, scores, chosen, strict=True)):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_color(ACCENT if kept else FAINT)
+        axes.spines[:].set_linewidth(2 if kept else 0.5)
+        axes.set_title(f"{title}\n{value:.3g}", fontsize=7, color=INK, parse_math=False)
+        axes.imshow(image, interpolation="nearest")
+    return svg_of(figure)
+
+
+def by_class(before: np.ndarray, after: np.ndarray, names: Sequence[str]) -> str:
+    """Images of each class before and after; with many classes in order of what is left, without names."""
+    figure, axes = axes_of(6, 3)
+    order = np.arange(len(names)) if len(names) <= NAMED else np.argsort(-after, kind="stable")
+    places = np.arange(len(names))
+    axes.bar(places, before[order], color=FAINT, width=0.9, label="all")
+    axes.bar(places, after[order], color=ACCENT, width=0.9, label="kept")
+    axes.set_ylabel("images")
+    if len(names) <= NAMED:
+        axes.set_xticks(places, names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=7, parse_math=False)
+    else:
+        axes.set_xlabel(f"{len(names)} classes, by what is left of them")
+    _legend(axes)
+    return svg_of(figure)
+
+
+def _legend(axes: Any) -> None:
+    """Above the picture, where no bar is."""
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+
+
+def _label(name: str) -> str:
+    """A class name as a label: control characters have no place in an SVG, and folders may be called anything."""
+    shown = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name)
+    return shown if len(shown) <= 20 else f"{shown[:19]}…"
