@@ -210,13 +210,14 @@ def _networks(
     network = load_network(trained.model.artifact.root).to(device)
     if ticket is None or ticket.shape is None:
         return network, network
-    (high, wide), (rows, columns) = network.ticket_grid, ticket.grid
+    ticketed = adapt(network, ticket, main.model.artifact.manifest["config"].get("patches")).to(device)
+    (high, wide), (rows, columns) = ticketed.ticket_grid, ticket.grid
     if (high, wide) != (rows, columns):
         raise InvalidInput(
             f"the network of {who} sees {high} x {wide} patches, the main arm's tickets rank {rows} x {columns}",
             "give all arms one model.args.patch_size and one data.image_size",
         )
-    return network, adapt(network, ticket, main.model.artifact.manifest["config"].get("patches"))
+    return network, ticketed
 
 
 def _answers(correct: np.ndarray, place: str, arms: Sequence[str], test: Sequence[str]) -> np.ndarray:

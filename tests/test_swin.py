@@ -499,7 +499,7 @@ def manifests(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 def test_tickets_of_a_vit_train_both_generations_and_the_ledger_says_what_each_way_costs(tmp_path: Path) -> None:
     image_folder(tmp_path / "images")
-    plan, store = planned(tmp_path, PIPELINE + ARMS)
+    plan, store = planned(tmp_path, PIPELINE + "  matrix:    {claims: []}\n" + ARMS)
     run(plan, store, progress=Silent(), invalid_input=(InvalidInput,))
     found = manifests(tmp_path)
     packed, blanked = found["main", "train"], found["v2", "train"]
@@ -513,6 +513,11 @@ def test_tickets_of_a_vit_train_both_generations_and_the_ledger_says_what_each_w
     assert 64 < packed["ledger"]["tokens_per_image"] < 256
     assert packed["ledger"]["train_macs"] < 0.6 * 3 * packed["ledger"]["images"] * macs
     assert ("v2", "finetune") in found
+    cells = found["main", "matrix"]["metrics"]["matrix"]["cells"]
+    of_main = {cell["test"]: cell["mean"] for cell in cells if cell["arm"] == "main"}
+    # The matrix draws its own random patches; the others are what train itself was tested on.
+    assert of_main["ticket"] == packed["metrics"]["top1"]["tickets"]
+    assert of_main["full"] == packed["metrics"]["top1"]["all"]
 
 
 @pytest.mark.parametrize("method", ["random", "saliency"])
