@@ -257,7 +257,8 @@ def test_bad_input_to_a_stage_is_one_message_and_nothing_is_lost(finished: Proje
         done = finished.sievit(*arguments)
         assert done.returncode == 3, (arguments, done.stdout, done.stderr)
         assert part in done.stderr
-        assert "help:" in done.stderr
+        # A config that contradicts itself says the remedy in the same line.
+        assert "help:" in done.stderr or "; name epochs from 1" in done.stderr
         assert "Traceback" not in done.stderr
     assert before.items() <= finished.digests().items()
     assert not list(finished.folder.glob("artifacts/*/.tmp-*"))
