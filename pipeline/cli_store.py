@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .collect import Removal
     from .forecast import Forecast
     from .keys import Change
+    from .stage import Stage
     from .store import Artifact, Store
 
 Ref = Annotated[str, typer.Argument(metavar="REF", help="train, train@latest, train@7 or train@3fa9")]
@@ -160,18 +161,25 @@ def diff(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compare two artifacts: config, inputs, metrics and files.
+    """Compare two artifacts: config, inputs, metrics, files, and what the stage says of two of its kind.
 
-    sievit diff prune@1 prune@2
+    Two tickets: the overlap of the images that they keep, and of the patches.
+
+    sievit diff ticket@1 ticket@2
     """
     from . import views
 
-    place = written_store(store)
-    session_of(context).console.result(compared(place.resolve(left), place.resolve(right)), views.difference)
+    session, place = session_of(context), written_store(store)
+    document = compared(place.resolve(left), place.resolve(right), session.stages, place.verify)
+    session.console.result(document, views.difference)
 
 
-def compared(left: Artifact, right: Artifact) -> Document:
-    """The fields in which two artifacts differ."""
+def compared(
+    left: Artifact, right: Artifact, stages: Sequence[Stage], verified: Callable[[Artifact], None]
+) -> Document:
+    """The fields in which two artifacts differ; of two of one stage also what they have in common, read from verified
+    files.
+    """
     from . import keys
 
     views_of: dict[str, Callable[[Mapping[str, Any]], Document]] = {
@@ -187,7 +195,13 @@ def compared(left: Artifact, right: Artifact) -> Document:
         ]
         for title, of in views_of.items()
     }
-    return {"left": left.ref, "right": right.ref, "changes": changes}
+    common: Mapping[str, Any] = {}
+    for stage in stages:
+        if stage.name == left.kind_of_stage == right.kind_of_stage and stage.compare is not None:
+            for artifact in (left, right):
+                verified(artifact)
+            common = stage.compare(left, right)
+    return {"left": left.ref, "right": right.ref, "changes": changes, "common": dict(common)}
 
 
 def _settings(manifest: Mapping[str, Any]) -> Document:

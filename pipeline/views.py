@@ -332,7 +332,11 @@ def difference(document: Document) -> RenderableType:
         if changes:
             rows = _summarised(changes)
             parts += [line(title, "bold"), table("field", document["left"], document["right"], rows=rows), Text("")]
-    return Group(*parts[:-1]) if parts else line(f"{document['left']} and {document['right']} are equal")
+    if not parts:
+        parts = [line(f"{document['left']} and {document['right']} are equal"), Text("")]
+    if document["common"]:
+        parts += [line("in common", "bold"), table("", "", rows=list(document["common"].items())), Text("")]
+    return Group(*parts[:-1])
 
 
 def _summarised(changes: Sequence[Document]) -> list[tuple[str, Any, Any]]:

@@ -56,11 +56,13 @@ from .vision.patch_settings import Patches, Selector
 from .vision.scoring import Examples
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
 
     from sievit.pipeline.settings import ModelConfig
+    from sievit.pipeline.store import Artifact
 
     from .methods.cost import TicketCost
     from .vision.architecture import Architecture, SwinArchitecture
@@ -433,6 +435,13 @@ def preflight(seen: Preflight) -> None:
         raise
 
 
+def _compare(left: Artifact, right: Artifact) -> Mapping[str, float | int | str]:
+    """For `sievit diff`: which images, and which patches of each, two tickets both keep."""
+    from .vision.overlap import overlap
+
+    return overlap(left.root, right.root)
+
+
 def _references(config: TicketConfig) -> dict[str, str]:
     return {} if config.selector.source is None else {"selector": config.selector.source}
 
@@ -448,6 +457,7 @@ STAGE = Stage(
     packages=("torch", "timm", "numpy"),
     uses=frozenset({"data", "model", "seed", "device"}),
     references=_references,
+    compare=_compare,
     idle=idle,
     preflight=preflight,
 )

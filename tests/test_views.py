@@ -68,7 +68,9 @@ def test_a_difference_of_many_rows_is_one_line_and_of_a_few_is_told() -> None:
     curve = [{"field": f"curve[{row}].loss", "left": 1.0, "right": 2.0} for row in range(30)]
     few = [{"field": f"gates[{row}].bound", "left": 1.0, "right": 2.0} for row in range(2)]
     changes = {"config": [], "inputs": [], "files": [], "metrics": [*curve, *few]}
-    shown = drawn(views.difference({"left": "train@1", "right": "train@2", "changes": changes})).splitlines()
+    shown = drawn(
+        views.difference({"left": "train@1", "right": "train@2", "changes": changes, "common": {}})
+    ).splitlines()
     assert len(shown) == 2 + 1 + 2
     assert shown[2].startswith("curve") and "30 values in 30 rows differ" in shown[2]
     assert [line.split() for line in shown[3:]] == [["gates[0].bound", "1", "2"], ["gates[1].bound", "1", "2"]]
@@ -86,3 +88,13 @@ def test_an_error_fits_the_terminal_and_its_carets_stay_under_the_fault(width: i
     source, carets = next((a, b) for a, b in itertools.pairwise(lines) if "^" in b)
     assert source[carets.index("^") : carets.rindex("^") + 1] == "epcohs"
     assert " ".join(text.split()).count("valid keys: a, b, c") == 1
+
+
+def test_a_difference_ends_with_what_both_have_in_common() -> None:
+    changes: dict[str, list[object]] = {"config": [], "inputs": [], "files": [], "metrics": []}
+    common = {"images_jaccard": 0.25, "patches_of": "9 training images"}
+    shown = drawn(views.difference({"left": "a@1", "right": "a@2", "changes": changes, "common": common})).splitlines()
+    assert shown[0] == "a@1 and a@2 are equal"
+    assert [line.split() for line in shown[-2:]] == [
+        ["images_jaccard", "0.25"], ["patches_of", "9", "training", "images"],
+    ]  # fmt: skip
