@@ -3,8 +3,12 @@
 Optimiser, cosine schedule, warm-up, label smoothing, mixup, cutmix, RandAugment and the weight average are timm's.
 The network embeds and attends to the kept patches only, so a step costs what its tokens cost. Which patches these are
 is settled by the tickets: ranks that follow the image through crop and flip, a draw of each epoch, or a selector that
-looks at every view. With `weights: {method: group_lasso}` a penalty pushes whole heads and MLP units towards zero, the
-groups that `prune` removes.
+looks at every view.
+
+`weights` adds a penalty to the loss. group_lasso and hoyer push whole heads and MLP units towards zero, the groups
+that `prune` removes; l1 and l2 the matrices of the blocks. attention_entropy makes rows of attention peaked.
+attention_log is Sparse then Prune's (2023), published with strength 0.01 on the last block: it flattens attention, and
+is too small to be seen; it is there to be measured against.
 
 With `token_labels` an LV-ViT also learns what is in each patch (Jiang et al., NeurIPS 2021): a trained network labels
 every patch of every view, labels are mixed with their views by the share that each patch has of its own image, and
@@ -61,7 +65,12 @@ if TYPE_CHECKING:
 class Penalty(Settings):
     """A penalty added to the loss."""
 
-    method: Literal["group_lasso"] = Field("group_lasso", description="sum of group norms of heads and MLP units")
+    method: Literal["group_lasso", "hoyer", "l1", "l2", "attention_log", "attention_entropy"] = Field(
+        "group_lasso",
+        description="group_lasso: sum of group norms of heads and MLP units; hoyer: Hoyer-square of these norms, which "
+        "shrinks the small ones only; l1, l2: on the blocks' matrices; attention_log: mean log(1 + a^2) of the last "
+        "block, as published; attention_entropy: of the rows of all blocks, in nats",
+    )
     strength: float = Field(1e-4, gt=0, description="its weight in the loss")
 
 
@@ -85,7 +94,7 @@ class TrainConfig(Recipe, Config):
     examples: ExamplePolicy | None = Field(
         None, description="lets examples come and go while training; null: every pass sees all that the tickets kept"
     )
-    weights: Penalty | None = Field(None, description="a penalty that prepares the cut; null for none")
+    weights: Penalty | None = Field(None, description="a penalty on weights or attention; null for none")
     token_labels: TokenLabels | None = Field(None, description="labels for patches, LV-ViT only; null for none")
     patches: Literal["zero", "mosaic"] | None = Field(
         None,
@@ -118,12 +127,11 @@ def run(ctx: Context) -> None:
     """Data and tickets, network, training, then accuracy under every token policy."""
     import torch
 
-    from .vision import budget, examples, figures, tickets
+    from .vision import budget, examples, figures, penalty, tickets
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
     from .vision.network import create
-    from .vision.penalty import group_penalty
     from .vision.preprocessing import choose
     from .vision.tensors import write_tensors
     from .vision.training import fit
@@ -184,7 +192,7 @@ def run(ctx: Context) -> None:
             policy=policy,
             objective=_objective(config),
             annotate=annotator,
-            penalty=None if config.weights is None else group_penalty(config.weights.strength),
+            penalty=None if config.weights is None else penalty.create(config.weights.method, config.weights.strength),
             judge=lambda current: top1(current, splits.calibration, normalise, device),
             keep_epochs=config.keep_epochs,
             checkpoint=ctx.work / "training.safetensors",
@@ -333,11 +341,12 @@ def coherent(seen: Preflight) -> None:
 
 def preflight(seen: Preflight) -> None:
     """Refuse images that are not there, a network that cannot be built, patch tickets that it cannot take, and what
-    asks of it a head for patches or a class token.
+    asks of it a head for patches, a class token or attention among all tokens.
     """
     from .methods import InvalidInput
     from .vision.architecture import Architecture
     from .vision.network import outline
+    from .vision.penalty import ATTENTION, no_rows
     from .vision.sources import check_sources
     from .vision.tickets import ticket_use
 
@@ -353,6 +362,11 @@ def preflight(seen: Preflight) -> None:
             "leave token_labels out, or use lvvit_t, lvvit_s or lvvit_m",
             field=seen.at("token_labels"),
         )
+    penalty = seen.config.weights
+    if penalty is not None and penalty.method in ATTENTION and not isinstance(network, Architecture):
+        refusal = no_rows(seen.model.name, penalty.method)
+        refusal.field = seen.at("weights.method")
+        raise refusal
     if isinstance(seen.config.examples, Swap) and seen.config.examples.mode == "paper" and not network.prefix:
         raise InvalidInput(
             f"examples.mode: paper sorts by the attention of the class token, and {seen.model.name} has none",

@@ -39,7 +39,7 @@ from sievit.stages.vision.evaluate import logits
 from sievit.stages.vision.network import create, outline, rebuild
 from sievit.stages.vision.onnx_export import export
 from sievit.stages.vision.patches import Cached
-from sievit.stages.vision.penalty import group_penalty
+from sievit.stages.vision.penalty import WeightPenalty
 from sievit.stages.vision.ranking import by_chance
 from sievit.stages.vision.recipe import Recipe
 from sievit.stages.vision.swin import Swin, TicketUse
@@ -384,7 +384,7 @@ def test_blanking_costs_the_whole_image_and_packing_less() -> None:
 @BOTH
 def test_the_penalty_sees_every_head_and_unit(family: str) -> None:
     net = swin(family)
-    penalty = group_penalty(0.5)
+    penalty = WeightPenalty("group_lasso", 0.5)
     expected = 0.0
     net.requires_grad_(False)
     for block in net.blocks:

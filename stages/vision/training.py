@@ -30,6 +30,7 @@ from .dataset import Images
 from .examples import Everything, Policy, Watch
 from .network import Network
 from .patches import PatchPolicy, Views
+from .penalty import Penalty
 from .recipe import Recipe
 from .tensors import flatten_optimizer, read_tensors, restore_optimizer, write_tensors
 
@@ -125,7 +126,7 @@ def fit(
     policy: Policy | None = None,
     objective: Objective = supervised,
     annotate: Annotate | None = None,
-    penalty: Callable[[Network], Tensor] | None = None,
+    penalty: Penalty | None = None,
     judge: Callable[[Network], float] | None = None,
     after_epoch: Callable[[int, Network], None] | None = None,
     keep_epochs: tuple[int, ...] = (),
@@ -265,10 +266,8 @@ class _Run:
         images = self.normalise(mixed.images)
         return Batch(images, mixed.targets, kept, labels, indices, weights, mixed.share, of_patches)
 
-    def advance(
-        self, batch: Batch, objective: Objective, penalty: Callable[[Network], Tensor] | None
-    ) -> dict[str, float]:
-        with nullcontext() if self.watch is None else self.watch:
+    def advance(self, batch: Batch, objective: Objective, penalty: Penalty | None) -> dict[str, float]:
+        with self.watch or nullcontext(), nullcontext() if penalty is None else penalty.watch(self.network):
             losses = objective(self.network, batch)
         loss = losses if batch.weights is None else losses * batch.weights
         loss = loss.mean()
