@@ -337,7 +337,7 @@ def _keep(ctx: Context, results: Results, first: Setting) -> None:
 
 STAGE = Stage(
     name="benchmark",
-    version=3,
+    version=4,
     config=BenchmarkConfig,
     run=run,
     reads=(Reads("files", "onnx", many=True),),

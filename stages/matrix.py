@@ -229,10 +229,10 @@ def _answers(correct: np.ndarray, place: str, arms: Sequence[str], test: Sequenc
 def _cell(arm: str, patches: str, correct: np.ndarray) -> dict[str, Any]:
     """Accuracy of an arm on patches; correct (S, M)."""
     from .deploy.statistics import wilson
-    from .methods.paired_tests import t_interval
+    from .methods.paired_tests import accuracy_interval
 
     top1 = [float(value) for value in correct.mean(1)]
-    low, high = t_interval(top1) if len(top1) > 1 else wilson(int(correct.sum()), correct.size)
+    low, high = accuracy_interval(top1, correct.shape[1]) if len(top1) > 1 else wilson(int(correct.sum()), correct.size)
     return {"arm": arm, "test": patches, "top1": top1, "mean": float(correct.mean()), "low": low, "high": high}
 
 
@@ -242,7 +242,11 @@ def _judged(claim: Claim, left: np.ndarray, right: np.ndarray) -> dict[str, Any]
 
     found = greater(left, right) if claim.expect == "greater" else equal(left, right, claim.margin)
     each = [mcnemar(ours, theirs) for ours, theirs in zip(left, right, strict=True)]
-    relation = "better than" if claim.expect == "greater" else f"within {100 * claim.margin:g} points of"
+    relation = (
+        "better than"
+        if claim.expect == "greater"
+        else f"within {100 * claim.margin:g} point{'s' * (claim.margin != 0.01)} of"
+    )
     words = (
         f"{claim.left} is {relation} {claim.right}: {found.verdict} "
         f"(difference {100 * found.value:+.2f} points, 95% interval {100 * found.low:+.2f} to {100 * found.high:+.2f}, "
@@ -327,7 +331,7 @@ def _keep(tickets: Any) -> str:
 
 STAGE = Stage(
     name="matrix",
-    version=1,
+    version=2,
     config=MatrixConfig,
     run=run,
     reads=(Reads("models", "model", many=True), Reads("tickets", "tickets", optional=True, many=True)),

@@ -243,9 +243,11 @@ def test_no_placeholder_is_left_in_what_people_read() -> None:
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_plans_and_names_no_path_of_ours(recipe: Path) -> None:
     from sievit.pipeline.plan import make_plan
+    from sievit.pipeline.preflight import check_settings
     from sievit.pipeline.spec import load_pipeline
     from sievit.stages.__main__ import STAGES
+    from sievit.stages.methods import InvalidInput
 
     spec = load_pipeline(recipe, STAGES)
-    assert make_plan(spec, STAGES).nodes
+    check_settings(make_plan(spec, STAGES), (InvalidInput,))
     assert not spec.data.source.startswith("/")

@@ -182,7 +182,10 @@ def test_gates_and_the_summary_over_seeds_hold_means_with_each_seed_against_its_
     top1 = [rows["dense"]["top1"], rows["dense@seed5"]["top1"]]
     assert dense["top1_mean"] == pytest.approx(sum(top1) / 2)
     # Student's t with one degree of freedom: 12.706 standard errors, and that of two numbers is half their distance.
-    assert dense["top1_high"] - dense["top1_mean"] == pytest.approx(12.7062047 * abs(top1[0] - top1[1]) / 2)
+    reach = 12.7062047 * abs(top1[0] - top1[1]) / 2
+    assert dense["top1_low"] == pytest.approx(max(0.0, dense["top1_mean"] - reach))
+    assert dense["top1_high"] == pytest.approx(min(1.0, dense["top1_mean"] + reach))
+    assert top1[0] != top1[1]
 
 
 def test_without_a_dense_arm_the_float_file_is_the_baseline_and_there_are_no_gates(tmp_path: Path) -> None:

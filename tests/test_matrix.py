@@ -17,6 +17,7 @@ from PIL import Image
 from scipy import stats
 
 from sievit.pipeline.errors import SievitError
+from sievit.pipeline.forecast import forecast
 from sievit.pipeline.plan import make_plan
 from sievit.pipeline.preflight import check_settings
 from sievit.pipeline.progress import Silent
@@ -31,7 +32,7 @@ from sievit.pipeline.store import Store
 from sievit.stages.__main__ import STAGES
 from sievit.stages.matrix import RANDOM, MatrixConfig, run
 from sievit.stages.methods import InvalidInput
-from sievit.stages.methods.paired_tests import equal, greater, mcnemar, t_interval
+from sievit.stages.methods.paired_tests import accuracy_interval, equal, greater, mcnemar
 from sievit.stages.vision.budget import Spent
 from sievit.stages.vision.dataset import load_split
 from sievit.stages.vision.network import create
@@ -186,7 +187,7 @@ def test_verdicts_and_budgets_are_told_in_artifact_page_markdown_and_terminal(ma
     assert (as_good["value"], as_good["verdict"]) == (0.5, "does not hold")
     assert found["budget"] == "steps" and found["arms"][0]["spent"][1]["macs"] == 100
     (section,) = sections(ctx.metrics)
-    assert section.rows[0][:2] == ("main", "100% (100–100%)")
+    assert section.rows[0][0] == "main" and section.rows[0][1].startswith("100% (")
     assert section.rows[0][-2:] == ("7", "111")
     said = " ".join(section.remarks)
     assert "main/ticket is better than random/ticket: holds (difference +100.00 points" in said
@@ -271,7 +272,9 @@ def test_over_seeds_greater_is_scipys_paired_t_test_and_equal_its_two_one_sided_
     found, paired = greater(left, right), stats.ttest_rel(ours, theirs)
     assert found.p == pytest.approx(paired.pvalue)
     assert (found.low, found.high) == pytest.approx(tuple(paired.confidence_interval()))
-    assert t_interval(list(ours - theirs)) == pytest.approx((found.low, found.high))
+    if ours.std() > 0.01:
+        low, high = stats.t.interval(0.95, len(ours) - 1, loc=ours.mean(), scale=stats.sem(ours))
+        assert accuracy_interval(list(ours), 400) == pytest.approx((max(0, low), min(1, high)))
     above = stats.ttest_1samp(ours - theirs, -0.01, alternative="greater").pvalue
     below = stats.ttest_1samp(ours - theirs, 0.01, alternative="less").pvalue
     assert equal(left, right, 0.01).p == pytest.approx(max(above, below))
@@ -305,6 +308,8 @@ def test_a_claim_holds_does_not_hold_or_is_not_decided(
 def test_one_image_more_under_each_of_two_seeds_proves_nothing() -> None:
     """Equal differences have no spread, and would make any difference certain."""
     assert greater(answers(300, 310), answers(299, 309)).verdict == "not decided"
+    low, high = accuracy_interval([0.75, 0.75], 400)
+    assert low < 0.75 < high
 
 
 # ---- In a pipeline
@@ -394,3 +399,15 @@ def test_a_ticket_that_costs_more_than_the_budget_is_refused_with_both_numbers(t
         SievitError, match=r"choosing the ticket took [\d,]+ MACs, the dense network's budget is [\d,]+"
     ):
         run_plan(plan, Store(tmp_path / "artifacts"), progress=Silent(), invalid_input=(InvalidInput,))
+
+
+@pytest.mark.parametrize("recipe", ["data_lth", "data_lth_full"])
+def test_the_full_arm_of_the_recipes_is_the_very_network_that_selects(tmp_path: Path, recipe: str) -> None:
+    path = Path(__file__).parents[1] / "recipes" / f"{recipe}.yaml"
+    digits = ["data.source=builtin:digits", "data.mean=null", "data.std=null", "data.root=null"]
+    plan = make_plan(load_pipeline(path, STAGES, digits), STAGES)
+    found = {(each.node.arm, each.node.entry.name): each for each in forecast(plan, Store(tmp_path / "artifacts"))}
+    for at in ("", "@seed1", "@seed2"):
+        full, dense = found[f"full{at}", "train"], found[f"main{at}", "dense"]
+        assert (full.state, full.shared_with, full.key) == ("shared", f"main{at}", dense.key)
+        assert (f"random{at}", "dense") not in found

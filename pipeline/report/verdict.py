@@ -140,6 +140,9 @@ def _unmeasured(facts: Facts) -> str:
     ]
     if not scored:
         return "This pipeline measures nothing: it holds no benchmark."
+    claims = [text(claim, "words") for each in facts.steps for claim in listing(each.metrics, "matrix", "claims")]
+    if claims:
+        return f"{'; '.join(words.partition(' (')[0] for words in claims)}."
     step, top1 = scored[-1]
     reached = f"the last model, of {step.name}, reaches top-1 {percent(top1)}"
     return f"No latency was measured, because there is no benchmark; {reached}."

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, geometric_mean, stdev
 from typing import Any
 
-from ..methods.paired_tests import t_interval
+from ..methods.paired_tests import accuracy_interval
 
 _SETTING = ("provider", "batch", "threads", "io")
 
@@ -27,7 +27,7 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _line(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     top1 = [row["top1"] for row in group]
     speedup = [row["speedup"] for row in group]
-    low, high = t_interval(top1)
+    low, high = accuracy_interval(top1, group[0]["test_images"])
     return {
         "arm": group[0]["family"],
         **{name: group[0].get(name) for name in _SETTING},

@@ -47,15 +47,17 @@ class Difference:
     verdict: Verdict
 
 
-def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """The interval of a mean over runs by Student's t. Raises: ValueError with fewer than two runs."""
-    from scipy import stats
+def accuracy_interval(top1: Sequence[float], images: int) -> tuple[float, float]:
+    """The 95 % interval of a mean accuracy over runs on the same images, by Student's t, within 0 to 1.
 
-    if len(values) < 2:
+    Raises: ValueError with fewer than two runs.
+    """
+    if len(top1) < 2:
         raise ValueError("a spread needs two runs at least")
-    mean, error = float(np.mean(values)), float(stats.sem(values))
-    reach = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error
-    return mean - reach, mean + reach
+    # Numbers rounded to one image scatter by 1 / sqrt(12) images at least.
+    spread = max(float(np.std(top1, ddof=1)), 1 / (images * math.sqrt(12)))
+    low, high = _Sample(float(np.mean(top1)), spread / math.sqrt(len(top1)), len(top1) - 1, len(top1)).interval()
+    return max(0.0, low), min(1.0, high)
 
 
 def mcnemar(left: np.ndarray, right: np.ndarray) -> McNemar:
@@ -80,7 +82,7 @@ def greater(left: np.ndarray, right: np.ndarray) -> Difference:
         p, by = mcnemar(left[0], right[0]).p, "McNemar's test, one seed"
     else:
         p, by = sample.p_two_sided(), f"paired t over {sample.seeds} seeds"
-    low, high = sample.interval(1 - LEVEL)
+    low, high = sample.interval()
     verdict: Verdict = "not decided"
     if p < LEVEL and sample.mean > 0:
         verdict = "holds"
@@ -98,7 +100,7 @@ def equal(left: np.ndarray, right: np.ndarray, margin: float) -> Difference:
     """
     sample = _sample(left, right)
     p = max(sample.p_above(-margin), 1 - sample.p_above(margin))
-    low, high = sample.interval(1 - LEVEL)
+    low, high = sample.interval()
     verdict: Verdict = "not decided"
     if p < LEVEL:
         verdict = "holds"
@@ -117,10 +119,11 @@ class _Sample:
     freedom: float
     seeds: int
 
-    def interval(self, confidence: float) -> tuple[float, float]:
+    def interval(self) -> tuple[float, float]:
+        """Of 95 %."""
         from scipy import stats
 
-        reach = float(stats.t.ppf((1 + confidence) / 2, self.freedom)) * self.error
+        reach = float(stats.t.ppf(1 - LEVEL / 2, self.freedom)) * self.error
         return self.mean - reach, self.mean + reach
 
     def p_above(self, bound: float) -> float:
