@@ -21,7 +21,7 @@ from .forecast import forecast
 from .manifest import sha256_of
 from .preflight import check_stages
 from .records import NodeRecord, RunRecord
-from .resolve import Facts, Inputs, Place, gather, place, sources
+from .resolve import Facts, Inputs, Place, caveats, gather, place, sources
 
 if TYPE_CHECKING:
     from .plan import Node, Plan
@@ -62,6 +62,8 @@ def run(
         ahead = forecast(plan, store, force=force, facts=facts)
         will_run = [one.node for one in ahead if one.state in ("run", "unknown") and place(one.node) in asked]
         check_stages(plan, will_run, store, invalid_input)
+        for note in caveats(plan):
+            progress.note(note)
         with store.in_use():
             pass_ = _Pass(plan, store, facts, progress, invalid_input, force, wait_s, command or sys.argv)
             pass_.record.touched = asked

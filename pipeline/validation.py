@@ -179,9 +179,12 @@ def _told(place: _Place, error: Any, other_keys: Sequence[str]) -> SpecError:
 
 
 def _judged(place: _Place, text: str) -> SpecError:
-    """A contradiction that the config's own validator found; "field.path: text" points to that field."""
-    key, path = place.key, place.path
+    """A contradiction that the config's own validator found; "field.path: what is wrong; what to do" points to that
+    field and says what to do on a line of its own.
+    """
+    key, path, hint = place.key, place.path, place.note
     if _is_model(place.expected):
+        text, _, hint = text.partition("; ")
         pointed = re.match(r"([a-z_]\w*(?:\.\w+)*): (.+)", text, re.DOTALL)
         if pointed and pointed[1].split(".")[0] in place.expected.model_fields:
             path, text = f"{path}.{pointed[1]}".lstrip("."), pointed[2]
@@ -192,7 +195,7 @@ def _judged(place: _Place, text: str) -> SpecError:
                 key, node = node.keys[step], node.mapping[step]
     elif place.node is not None:
         key = place.span
-    return located(f"{path}: {text}", key, place.note if not _is_model(place.expected) else "")
+    return located(f"{path}: {text}", key, hint)
 
 
 def _untagged(place: _Place, context: Mapping[str, str]) -> SpecError:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from sievit.pipeline.errors import SievitError
-from sievit.pipeline.stage import Config, Context, Reads, Stage
+from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 from .methods import InvalidInput
 
@@ -335,6 +335,18 @@ def _keep(ctx: Context, results: Results, first: Setting) -> None:
     )
 
 
+def preflight(seen: Preflight) -> None:
+    """Refuse a provider that this onnxruntime does not have."""
+    from .deploy.sessions import require_provider
+
+    for name in seen.config.providers:
+        try:
+            require_provider(name)
+        except InvalidInput as error:
+            error.field = seen.at("providers")
+            raise
+
+
 STAGE = Stage(
     name="benchmark",
     version=4,
@@ -346,4 +358,5 @@ STAGE = Stage(
     packages=("onnxruntime", "numpy"),
     uses=frozenset({"data", "device", "host", "seed"}),
     across_arms=True,
+    preflight=preflight,
 )

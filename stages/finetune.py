@@ -165,12 +165,15 @@ def idle(seen: Preflight) -> dict[str, str]:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse token reduction that the network cannot have."""
+    """Refuse a teacher that timm does not have, and token reduction that the network cannot have."""
     from .methods import InvalidInput
     from .vision.architecture import load_architecture
+    from .vision.external import check_name
     from .vision.network import outline
 
     config: FinetuneConfig = seen.config
+    if config.distill is not None and config.distill.teacher.startswith("timm:"):
+        check_name(config.distill.teacher, seen.at("distill.teacher"))
     if config.tokens is None:
         return
     if "model" in seen.inputs:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from sievit.pipeline.errors import SievitError
-from sievit.pipeline.stage import Config, Context, Reads, Stage
+from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 from .methods import InvalidInput
 
@@ -300,6 +300,19 @@ def _write(ctx: Context, source: Bundle, best: Candidate, chosen: Literal["int8"
             shutil.copyfile(path.with_suffix(suffix), ctx.out / f"{stem}{suffix}")
 
 
+def preflight(seen: Preflight) -> None:
+    """Refuse a provider that this onnxruntime does not have."""
+    from .deploy.sessions import require_provider
+
+    if seen.config.min_speedup is None:
+        return
+    try:
+        require_provider(seen.config.provider)
+    except InvalidInput as error:
+        error.field = seen.at("provider")
+        raise
+
+
 STAGE = Stage(
     name="quantize",
     version=1,
@@ -310,4 +323,5 @@ STAGE = Stage(
     manual=__doc__,
     packages=("onnx", "onnxruntime", "nncf"),
     uses=frozenset({"data", "device", "host", "seed"}),
+    preflight=preflight,
 )

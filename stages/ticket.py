@@ -116,7 +116,7 @@ class TicketConfig(Config):
     def _epoch_is_reached(self) -> TicketConfig:
         epoch, epochs = self.examples.epoch, self.proxy.epochs
         if self.examples.statistic is not None and epoch is not None and epochs is not None and epoch > ceil(epochs):
-            raise ValueError(f"examples.epoch: is {epoch}, and proxy.epochs {epochs:g}")
+            raise ValueError(f"examples.epoch: is {epoch}, and proxy.epochs {epochs:g}; name an epoch that comes")
         return self
 
 

@@ -345,6 +345,7 @@ def preflight(seen: Preflight) -> None:
     """
     from .methods import InvalidInput
     from .vision.architecture import Architecture
+    from .vision.external import check_name
     from .vision.network import outline
     from .vision.penalty import ATTENTION, no_rows
     from .vision.sources import check_sources
@@ -373,6 +374,8 @@ def preflight(seen: Preflight) -> None:
             "use mode: corrected",
             field=seen.at("examples.mode"),
         )
+    if seen.config.token_labels is not None and seen.config.token_labels.source.startswith("timm:"):
+        check_name(seen.config.token_labels.source, seen.at("token_labels.source"))
     check_sources(seen.data.model_dump(), seen.base)
 
 

@@ -298,6 +298,31 @@ invalid pipeline: resnet18 is of no family that is known here
     )
 
 
+def test_a_teacher_that_timm_does_not_have_is_refused(tmp_path: Path) -> None:
+    assert (
+        Project(tmp_path, VIT.replace("finetune: {", 'finetune: {distill: {teacher: "timm:regnety_161"}, ')).refused()
+        == """\
+invalid pipeline: timm has no trained weights of 'regnety_161'
+  --> pipeline.yaml:6:33
+   |
+ 6 |   finetune: {distill: {teacher: "timm:regnety_161"}, epochs: 1}
+   |                                 ^^^^^^^^^^^^^^^^^^
+  help: did you mean regnety_160, regnety_016, regnetz_c16?"""
+    )
+
+
+def test_a_provider_that_is_not_installed_is_refused_before_training_begins(tmp_path: Path) -> None:
+    import onnxruntime
+
+    name = next(
+        n for n in ("tensorrt", "openvino") if not any(n in x.lower() for x in onnxruntime.get_available_providers())
+    )
+    told = Project(tmp_path, VIT + "  export: {}\n  benchmark: {}\n").refused(f"benchmark.providers=[cpu, {name}]")
+    assert told.startswith(f"invalid pipeline: provider {name} is not in the installed onnxruntime")
+    assert f"\n  --> --set benchmark.providers=[cpu, {name}]\n" in told
+    assert "\n  help: pip uninstall onnxruntime" in told
+
+
 # ---- blocks that the network does not have
 
 
@@ -511,9 +536,10 @@ def test_epochs_to_keep_that_never_come_are_refused(tmp_path: Path) -> None:
     assert (
         Project(tmp_path, VIT).unplanned("train.keep_epochs=[1, 4]")
         == """\
-invalid pipeline: stages.train.keep_epochs: names epoch 4, and training ends after 1; name epochs from 1 to the last
+invalid pipeline: stages.train.keep_epochs: names epoch 4, and training ends after 1
   --> --set train.keep_epochs=[1, 4]
-                  ^^^^^^^^^^^"""
+                  ^^^^^^^^^^^
+  help: name epochs from 1 to the last"""
     )
 
 
@@ -521,27 +547,30 @@ def test_a_learning_rate_that_would_rise_is_refused(tmp_path: Path) -> None:
     assert (
         Project(tmp_path, VIT.replace("train: {", "train: {min_lr: 0.01, ")).unplanned()
         == """\
-invalid pipeline: stages.train.min_lr: min_lr 0.01 is above lr 0.001, the peak; lower it
+invalid pipeline: stages.train.min_lr: min_lr 0.01 is above lr 0.001, the peak
   --> pipeline.yaml:5:11
    |
  5 |   train: {min_lr: 0.01, epochs: 1}
-   |           ^^^^^^"""
+   |           ^^^^^^
+  help: lower it or raise lr"""
     )
     assert (
         Project(tmp_path, VIT.replace("train: {", "train: {lr: 1.0e-6, ")).unplanned()
         == """\
-invalid pipeline: stages.train.lr: min_lr 1e-05 is above lr 1e-06, the peak; lower it
+invalid pipeline: stages.train.lr: min_lr 1e-05 is above lr 1e-06, the peak
   --> pipeline.yaml:5:11
    |
  5 |   train: {lr: 1.0e-6, epochs: 1}
-   |           ^^"""
+   |           ^^
+  help: lower it or raise lr"""
     )
     assert (
         Project(tmp_path, VIT).unplanned("ticket.selector.lr=1e-6")
         == """\
-invalid pipeline: stages.ticket.selector.lr: 1e-06 is below proxy.min_lr 1e-05, where it ends; lower that
+invalid pipeline: stages.ticket.selector.lr: 1e-06 is below proxy.min_lr 1e-05, where it ends
   --> --set ticket.selector.lr=1e-6
-                            ^^"""
+                            ^^
+  help: lower that"""
     )
 
 
@@ -550,11 +579,12 @@ def test_passing_over_and_keeping_more_than_there_is_is_refused(tmp_path: Path) 
     assert (
         Project(tmp_path, VIT.replace("{patches: {keep: 0.5}}", examples)).unplanned()
         == """\
-invalid pipeline: stages.ticket.examples.skip_hardest: 0.3 with keep 0.8 is more than there is; together at most 1
+invalid pipeline: stages.ticket.examples.skip_hardest: 0.3 with keep 0.8 is more than there is
   --> pipeline.yaml:4:34
    |
  4 |   ticket: {examples: {keep: 0.8, skip_hardest: 0.3}, patches: {keep: 0.5}}
-   |                                  ^^^^^^^^^^^^"""
+   |                                  ^^^^^^^^^^^^
+  help: together at most 1"""
     )
 
 
@@ -566,9 +596,10 @@ def test_a_setting_that_would_be_measured_twice_is_refused(tmp_path: Path, field
     assert (
         Project(tmp_path, VIT + "  export: {}\n  benchmark: {}\n").unplanned(f"benchmark.{field}={values}")
         == f"""\
-invalid pipeline: stages.benchmark.{field}: {twice} stands there twice; name each once
+invalid pipeline: stages.benchmark.{field}: {twice} stands there twice
   --> --set benchmark.{field}={values}
-                      {"^" * len(field)}"""
+                      {"^" * len(field)}
+  help: name each once"""
     )
 
 
@@ -576,11 +607,12 @@ def test_a_randaugment_text_that_timm_does_not_know_is_refused(tmp_path: Path) -
     assert (
         Project(tmp_path, VIT.replace("train: {", "train: {augment: {rand: rand-k9}, ")).unplanned()
         == """\
-invalid pipeline: stages.train.augment.rand: 'k9' is no section of timm's, which are m9 n2 p0.5 mstd0.5 mmax10 inc1
+invalid pipeline: stages.train.augment.rand: 'k9' is no section of timm's RandAugment
   --> pipeline.yaml:5:21
    |
  5 |   train: {augment: {rand: rand-k9}, epochs: 1}
-   |                     ^^^^"""
+   |                     ^^^^
+  help: its sections are m9 n2 p0.5 mstd0.5 mmax10 inc1"""
     )
 
 

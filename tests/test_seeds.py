@@ -124,8 +124,8 @@ def test_an_option_for_the_one_takes_the_place_of_the_other_in_the_file(
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        (PIPELINE.replace("seed: 0", "seed: 0\nseeds: [1]"), [], "seeds: contradicts 'seed'; give one of the two"),
-        (PIPELINE, ["seed=1", "seeds=[2]"], "seeds: contradicts 'seed'; give one of the two"),
+        (PIPELINE.replace("seed: 0", "seed: 0\nseeds: [1]"), [], "seeds: contradicts 'seed'"),
+        (PIPELINE, ["seed=1", "seeds=[2]"], "seeds: contradicts 'seed'"),
         (PIPELINE, ["seeds=[1, 1]"], "seeds: names a seed twice"),
         (PIPELINE, ["seeds=[]"], "seeds must be a list of whole numbers"),
         (PIPELINE, ["seeds=[-1]"], "seeds[0] must be a whole number from 0 to 4294967295"),

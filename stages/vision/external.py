@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,18 @@ class External:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     macs: int
+
+
+def check_name(text: str, field: str) -> None:
+    """Refuse "timm:<name>" for a name that timm has no trained weights of; whether they can be fetched is not tried.
+
+    field: the setting that says it. Raises: InvalidInput.
+    """
+    name = text.removeprefix("timm:")
+    if ":" not in name and not timm.is_model_pretrained(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models(pretrained=True) names what there is"
+        raise InvalidInput(f"timm has no trained weights of {name!r}", hint, field=field)
 
 
 def load(text: str, classes: int, image_size: int) -> External:

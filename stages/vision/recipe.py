@@ -54,7 +54,9 @@ class Augmentation(Settings):
             )
         wrong = [s for s in sections if not RAND_SECTION.fullmatch(s)]
         if wrong:
-            raise ValueError(f"rand: {wrong[0]!r} is no section of timm's, which are {RAND_SECTIONS}")
+            raise ValueError(
+                f"rand: {wrong[0]!r} is no section of timm's RandAugment; its sections are {RAND_SECTIONS}"
+            )
         return self
 
 
@@ -89,7 +91,7 @@ class Recipe(Settings):
     def _falling(self) -> Recipe:
         if self.min_lr > self.lr:
             field = "min_lr" if "min_lr" in self.model_fields_set else "lr"
-            raise ValueError(f"{field}: min_lr {self.min_lr:g} is above lr {self.lr:g}, the peak; lower it")
+            raise ValueError(f"{field}: min_lr {self.min_lr:g} is above lr {self.lr:g}, the peak; lower it or raise lr")
         return self
 
     def total_steps(self, examples: int) -> int:
