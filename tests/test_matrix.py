@@ -358,6 +358,7 @@ def test_a_pipeline_of_three_arms_and_two_seeds_ends_in_a_matrix_at_equal_macs(t
     facts = collect(record.as_json(), store)
     for page in (render_html(facts), render_markdown(facts)):
         assert "Tickets, random and full patches" in page
+        assert "Trained to equal macs." in page
         assert all(claim["words"].partition("(")[0].strip() in page.replace("\\", "") for claim in found["claims"])
     assert [step.arms for step in facts.steps if step.stage == "matrix"] == ["all arms"]
     again = run_plan(plan, store, progress=Silent(), invalid_input=(InvalidInput,))

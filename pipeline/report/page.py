@@ -87,6 +87,9 @@ def _words(facts: Facts) -> dict[str, Any]:
         "notes": [(step, note) for step in facts.steps for note in step.notes],
         "speed_word": lambda row: speed_word(row, facts),
         "deeds": deeds,
+        "budgets": list(
+            dict.fromkeys(word for step in facts.steps if (word := text(step.manifest, "ledger", "budget")))
+        ),
         "sections": [section for step in facts.steps for section in sections(step.metrics)],
     }
 
