@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,10 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # no power is cut here, and a disk takes its time
+    # Pictures take longer than these networks; they have tests of their own.
+    monkeypatch.setattr("sievit.stages.vision.score_figures.pictures", lambda *choice: ())
     return Project(tmp_path)
 
 
