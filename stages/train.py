@@ -10,6 +10,13 @@ that `prune` removes; l1 and l2 the matrices of the blocks. attention_entropy ma
 attention_log is Sparse then Prune's (2023), published with strength 0.01 on the last block: it flattens attention, and
 is too small to be seen; it is there to be measured against.
 
+`masks` sets weights of the blocks' matrices to zero, and holds them there in the optimiser's moments and in the
+average: by magnitude at once or in a cubic schedule (`random` is the control, as many weights of each tensor by lot),
+by drop and grow from the first step (rigl, as SViTE for ViTs), or two of every four inputs (sr_ste). What is saved has
+the zeros, and the metrics the density of every tensor. Dense hardware gains nothing from zeros, but for 2:4 on sparse
+tensor cores; `finetune` trains all weights again. Sparse then Prune is {method: magnitude, schedule: one_shot,
+begin: 1.0, mode: paper}.
+
 With `token_labels` an LV-ViT also learns what is in each patch (Jiang et al., NeurIPS 2021): a trained network labels
 every patch of every view, labels are mixed with their views by the share that each patch has of its own image, and
 follow the ticket's gather; the loss is CE(class token) + weight * mean CE(kept patches). The annotator's cost is in
@@ -51,6 +58,7 @@ from pydantic import Field, model_validator
 
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
+from .vision.mask_settings import Magnitude, MaskSettings, Pattern, check_masks
 from .vision.recipe import ExamplePolicy, Recipe, Settings, Swap, check_examples
 
 if TYPE_CHECKING:
@@ -95,6 +103,7 @@ class TrainConfig(Recipe, Config):
         None, description="lets examples come and go while training; null: every pass sees all that the tickets kept"
     )
     weights: Penalty | None = Field(None, description="a penalty on weights or attention; null for none")
+    masks: MaskSettings | None = Field(None, description="which weights are kept; null: all")
     token_labels: TokenLabels | None = Field(None, description="labels for patches, LV-ViT only; null for none")
     patches: Literal["zero", "mosaic"] | None = Field(
         None,
@@ -120,6 +129,8 @@ class TrainConfig(Recipe, Config):
                 "name epochs from 1 to the last"
             )
         check_examples(self.examples, self.epochs, self.budget)
+        if self.steps is not None and self.budget == "epochs":
+            check_masks(self.masks, self.steps)
         return self
 
 
@@ -127,7 +138,7 @@ def run(ctx: Context) -> None:
     """Data and tickets, network, training, then accuracy under every token policy."""
     import torch
 
-    from .vision import budget, examples, figures, penalty, tickets
+    from .vision import budget, examples, figures, masks, penalty, tickets
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
@@ -193,6 +204,7 @@ def run(ctx: Context) -> None:
             objective=_objective(config),
             annotate=annotator,
             penalty=None if config.weights is None else penalty.create(config.weights.method, config.weights.strength),
+            masks=config.masks,
             judge=lambda current: top1(current, splits.calibration, normalise, device),
             keep_epochs=config.keep_epochs,
             checkpoint=ctx.work / "training.safetensors",
@@ -229,6 +241,9 @@ def run(ctx: Context) -> None:
         "parameters": network.parameter_count(),
         "macs": architecture.macs(),
     }
+    if config.masks is not None:
+        mode = getattr(config.masks, "mode", "corrected")
+        ctx.metrics["masks"] = config.masks.model_dump() | {"density": masks.densities(network, mode)}
     if config.token_labels is not None and annotator is not None:
         ctx.metrics["token_labels"] = config.token_labels.model_dump() | {"map": annotator.places}
     ctx.ledger |= {
@@ -257,8 +272,13 @@ def _policy(config: TrainConfig, whole: bool) -> str:
 
 
 def _check_epochs(config: TrainConfig, examples: int) -> None:
-    """Raises: InvalidInput for kept epochs and swaps that these steps do not reach."""
+    """Raises: InvalidInput for kept epochs and swaps that these steps do not reach, and masks that do not change."""
     from .methods import InvalidInput
+
+    try:
+        check_masks(config.masks, config.total_steps(examples))
+    except ValueError as error:
+        raise InvalidInput(f"train.{error}") from error
 
     last = config.total_steps(examples) // -(-examples // config.batch_size)
     if config.keep_epochs and max(config.keep_epochs) > last:
@@ -339,11 +359,20 @@ def coherent(seen: Preflight) -> None:
         )
 
 
+def idle(seen: Preflight) -> dict[str, str]:
+    """A schedule of cuts where there is one cut."""
+    masks = seen.config.masks
+    if not isinstance(masks, Magnitude) or masks.schedule != "one_shot":
+        return {}
+    return {f"masks.{name}": "masks.schedule is one_shot" for name in ("end", "every")}
+
+
 def preflight(seen: Preflight) -> None:
     """Refuse images that are not there, a network that cannot be built, patch tickets that it cannot take, and what
-    asks of it a head for patches, a class token or attention among all tokens.
+    asks of it a head for patches, a class token, attention among all tokens or widths that are multiples of four.
     """
     from .methods import InvalidInput
+    from .vision import masks
     from .vision.architecture import Architecture
     from .vision.external import check_name
     from .vision.network import outline
@@ -368,6 +397,12 @@ def preflight(seen: Preflight) -> None:
         refusal = no_rows(seen.model.name, penalty.method)
         refusal.field = seen.at("weights.method")
         raise refusal
+    if isinstance(seen.config.masks, Pattern):
+        try:
+            masks.check_outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
+        except InvalidInput as error:
+            error.field = seen.at("masks.pattern")
+            raise
     if isinstance(seen.config.examples, Swap) and seen.config.examples.mode == "paper" and not network.prefix:
         raise InvalidInput(
             f"examples.mode: paper sorts by the attention of the class token, and {seen.model.name} has none",
@@ -411,7 +446,7 @@ def _references(config: TrainConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="train",
-    version=5,
+    version=6,
     config=TrainConfig,
     run=run,
     reads=(Reads("tickets", "tickets", optional=True),),
@@ -421,5 +456,6 @@ STAGE = Stage(
     uses=frozenset({"data", "model", "seed", "device"}),
     references=_references,
     coherent=coherent,
+    idle=idle,
     preflight=preflight,
 )

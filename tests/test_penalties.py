@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import images, trained  # noqa: F401  (images is a fixture)
+from test_training import trained
+from tiny_vision import data, image_folder, network, swin
 from tiny_vision import images as pictures
-from tiny_vision import network, swin
 from torch import Tensor
 
 from sievit.pipeline.settings import DataConfig, ModelConfig
@@ -20,11 +20,17 @@ from sievit.stages.methods.regularisers import attention_entropy, attention_log,
 from sievit.stages.train import STAGE, TrainConfig
 from sievit.stages.train import Penalty as Settings
 from sievit.stages.vision.attention import set_fused
-from sievit.stages.vision.dataset import Images
+from sievit.stages.vision.dataset import Images, load_splits
 from sievit.stages.vision.penalty import create
 from sievit.stages.vision.recipe import Recipe
 
 METHODS = ("group_lasso", "hoyer", "l1", "l2", "attention_log", "attention_entropy")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
+    folder = image_folder(tmp_path_factory.mktemp("data") / "i", per_class=16)
+    return load_splits(data(str(folder)), Path()).train
 
 
 def entropy(logits: Tensor) -> float:
@@ -148,7 +154,7 @@ def test_attention_is_penalised_as_it_is_computed_and_nothing_is_left_on_the_net
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_penalty_reaches_the_weights(images: Images, method: str) -> None:  # noqa: F811
+def test_every_penalty_reaches_the_weights(images: Images, method: str) -> None:
     """What is penalised ends lower than without, by training of few steps; attention_log's own 1e-5 is weighed up."""
     recipe = Recipe(steps=8, batch_size=8, lr=3e-3, weight_decay=0.0)
     strength = {"attention_log": 1e3, "attention_entropy": 1.0, "hoyer": 0.1}.get(method, 1e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -585,6 +586,42 @@ invalid pipeline: stages.ticket.examples.skip_hardest: 0.3 with keep 0.8 is more
  4 |   ticket: {examples: {keep: 0.8, skip_hardest: 0.3}, patches: {keep: 0.5}}
    |                                  ^^^^^^^^^^^^
   help: together at most 1"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "at", "said"),
+    [
+        ("{method: magnitude, keep: 0.5, pattern: '2:4'}", "masks", "cannot have a pattern and another mask"),
+        ("{method: rigl, keep: 0.5, pattern: '2:4'}", "masks", "cannot have a pattern and another mask"),
+        ("{method: sr_ste, keep: 0.5}", "masks", "keeps two weights of every four"),
+        ("{method: magnitude, keep: 0.5, begin: 0.6, end: 0.4}", "end", "begin after 0.6 of the steps and end after"),
+        ("{method: magnitude, keep: 0.5, begin: 0.8}", "begin", "begin after 0.8 of the steps and end after 0.7"),
+        ("{method: magnitude, keep: 0.5, end: 1.2}", "end", "above 0 and at most 1"),
+        ("{method: magnitude, keep: 0.5, schedule: one_shot, every: 4}", "every", "masks.schedule is one_shot"),
+        ("{method: soup, keep: 0.5}", "method", "soup"),
+    ],
+)
+def test_masks_that_contradict_each_other_are_refused(tmp_path: Path, written: str, at: str, said: str) -> None:
+    text = Project(tmp_path, VIT.replace("train: {", f"train: {{masks: {written}, ")).unplanned()
+    lines = text.splitlines()
+    assert said in text and "pipeline.yaml:5:" in text
+    shown, carets = next((a, b) for a, b in itertools.pairwise(lines) if set(b.strip(" |")) == {"^"})
+    column = carets.index("^")
+    assert at in (shown[column:].split(":")[0], shown[:column].rstrip(": '").split()[-1].strip("{")), text
+
+
+def test_two_of_four_needs_whole_groups(tmp_path: Path) -> None:
+    text = VIT.replace("embed_dim: 48", "embed_dim: 42").replace("train: {", "train: {masks: {method: sr_ste}, ")
+    assert (
+        Project(tmp_path, text).refused()
+        == """\
+invalid pipeline: masks.pattern: blocks.0.attn.qkv.weight has rows of 42 weights, which are no whole groups of four
+  --> pipeline.yaml:5:11
+   |
+ 5 |   train: {masks: {method: sr_ste}, epochs: 1}
+   |           ^^^^^
+  help: use widths that are multiples of 4, or the method magnitude"""
     )
 
 

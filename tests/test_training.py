@@ -18,6 +18,7 @@ from sievit.stages.methods.regularisers import head_norms, unit_norms
 from sievit.stages.vision.augment import Augmenter, Mixer
 from sievit.stages.vision.dataset import Images, load_splits
 from sievit.stages.vision.evaluate import top1
+from sievit.stages.vision.mask_settings import Magnitude, Pattern, RigL
 from sievit.stages.vision.network import Network
 from sievit.stages.vision.patches import Cached
 from sievit.stages.vision.recipe import Augmentation, Optimizer, Recipe
@@ -29,6 +30,15 @@ FULL = Recipe(
     epochs=3.5, batch_size=6, lr=1e-3, ema=0.9, mixup=0.4, drop_path=0.2, warmup=0.2,
     augment=Augmentation(shift=0.1, zoom=0.7, flip=True, erase=0.5, rand="rand-m5-mstd0.5"),
 )  # fmt: skip
+
+
+MASKS = {
+    "cubic": Magnitude(method="magnitude", keep=0.4, begin=0.2, end=0.8, every=2, mode="paper"),
+    "random": Magnitude(method="random", keep=0.4, begin=0.2, end=0.8, every=2),
+    "one shot": Magnitude(method="magnitude", keep=0.4, begin=0.5, schedule="one_shot", scope="layer"),
+    "rigl": RigL(method="rigl", keep=0.4, every=2, exchange=0.5, end=0.9),
+    "2:4": Pattern(method="sr_ste", decay=0.1),
+}
 
 
 class Killed(BaseException):
@@ -59,13 +69,10 @@ def state(net: Network) -> dict[str, Tensor]:
     return {name: t.clone() for name, t in net.body.state_dict().items()}
 
 
-@pytest.mark.parametrize("ticketed", [False, True])
-@pytest.mark.parametrize("after", [1, 4, 5, 9, 13])
-def test_a_killed_run_ends_with_the_same_bits_as_an_undisturbed_one(
-    images: Images, tmp_path: Path, after: int, ticketed: bool
-) -> None:
-    judge = lambda net: float(net.body.norm.weight[0])  # noqa: E731
-    expected = trained(images, FULL, ticketed=ticketed, finish=0.3, judge=judge, keep_epochs=(1,))
+def ends_with_the_same_bits(images: Images, file: Path, after: int, **more: Any) -> None:
+    """A run that is killed after that many steps and run again, against one that is not."""
+    how = {"finish": 0.3, "judge": lambda net: float(net.body.norm.weight[0]), "keep_epochs": (1,), **more}
+    expected = trained(images, FULL, **how)
     steps = 0
 
     def tick(number: int, values: Any) -> None:
@@ -74,34 +81,30 @@ def test_a_killed_run_ends_with_the_same_bits_as_an_undisturbed_one(
         if steps == after:
             raise Killed
 
-    file = tmp_path / "c.safetensors"
     with pytest.raises(Killed):
-        trained(
-            images,
-            FULL,
-            ticketed=ticketed,
-            finish=0.3,
-            judge=judge,
-            keep_epochs=(1,),
-            checkpoint=file,
-            checkpoint_seconds=0,
-            tick=tick,
-        )
-    again = trained(
-        images,
-        FULL,
-        ticketed=ticketed,
-        finish=0.3,
-        judge=judge,
-        keep_epochs=(1,),
-        checkpoint=file,
-        checkpoint_seconds=0,
-    )
+        trained(images, FULL, **how, checkpoint=file, checkpoint_seconds=0, tick=tick)
+    again = trained(images, FULL, **how, checkpoint=file, checkpoint_seconds=0)
     assert again.curve == expected.curve
     assert (again.steps, again.images, again.ticketed) == (expected.steps, expected.images, expected.ticketed)
     wanted = state(expected.network)
     assert all(torch.equal(wanted[name], t) for name, t in state(again.network).items())
     assert all(torch.equal(expected.early[1][name], t) for name, t in again.early[1].items())
+
+
+@pytest.mark.parametrize("ticketed", [False, True])
+@pytest.mark.parametrize("after", [1, 4, 5, 9, 13])
+def test_a_killed_run_ends_with_the_same_bits_as_an_undisturbed_one(
+    images: Images, tmp_path: Path, after: int, ticketed: bool
+) -> None:
+    ends_with_the_same_bits(images, tmp_path / "c.safetensors", after, ticketed=ticketed)
+
+
+@pytest.mark.parametrize("masks", list(MASKS))
+@pytest.mark.parametrize("after", [8, 13])
+def test_masks_survive_a_kill(images: Images, tmp_path: Path, after: int, masks: str) -> None:
+    """Killed in the middle of a pass, right after a cut or an exchange, and between two of them."""
+    judge = lambda net: float(net.body.blocks[0].mlp.fc1.weight.abs().sum())  # noqa: E731
+    ends_with_the_same_bits(images, tmp_path / "c.safetensors", after, judge=judge, masks=MASKS[masks])
 
 
 @pytest.mark.parametrize("optimizer", get_args(Optimizer))

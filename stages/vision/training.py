@@ -28,6 +28,8 @@ from .augment import Augmenter, Mixer
 from .clock import Clock
 from .dataset import Images
 from .examples import Everything, Policy, Watch
+from .mask_settings import Magnitude, Pattern, RigL
+from .masks import apply as apply_masks
 from .network import Network
 from .patches import PatchPolicy, Views
 from .penalty import Penalty
@@ -127,6 +129,7 @@ def fit(
     objective: Objective = supervised,
     annotate: Annotate | None = None,
     penalty: Penalty | None = None,
+    masks: Magnitude | RigL | Pattern | None = None,
     judge: Callable[[Network], float] | None = None,
     after_epoch: Callable[[int, Network], None] | None = None,
     keep_epochs: tuple[int, ...] = (),
@@ -141,6 +144,7 @@ def fit(
         policy: which examples each pass sees (None: all). It is told what every step saw; its state is in the
             checkpoint.
         annotate: labels every patch of the un-mixed views in [0, 1]; batches then carry token_labels.
+        masks: which weights are kept, from when on; those that are left out are zeros in what is returned.
         judge: called after each epoch on the network that would be kept; its answer goes into the curve as
             top1_calibration.
         after_epoch: called after each epoch (number from 1) on the raw network; used for proxy statistics.
@@ -154,7 +158,7 @@ def fit(
     if processes.count() > 1:
         raise InvalidInput("training in several processes is not possible yet", "run one process")
     policy = policy or Everything(pool.members)
-    run = _Run(network, pool, recipe, seed, device, normalise, finish, policy, annotate)
+    run = _Run(network, pool, recipe, seed, device, normalise, finish, policy, annotate, masks)
     begun = time.monotonic()
     before = run.restore(checkpoint)
     saved = time.monotonic()
@@ -173,6 +177,7 @@ def fit(
             run.save(checkpoint, before + time.monotonic() - begun)
             saved = time.monotonic()
     kept = run.kept()
+    run.masks.settle(kept)
     return Fitted(
         kept.eval(),
         run.curve,
@@ -200,6 +205,7 @@ class _Run:
         finish: float,
         policy: Policy,
         annotate: Annotate | None,
+        masks: Magnitude | RigL | Pattern | None,
     ) -> None:
         self.network, self.pool, self.recipe, self.seed, self.device = network.to(device), pool, recipe, seed, device
         self.normalise, self.policy, self.annotate = normalise, policy, annotate
@@ -228,6 +234,7 @@ class _Run:
         )
         self.schedule.step_update(0)
         self.ema = ModelEmaV3(network, decay=recipe.ema, use_warmup=True) if recipe.ema is not None else None
+        self.masks = apply_masks(masks, network, self.optimizer, self.ema, total, seed)
         tied = pool.patches is not None and pool.patches.follows_image
         self.augment = Augmenter(recipe.augment, pool.images.size, colour_only=tied)
         self.mix = Mixer(recipe.mixup, recipe.cutmix, recipe.smoothing, len(pool.images.classes))
@@ -267,6 +274,7 @@ class _Run:
         return Batch(images, mixed.targets, kept, labels, indices, weights, mixed.share, of_patches)
 
     def advance(self, batch: Batch, objective: Objective, penalty: Penalty | None) -> dict[str, float]:
+        self.masks.project()
         with self.watch or nullcontext(), nullcontext() if penalty is None else penalty.watch(self.network):
             losses = objective(self.network, batch)
         loss = losses if batch.weights is None else losses * batch.weights
@@ -281,6 +289,7 @@ class _Run:
             self.policy.observe(self.watch.seen(batch.ids, batch.clean, losses, batch.share))
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
+        self.masks.on_gradients(self.clock.now)
         if self.recipe.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
         self.optimizer.step()
@@ -289,6 +298,7 @@ class _Run:
         self.schedule.step_update(self.clock.now)  # timm computes with fractions as well
         if self.ema is not None:
             self.ema.update(self.network, step=self.step)
+        self.masks.on_step(self.clock.now)
         self.images_seen += len(batch.images)
         self.ticketed += 0 if batch.kept is None else len(batch.images)
         # With weights, an estimate of the mean over all examples: those that count more stand for those left out.
@@ -311,7 +321,8 @@ class _Run:
         }
         self.losses, self.counted = 0.0, 0
         if judge is not None:
-            row["top1_calibration"] = judge(self.kept())
+            with self.masks.shown(self.kept()):
+                row["top1_calibration"] = judge(self.kept())
         self.curve.append(row)
         if after_epoch is not None:
             after_epoch(epoch, self.network)
@@ -333,10 +344,13 @@ class _Run:
             tensors |= {f"early.{epoch}.{n}": t for n, t in state.items()}
         policy, policy_facts = self.policy.state()
         tensors |= {f"policy.{n}": t for n, t in policy.items()}
+        masks, mask_facts = self.masks.state()
+        tensors |= {f"mask.{n}": t for n, t in masks.items()}
         facts = {
             "step": self.step,
             "clock": asdict(self.clock),
             "policy": policy_facts,
+            "masks": mask_facts,
             "images": self.images_seen,
             "ticketed": self.ticketed,
             "curve": self.curve,
@@ -364,6 +378,7 @@ class _Run:
             epoch, _, rest = name.partition(".")
             self.early.setdefault(int(epoch), {})[rest] = tensor
         self.policy.restore(_with_prefix(tensors, "policy."), facts["policy"])
+        self.masks.restore(_with_prefix(tensors, "mask."), facts["masks"])
         self.clock, self.step, self.curve = clock, facts["step"], facts["curve"]
         self.images_seen, self.ticketed = facts["images"], facts["ticketed"]
         self.losses, self.counted = facts["losses"], facts["counted"]

@@ -1,0 +1,128 @@
+"""Masks on weights as settings: every field with its unit and its reason. Imports no torch, as recipe.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from .recipe import Settings
+
+
+class Magnitude(Settings):
+    """The weights of the largest magnitude stay, at once or in a gradual cut; or as many random ones, the control."""
+
+    method: Literal["magnitude", "random"] = Field(
+        description="magnitude: the largest stay; random: as many of each tensor, drawn by lot"
+    )
+    keep: float = Field(gt=0, lt=1, description="fraction of the weights that is kept in the end")
+    scope: Literal["global", "layer"] = Field(
+        "global", description="global: all tensors are ranked together; layer: the same fraction of each"
+    )
+    schedule: Literal["one_shot", "cubic"] = Field(
+        "cubic", description="one_shot: all at begin; cubic: from begin to end, less and less at a time"
+    )
+    begin: float = Field(
+        0.2, ge=0, le=1, description="share of the steps before the first cut; 1 with one_shot: after training"
+    )
+    end: float = Field(0.7, gt=0, le=1, description="share of the steps after which the cubic schedule is over")
+    every: int = Field(20, ge=1, description="steps from one cut of the cubic schedule to the next")
+    mode: Literal["paper", "corrected"] = Field(
+        "corrected",
+        description="paper: patch embedding, gains of the norms in the blocks and classifier are cut too, as in Sparse "
+        "then Prune; corrected: the matrices of the blocks alone",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rule(cls, fields: Any) -> Any:
+        return _refuse_pattern(fields)
+
+    @model_validator(mode="after")
+    def _ends_after_it_begins(self) -> Magnitude:
+        if self.schedule == "cubic" and self.begin >= self.end:
+            field = "end" if "end" in self.model_fields_set else "begin"
+            raise ValueError(
+                f"{field}: the cut would begin after {self.begin:g} of the steps and end after {self.end:g}; "
+                "give an end above begin, or schedule: one_shot"
+            )
+        return self
+
+
+class RigL(Settings):
+    """Sparse from the first step: the smallest weights go, and as many come where the gradient is largest."""
+
+    method: Literal["rigl"] = Field(description="drop and grow (RigL; SViTE for ViTs)")
+    keep: float = Field(gt=0, lt=1, description="fraction of the weights that is kept, at every step")
+    densities: Literal["erk", "uniform"] = Field(
+        "erk", description="erk: small and oblong tensors stay denser; uniform: the same fraction of each"
+    )
+    exchange: float = Field(
+        0.3, gt=0, lt=1, description="share of the kept weights exchanged at first, falling to 0 as a cosine"
+    )
+    every: int = Field(100, ge=1, description="steps from one exchange to the next")
+    end: float = Field(0.75, gt=0, le=1, description="share of the steps after which the masks stay as they are")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rule(cls, fields: Any) -> Any:
+        return _refuse_pattern(fields)
+
+
+class Pattern(Settings):
+    """Two of every four inputs of an output, what sparse tensor cores take; chosen anew at every step (SR-STE)."""
+
+    method: Literal["sr_ste"] = Field(description="a pattern, learned with straight-through gradients")
+    pattern: Literal["2:4"] = Field("2:4", description="weights kept of consecutive inputs")
+    decay: float = Field(2e-4, ge=0, description="pull on the weights that are left out; 0 is plain straight-through")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rule(cls, fields: Any) -> Any:
+        for name in ("keep", "scope", "schedule"):
+            if isinstance(fields, dict) and name in fields:
+                raise ValueError(
+                    f"{name}: sr_ste keeps two weights of every four, and the same tensors cannot have another mask as "
+                    f"well; remove {name}, or take the method magnitude"
+                )
+        return fields
+
+
+def _refuse_pattern(fields: Any) -> Any:
+    if isinstance(fields, dict) and "pattern" in fields:
+        raise ValueError(
+            "pattern: the same tensors cannot have a pattern and another mask; remove pattern, or take method: sr_ste, "
+            'which keeps "2:4"'
+        )
+    return fields
+
+
+MaskSettings = Annotated[Magnitude | RigL | Pattern, Field(discriminator="method")]
+
+
+def mask_steps(settings: Magnitude | RigL, total: int) -> tuple[int, ...]:
+    """The steps, of `total`, after which masks change; those of rigl before the step that follows. Ascending."""
+    if isinstance(settings, RigL):
+        return tuple(range(settings.every, round(settings.end * total), settings.every))
+    begin, end = round(settings.begin * total), round(settings.end * total)
+    if settings.schedule == "one_shot":
+        return (begin,)
+    return (*range(begin + settings.every, end, settings.every), end)
+
+
+def check_masks(settings: Magnitude | RigL | Pattern | None, total: int) -> None:
+    """Refuse masks that do not change in a run of `total` steps as they are meant to. Raises: ValueError."""
+    if settings is None or isinstance(settings, Pattern):
+        return
+    end = round(settings.end * total)
+    if isinstance(settings, RigL) and not mask_steps(settings, total):
+        raise ValueError(
+            f"masks.every: an exchange every {settings.every} steps, and they end at step {end} of {total}: "
+            f"there would be none; every can be at most {end - 1}"
+        )
+    if isinstance(settings, Magnitude) and settings.schedule == "cubic" and len(mask_steps(settings, total)) < 2:
+        begin = round(settings.begin * total)
+        raise ValueError(
+            f"masks.every: a cut every {settings.every} steps between step {begin} and step {end} of {total} is a "
+            "single one; lower every, or use schedule: one_shot"
+        )
