@@ -15,7 +15,8 @@ average: by magnitude at once or in a cubic schedule (`random` is the control, a
 by drop and grow from the first step (rigl, as SViTE for ViTs), or two of every four inputs (sr_ste). What is saved has
 the zeros, and the metrics the density of every tensor. Dense hardware gains nothing from zeros, but for 2:4 on sparse
 tensor cores; `finetune` trains all weights again. Sparse then Prune is {method: magnitude, schedule: one_shot,
-begin: 1.0, mode: paper}.
+begin: 1.0, mode: paper}. essential tries falling levels on a pretrained network, trains each for a few steps, takes the
+last one before accuracy on the calibration split falls by more than the tolerance, and cuts before the first step.
 
 With `token_labels` an LV-ViT also learns what is in each patch (Jiang et al., NeurIPS 2021): a trained network labels
 every patch of every view, labels are mixed with their views by the share that each patch has of its own image, and
@@ -58,7 +59,7 @@ from pydantic import Field, model_validator
 
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
-from .vision.mask_settings import Magnitude, MaskSettings, Pattern, check_masks
+from .vision.mask_settings import Essential, Magnitude, MaskSettings, Pattern, check_masks
 from .vision.recipe import ExamplePolicy, Recipe, Settings, Swap, check_examples
 
 if TYPE_CHECKING:
@@ -131,6 +132,10 @@ class TrainConfig(Recipe, Config):
         check_examples(self.examples, self.epochs, self.budget)
         if self.steps is not None and self.budget == "epochs":
             check_masks(self.masks, self.steps)
+        if isinstance(self.masks, Essential) and self.budget == "macs":
+            raise ValueError(
+                "budget: macs leaves out what the sweep of masks costs; use steps or epochs with essential"
+            )
         return self
 
 
@@ -138,7 +143,7 @@ def run(ctx: Context) -> None:
     """Data and tickets, network, training, then accuracy under every token policy."""
     import torch
 
-    from .vision import budget, examples, figures, masks, penalty, tickets
+    from .vision import budget, essential, examples, figures, masks, penalty, tickets
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
@@ -191,6 +196,24 @@ def run(ctx: Context) -> None:
         recipe = config.model_copy(update={"epochs": None, "steps": budget.steps_for(config, config.budget, arm)})
     _check_epochs(recipe, policy.size)
 
+    held, tried = config.masks, None
+    if isinstance(config.masks, Essential):
+        tried = essential.sweep(
+            network,
+            pool,
+            recipe,
+            config.masks,
+            seed=ctx.seed,
+            device=device,
+            normalise=normalise,
+            objective=_objective(config),
+            annotate=annotator,
+            judge=lambda current: top1(current, splits.calibration, normalise, device),
+            progress=ctx.progress,
+        )
+        held = config.masks.at(tried.chosen)
+    assert not isinstance(held, Essential)
+
     with ctx.progress.task("training", recipe.total_steps(arm.kept)) as task:
         fitted = fit(
             network,
@@ -204,7 +227,7 @@ def run(ctx: Context) -> None:
             objective=_objective(config),
             annotate=annotator,
             penalty=None if config.weights is None else penalty.create(config.weights.method, config.weights.strength),
-            masks=config.masks,
+            masks=held,
             judge=lambda current: top1(current, splits.calibration, normalise, device),
             keep_epochs=config.keep_epochs,
             checkpoint=ctx.work / "training.safetensors",
@@ -222,6 +245,7 @@ def run(ctx: Context) -> None:
         ctx.metrics["examples"] = examples.use(config.examples, len(pool.members), fitted.passes, fitted.images)
 
     whole = fitted.images - fitted.ticketed
+    trying = 0 if tried is None else tried.images * arm.ticketed
     spent = budget.Spent(
         budget=config.budget,
         steps=fitted.steps,
@@ -229,7 +253,7 @@ def run(ctx: Context) -> None:
         of=arm.examples,
         images=fitted.images,
         macs=fitted.ticketed * arm.ticketed + whole * arm.whole,
-        scoring_macs=arm.scoring,
+        scoring_macs=None if arm.scoring is None else arm.scoring + trying,
         allowed=budget.allowance(config, arm) if config.budget == "macs" else None,
     )
     spent.save(ctx.out)
@@ -253,9 +277,18 @@ def run(ctx: Context) -> None:
         "epochs": round(fitted.passes, 3),
         "steps": fitted.steps,
         "train_macs": 3 * (fitted.ticketed * ticket_macs + whole * architecture.macs()),
-        "scoring_macs": fitted.images * labelling + fitted.ticketed * looking,
-        "seconds": round(fitted.seconds, 3),
+        "scoring_macs": fitted.images * labelling + fitted.ticketed * looking + trying,
+        "seconds": round(fitted.seconds + (0 if tried is None else tried.seconds), 3),
     }
+    if tried is not None and isinstance(config.masks, Essential):
+        ctx.metrics["masks"] |= {"chosen": tried.chosen, "tried": tried.rows()}
+        ctx.figure(
+            "essential",
+            figures.sweep(tried.keeps, tried.top1, tried.chosen, config.masks.tolerance),
+            title="Weights kept against accuracy",
+            caption=f"Each level cut at once and trained for {config.masks.steps} steps. Dashed: what may be lost; "
+            "upright: the level taken.",
+        )
     ctx.figure(
         "curve",
         figures.curve(fitted.curve),
@@ -343,10 +376,17 @@ def _objective(config: TrainConfig) -> Objective:
 
 
 def coherent(seen: Preflight) -> None:
-    """Refuse cutmix on patch tickets that know one image."""
+    """Refuse cutmix on patch tickets that know one image, and a sweep on a network that knows nothing."""
     from .methods import InvalidInput
 
     config: TrainConfig = seen.config
+    if isinstance(config.masks, Essential) and not (seen.model.pretrained or seen.model.weights is not None):
+        raise InvalidInput(
+            f"{seen.at('masks')}: essential tries what a pretrained network can do without, and this one begins at "
+            "random",
+            "name weights: model.pretrained or model.weights; or use the method magnitude",
+            field=seen.at("masks.method"),
+        )
     ticket = seen.reads.get("tickets")
     if not config.cutmix or ticket is None or ticket.config.whole:
         return

@@ -599,6 +599,7 @@ invalid pipeline: stages.ticket.examples.skip_hardest: 0.3 with keep 0.8 is more
         ("{method: magnitude, keep: 0.5, begin: 0.8}", "begin", "begin after 0.8 of the steps and end after 0.7"),
         ("{method: magnitude, keep: 0.5, end: 1.2}", "end", "above 0 and at most 1"),
         ("{method: magnitude, keep: 0.5, schedule: one_shot, every: 4}", "every", "masks.schedule is one_shot"),
+        ("{method: essential, steps: 5}", "method", "this one begins at random"),
         ("{method: soup, keep: 0.5}", "method", "soup"),
     ],
 )

@@ -29,6 +29,7 @@ from sievit.stages.methods.weight_masks import (
     erk_counts,
     first_of,
     highest,
+    knee,
     largest,
     n_of_m,
     weights_kept,
@@ -36,10 +37,11 @@ from sievit.stages.methods.weight_masks import (
 from sievit.stages.train import TrainConfig
 from sievit.stages.vision import masks, training
 from sievit.stages.vision.dataset import Images, load_splits
-from sievit.stages.vision.mask_settings import Magnitude, Pattern, RigL, check_masks, mask_steps
+from sievit.stages.vision.mask_settings import Essential, Magnitude, Pattern, RigL, check_masks, mask_steps
 from sievit.stages.vision.masks import Held, Projected, check_groups, densities
 from sievit.stages.vision.masks import pool as weights_of
 from sievit.stages.vision.recipe import Recipe
+from sievit.stages.vision.tensors import write_tensors
 from sievit.stages.vision.training import fit
 from sievit.stages.vision.weights import load_network
 
@@ -406,3 +408,41 @@ def test_the_stage_saves_zeros_and_records_the_density_of_every_tensor(tmp_path:
         assert record["density"]["tensors"][name] == pytest.approx(float((weight != 0).float().mean()), abs=1e-5)
     assert (record["method"], record["keep"]) == ("magnitude", 0.3)
     assert record["density"]["global"] == pytest.approx(0.3, abs=1e-5)
+
+
+# ---- essential sparsity
+
+
+def test_the_knee_is_the_last_level_before_accuracy_falls() -> None:
+    keeps = (1.0, 0.8, 0.6, 0.4)
+    assert knee(keeps, (0.9, 0.9, 0.895, 0.5), 0.01) == 0.6
+    assert knee(keeps, (0.9, 0.85, 0.9, 0.9), 0.01) == 1.0, "what comes back further on is noise"
+    assert knee(keeps, (0.9, 0.95, 0.9, 0.9), 0.0) == 0.4
+
+
+def test_a_sweep_takes_the_knee_of_what_it_records_and_books_its_cost(tmp_path: Path) -> None:
+    image_folder(tmp_path / "i", per_class=16)
+    for folder in ("out", "work"):
+        (tmp_path / folder).mkdir()
+    write_tensors(tmp_path / "w.safetensors", network(classes=2).body.state_dict())
+    settings = Essential(method="essential", levels=(0.9, 0.5, 0.001), steps=2, tolerance=0.05)
+    ctx = Context(
+        config=TrainConfig(epochs=1, batch_size=8, masks=settings),
+        data=DataConfig(source=str(tmp_path / "i"), image_size=32),
+        model=ModelConfig(name="deit_tiny_patch16_224", args=ARGS, weights="w.safetensors"), seed=0, device="cpu",
+        arm="main", entry="train", base=tmp_path, out=tmp_path / "out", work=tmp_path / "work", inputs={}, many=(),
+        references={}, progress=Listening(),  # type: ignore[arg-type]
+    )  # fmt: skip
+    train.run(ctx)
+    record = ctx.metrics["masks"]
+    tried = record["tried"]
+    assert [row["keep"] for row in tried] == [1.0, 0.9, 0.5, 0.001]
+    assert record["chosen"] == knee([row["keep"] for row in tried], [row["top1"] for row in tried], 0.05)
+    assert record["density"]["global"] == pytest.approx(record["chosen"], abs=1e-5)
+    assert ctx.ledger["scoring_macs"] == 4 * 2 * 8 * 3 * network(classes=2).architecture.macs()
+    assert [figure.name for figure in ctx.figures] == ["essential", "curve"]
+
+
+def test_levels_that_do_not_fall_are_refused() -> None:
+    with pytest.raises(ValidationError, match="do not fall"):
+        Essential(method="essential", levels=(0.5, 0.6), steps=1)

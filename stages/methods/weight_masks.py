@@ -9,6 +9,7 @@ equals the lower index stays; torch.topk leaves their order open, and a threshol
 - Evci et al., "Rigging the Lottery" (RigL, ICML 2020), §3, for ViTs Chen et al., SViTE (NeurIPS 2021): densities by
   Erdos-Renyi, then drop the smallest weights and grow where the gradient is largest. SViTE's code drops by a strict
   threshold, so that ties change the number of weights; here it never changes.
+- Jaiswal et al., "The Emergence of Essential Sparsity" (NeurIPS 2023): the last level before accuracy falls.
 - N of M consecutive inputs of an output: Zhou et al., SR-STE (ICLR 2021).
 """
 
@@ -120,3 +121,13 @@ def n_of_m(weight: Tensor, n: int, m: int) -> Tensor:
     groups = weight.abs().reshape(-1, m)
     order = groups.sort(dim=1, descending=True, stable=True).indices[:, :n]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).view_as(weight)
+
+
+def knee(keeps: Sequence[float], top1: Sequence[float], tolerance: float) -> float:
+    """The last of falling fractions before accuracy falls by more than `tolerance` below that of the first, which is
+    the dense network's. What comes back up further on is taken for noise.
+    """
+    enough = 0
+    while enough + 1 < len(keeps) and top1[enough + 1] >= top1[0] - tolerance:
+        enough += 1
+    return keeps[enough]

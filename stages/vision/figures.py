@@ -51,6 +51,18 @@ def curve(rows: Sequence[Mapping[str, float]]) -> str:
     return svg_of(figure)
 
 
+def sweep(keeps: Sequence[float], top1: Sequence[float], chosen: float, tolerance: float) -> str:
+    """Calibration top-1 by the fraction of the weights kept, the line that must not be crossed, and the choice."""
+    figure, axes = axes_of(6, 3)
+    axes.axhline(100 * (top1[0] - tolerance), color=FAINT, linestyle="--", linewidth=1)
+    axes.plot([100 * keep for keep in keeps], [100 * one for one in top1], "o-", markersize=3, color=ACCENT)
+    axes.axvline(100 * chosen, color=INK, linewidth=1)
+    axes.invert_xaxis()
+    axes.set_xlabel("weights kept, %")
+    axes.set_ylabel("top-1 on the calibration split, %")
+    return svg_of(figure)
+
+
 def tickets(pixels: np.ndarray, ranks: np.ndarray, kept: int, grid: tuple[int, int], names: Sequence[str]) -> str:
     """Each image, its ranks as a heat map (dark: ranked first), and its ticket: the patches outside it faded into a
     tint. pixels (n, S, S, 3) uint8, ranks (n, N).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -97,7 +98,43 @@ def _refuse_pattern(fields: Any) -> Any:
     return fields
 
 
-MaskSettings = Annotated[Magnitude | RigL | Pattern, Field(discriminator="method")]
+class Essential(Settings):
+    """The fewest weights of a pretrained network that still answer as well: a sweep, then a one-shot cut before the
+    first step (essential sparsity).
+    """
+
+    method: Literal["essential"] = Field(description="magnitude at the last level before accuracy falls")
+    levels: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4),
+        min_length=1,
+        description="fractions kept that are tried, falling; the dense network is tried before them",
+    )
+    steps: int = Field(ge=1, description="steps that each of them trains before it is judged, on the calibration split")
+    tolerance: float = Field(0.01, ge=0, lt=1, description="top-1 that a level may lose against the dense network")
+    scope: Literal["global", "layer"] = Field("global", description="as of the method magnitude")
+    mode: Literal["paper", "corrected"] = Field("corrected", description="as of the method magnitude")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rule(cls, fields: Any) -> Any:
+        return _refuse_pattern(fields)
+
+    @model_validator(mode="after")
+    def _falling(self) -> Essential:
+        if any(later >= earlier for earlier, later in pairwise(self.levels)):
+            raise ValueError(f"levels: {list(self.levels)} do not fall from one to the next; sort them, highest first")
+        return self
+
+    def at(self, keep: float) -> Magnitude | None:
+        """The masks of one level; none for the dense network's, 1."""
+        if keep == 1:
+            return None
+        return Magnitude(
+            method="magnitude", keep=keep, scope=self.scope, schedule="one_shot", begin=0.0, mode=self.mode
+        )
+
+
+MaskSettings = Annotated[Magnitude | RigL | Pattern | Essential, Field(discriminator="method")]
 
 
 def mask_steps(settings: Magnitude | RigL, total: int) -> tuple[int, ...]:
@@ -110,9 +147,9 @@ def mask_steps(settings: Magnitude | RigL, total: int) -> tuple[int, ...]:
     return (*range(begin + settings.every, end, settings.every), end)
 
 
-def check_masks(settings: Magnitude | RigL | Pattern | None, total: int) -> None:
+def check_masks(settings: Magnitude | RigL | Pattern | Essential | None, total: int) -> None:
     """Refuse masks that do not change in a run of `total` steps as they are meant to. Raises: ValueError."""
-    if settings is None or isinstance(settings, Pattern):
+    if settings is None or isinstance(settings, Pattern | Essential):
         return
     end = round(settings.end * total)
     if isinstance(settings, RigL) and not mask_steps(settings, total):
