@@ -2,7 +2,8 @@
 
 torch's dynamo exporter, dynamic batch (the example batch is 2, so that 1 is not specialised), weights inside the file
 below 2 GB. Attention is written as plain MatMul and Softmax, which graph optimisers and quantizers recognise. Token
-reduction is exported with its counts as constants. Paths
+reduction is exported with its counts as constants, merging as a product with a one-hot matrix; tokens drawn by lot, the
+control, are refused. Paths
 and source lines that the exporter would leave in the file are removed: equal networks give equal bytes.
 
 The gate: on held-out images (the calibration split), at batch 1 and N, ONNX Runtime's logits lie within `tolerance`
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from sievit.pipeline.stage import Config, Context, Reads, Stage
+from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -159,6 +160,23 @@ def _sidecar_preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
+def coherent(seen: Preflight) -> None:
+    """Refuse a network that drops tokens by lot."""
+    from .methods import InvalidInput
+
+    made = seen.reads.get("model")
+    while made is not None and not hasattr(made.config, "tokens"):
+        made = made.reads.get("model")  # prune hands on what it was given
+    if made is None or made.config.tokens is None or made.config.tokens.method != "random":
+        return
+    raise InvalidInput(
+        f"{made.entry}.tokens.method: random is a control, and a file that draws lots would answer differently each "
+        "time",
+        "use attention or tome, finish on all patches (finetune), or leave export out: export: null",
+        field=made.at("tokens.method"),
+    )
+
+
 STAGE = Stage(
     name="export",
     version=1,
@@ -169,4 +187,5 @@ STAGE = Stage(
     manual=__doc__,
     packages=("torch", "onnx", "onnxscript", "onnxruntime"),
     uses=frozenset({"data"}),
+    coherent=coherent,
 )

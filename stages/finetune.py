@@ -5,8 +5,9 @@ The teacher is any earlier stage (`teacher: train`), any model artifact (`teache
 teacher through its distillation token. Optimiser and weight
 average are built anew: those from before the cut hold tensors that no longer exist.
 
-It trains on whole images whatever `train` did, or with token reduction inside the network (`tokens`), which is then
-part of the model: the token policy that is trained last is the one that is exported. Examples are the tickets'.
+It trains on whole images whatever `train` did, or with token reduction inside the network (`tokens`, as in train),
+which is then part of the model: the token policy that is trained last is the one that is exported, and without tokens
+here that is all patches. Examples are the tickets'.
 
 reads    model; tickets (optional, their examples); the teacher
 writes   model.safetensors, architecture.json, preprocessing.json
@@ -17,19 +18,19 @@ ledger   as train; the teacher's forward passes are in scoring_macs
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 from .vision.recipe import Recipe, Settings
+from .vision.token_settings import Tokens
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from .vision.architecture import Architecture, SwinArchitecture
     from .vision.network import Network
     from .vision.training import Batch, Objective
 
@@ -43,29 +44,20 @@ class Distill(Settings):
     temperature: float = Field(2.0, gt=0, le=100, description="softening of both outputs, kind: soft only")
 
 
-class Tokens(Settings):
-    """Token reduction inside the network, exported with it."""
-
-    blocks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        min_length=1, description="blocks that drop tokens between attention and MLP"
-    )
-    keep: float = Field(gt=0, lt=1, description="fraction of the patches that reach a block kept by it")
-
-
 class FinetuneConfig(Recipe, Config):
     """Settings of the finetune stage."""
 
     epochs: float | None = Field(None, gt=0, le=10_000, description="passes over the kept examples; this or steps")
     lr: float = Field(5e-4, gt=0, description="peak learning rate, after warm-up")
     distill: Distill | None = Field(None, description="a teacher; null trains on the labels alone")
-    tokens: Tokens | None = Field(None, description="token reduction; null: all patches")
+    tokens: Tokens | None = Field(None, description="token reduction in the network; null: all patches in all blocks")
 
 
 def run(ctx: Context) -> None:
     """Network and teacher, training on the deployed token policy, accuracy."""
     import torch
 
-    from .vision import figures, tickets
+    from .vision import figures, tickets, token_schedule
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
@@ -79,7 +71,8 @@ def run(ctx: Context) -> None:
     source = ctx.inputs["model"].root
     network, preprocessing = load_network(source, drop_path=config.drop_path), load(source)
     check(preprocessing, splits.train.classes, ctx.data.image_size, f"model {ctx.inputs['model'].ref}")
-    network = _with_tokens(config, network)
+    network = network.with_tokens(())  # whatever train did
+    schedule = token_schedule.create(network.architecture, config.tokens)
     loaded = tickets.load(ctx.inputs["tickets"].root) if "tickets" in ctx.inputs else None
     tickets.check(loaded, splits, None, 0.0)
     # The deployed policy: the tickets' examples, but not their patches.
@@ -96,6 +89,7 @@ def run(ctx: Context) -> None:
             seed=ctx.seed + 1,
             device=device,
             normalise=normalise,
+            tokens=schedule,
             objective=_objective(config, network, teacher),
             judge=lambda current: top1(current, splits.calibration, normalise, device),
             checkpoint=ctx.work / "training.safetensors",
@@ -109,52 +103,23 @@ def run(ctx: Context) -> None:
     architecture = network.architecture
     ctx.metrics |= {
         "top1": {"all": top1(network, splits.test, normalise, device)},
-        "policy": "all" if not architecture.tokens else f"reduced to {architecture.tokens[-1].keep} patches",
+        "policy": "all" if not architecture.tokens else f"reduced to {architecture.tokens[-1].after} patches",
         "curve": fitted.curve,
         "parameters": network.parameter_count(),
         "macs": architecture.macs(),
     }
+    if schedule is not None:
+        ctx.metrics["tokens"] = schedule.record()
     ctx.ledger |= {
         "images": fitted.images,
-        "tokens_per_image": architecture.patches,
+        "tokens_per_image": round(fitted.tokens / fitted.images, 2),
         "epochs": round(fitted.steps / -(-len(pool.members) // config.batch_size), 3),
         "steps": fitted.steps,
-        "train_macs": 3 * fitted.images * architecture.macs(),
+        "train_macs": 3 * fitted.macs,
         "scoring_macs": 0 if teacher is None else fitted.images * teacher.macs,
         "seconds": round(fitted.seconds, 3),
     }
     ctx.figure("curve", figures.curve(fitted.curve), title="Fine-tuning", caption="Accuracy on the calibration split.")
-
-
-def _with_tokens(config: FinetuneConfig, network: Network) -> Network:
-    """The network with the token policy that is deployed. Raises: InvalidInput for blocks that it does not have."""
-    from .vision.vit import drops_for
-
-    if config.tokens is None:
-        return network.with_tokens(())
-    architecture = _check_tokens(config.tokens, network.architecture)
-    return network.with_tokens(drops_for(architecture, config.tokens.blocks, config.tokens.keep))
-
-
-def _check_tokens(tokens: Tokens, architecture: Architecture | SwinArchitecture) -> Architecture:
-    """Raises: InvalidInput for a network that cannot drop tokens at these blocks."""
-    from .methods import InvalidInput
-    from .vision.architecture import SwinArchitecture
-
-    if isinstance(architecture, SwinArchitecture):
-        raise InvalidInput(
-            f"finetune.tokens: {architecture.model} cannot drop tokens: its windows must stay whole",
-            "leave tokens out",
-            field="tokens",
-        )
-    depth, blocks = len(architecture.blocks), tokens.blocks
-    if max(blocks) >= depth or len(set(blocks)) != len(blocks):
-        raise InvalidInput(
-            f"finetune.tokens.blocks: {list(blocks)} for a network of {depth} blocks",
-            f"use different numbers from 0 to {depth - 1}",
-            field="tokens.blocks",
-        )
-    return architecture
 
 
 def idle(seen: Preflight) -> dict[str, str]:
@@ -170,6 +135,7 @@ def preflight(seen: Preflight) -> None:
     from .vision.architecture import load_architecture
     from .vision.external import check_name
     from .vision.network import outline
+    from .vision.token_schedule import check_tokens
 
     config: FinetuneConfig = seen.config
     if config.distill is not None and config.distill.teacher.startswith("timm:"):
@@ -181,7 +147,7 @@ def preflight(seen: Preflight) -> None:
     else:
         architecture = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
     try:
-        _check_tokens(config.tokens, architecture)
+        check_tokens(config.tokens, architecture)
     except InvalidInput as error:
         error.field = seen.at(error.field)
         raise
@@ -254,7 +220,7 @@ def _references(config: FinetuneConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="finetune",
-    version=2,
+    version=3,
     config=FinetuneConfig,
     run=run,
     reads=(Reads("model", "model"), Reads("tickets", "tickets", optional=True)),

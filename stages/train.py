@@ -31,6 +31,12 @@ forgotten least are exchanged for some of them (Tri-Level E-ViT, AAAI 2023). inf
 examples with a loss below the mean and lets the rest of these count for all of them (Qin et al., ICLR 2024). random: a
 fresh random subset a pass, the control. An epoch is then a pass of the policy; schedules end with the last step taken.
 
+`tokens` reduces the patch tokens inside the network at chosen blocks: those that get most attention stay (EViT, ICLR
+2022; with `fuse` one more token stands for the others), or those with like keys are merged (tome: ToMe, ICLR 2023).
+With `ramp` fewer and fewer stay, in a few levels; the last is written into architecture.json, measured and exported.
+`attention` lets each patch token attend to those only that it attends to most (Tri-Level's second level). That is a
+regulariser: dense hardware gains nothing from it and computes more; it ends where `finish` begins and is not exported.
+
 A network trained on tickets alone answers badly on whole images, so the last `finish` of the steps see all patches.
 Accuracy is reported for all patches, for tickets and for random patches of the same number. `finetune` ends on what is
 deployed.
@@ -61,6 +67,7 @@ from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 from .vision.mask_settings import Essential, Magnitude, MaskSettings, Pattern, check_masks
 from .vision.recipe import ExamplePolicy, Recipe, Settings, Swap, check_examples
+from .vision.token_settings import Connected, Tokens, check_connected
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +110,10 @@ class TrainConfig(Recipe, Config):
     examples: ExamplePolicy | None = Field(
         None, description="lets examples come and go while training; null: every pass sees all that the tickets kept"
     )
+    tokens: Tokens | None = Field(None, description="token reduction in the network; null: all patches in all blocks")
+    attention: Connected | None = Field(
+        None, description="attention along the strongest connections, in training only; null: along all"
+    )
     weights: Penalty | None = Field(None, description="a penalty on weights or attention; null for none")
     masks: MaskSettings | None = Field(None, description="which weights are kept; null: all")
     token_labels: TokenLabels | None = Field(None, description="labels for patches, LV-ViT only; null for none")
@@ -136,6 +147,17 @@ class TrainConfig(Recipe, Config):
             raise ValueError(
                 "budget: macs leaves out what the sweep of masks costs; use steps or epochs with essential"
             )
+        check_connected(self.attention, self.tokens)
+        if self.token_labels is not None and self.tokens is not None:
+            raise ValueError(
+                "tokens: token_labels asks the network about every patch, and tokens drops some; leave one of them out"
+            )
+        merged = self.tokens is not None and self.tokens.method == "tome"
+        if self.weights is not None and self.weights.method.startswith("attention_") and (self.attention or merged):
+            raise ValueError(
+                f"weights.method: {self.weights.method} looks at attention as it is without "
+                f"{'attention.keep' if self.attention else 'tokens.method: tome'}; leave one of them out"
+            )
         return self
 
 
@@ -143,7 +165,7 @@ def run(ctx: Context) -> None:
     """Data and tickets, network, training, then accuracy under every token policy."""
     import torch
 
-    from .vision import budget, essential, examples, figures, masks, penalty, tickets
+    from .vision import budget, essential, examples, figures, masks, penalty, tickets, token_schedule
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
@@ -178,17 +200,21 @@ def run(ctx: Context) -> None:
     pool = tickets.pool(splits.train, loaded, patches)
     annotator = _annotator(ctx, network, splits.train.classes, device)
     policy = examples.create(config.examples, pool.members, config.epochs, ctx.seed)
-    architecture = network.architecture
-    tokens, ticket_macs = network.ticket_cost(architecture.patches if patches is None else patches.count)
+    dense = network.architecture.macs()
+    schedule = token_schedule.create(network.architecture, config.tokens, config.attention, finish=config.finish)
     labelling = 0 if annotator is None else annotator.macs
     looking = 0 if patches is None else patches.macs
+    entering = None if patches is None else patches.count
+    trial = 3 * network.ticket_cost(entering)[1] + labelling + looking  # a step of the sweep drops no tokens
     arm = budget.Arm(
         kept=policy.size,
         examples=len(splits.train),
         # Forward and backward are three forwards.
-        ticketed=3 * ticket_macs + labelling + looking,
-        whole=3 * architecture.macs() + labelling,
-        finish=config.finish,
+        phases=tuple(
+            (end, 3 * macs + labelling + (looking if ticketed else 0))
+            for end, ticketed, macs in token_schedule.phases(network, schedule, entering, config.finish)
+        ),
+        dense=3 * dense + labelling,
         scoring=0 if loaded is None else loaded.scoring_macs,
     )
     recipe = config
@@ -224,6 +250,7 @@ def run(ctx: Context) -> None:
             normalise=normalise,
             finish=config.finish,
             policy=policy,
+            tokens=schedule,
             objective=_objective(config),
             annotate=annotator,
             penalty=None if config.weights is None else penalty.create(config.weights.method, config.weights.strength),
@@ -244,15 +271,15 @@ def run(ctx: Context) -> None:
         (ctx.out / "pool.json").write_text(json.dumps(record, sort_keys=True) + "\n", encoding="utf-8")
         ctx.metrics["examples"] = examples.use(config.examples, len(pool.members), fitted.passes, fitted.images)
 
-    whole = fitted.images - fitted.ticketed
-    trying = 0 if tried is None else tried.images * arm.ticketed
+    trying = 0 if tried is None else tried.images * trial
+    scoring = fitted.images * labelling + fitted.ticketed * looking
     spent = budget.Spent(
         budget=config.budget,
         steps=fitted.steps,
         examples=arm.kept,
         of=arm.examples,
         images=fitted.images,
-        macs=fitted.ticketed * arm.ticketed + whole * arm.whole,
+        macs=3 * fitted.macs + scoring,
         scoring_macs=None if arm.scoring is None else arm.scoring + trying,
         allowed=budget.allowance(config, arm) if config.budget == "macs" else None,
     )
@@ -260,11 +287,13 @@ def run(ctx: Context) -> None:
     ctx.metrics |= {
         "top1": tickets.accuracy(network, splits.test, loaded, normalise, device, seed=ctx.seed),
         "budget": asdict(spent),
-        "policy": _policy(config, pool.whole),
+        "policy": _policy(config, pool.whole, network),
         "curve": fitted.curve,
         "parameters": network.parameter_count(),
-        "macs": architecture.macs(),
+        "macs": network.architecture.macs(),
     }
+    if schedule is not None:
+        ctx.metrics["tokens"] = schedule.record()
     if config.masks is not None:
         mode = getattr(config.masks, "mode", "corrected")
         ctx.metrics["masks"] = config.masks.model_dump() | {"density": masks.densities(network, mode)}
@@ -273,11 +302,11 @@ def run(ctx: Context) -> None:
     ctx.ledger |= {
         "budget": config.budget,
         "images": fitted.images,
-        "tokens_per_image": round((fitted.ticketed * tokens + whole * architecture.patches) / fitted.images, 2),
+        "tokens_per_image": round(fitted.tokens / fitted.images, 2),
         "epochs": round(fitted.passes, 3),
         "steps": fitted.steps,
-        "train_macs": 3 * (fitted.ticketed * ticket_macs + whole * architecture.macs()),
-        "scoring_macs": fitted.images * labelling + fitted.ticketed * looking + trying,
+        "train_macs": 3 * fitted.macs,
+        "scoring_macs": scoring + trying,
         "seconds": round(fitted.seconds + (0 if tried is None else tried.seconds), 3),
     }
     if tried is not None and isinstance(config.masks, Essential):
@@ -297,11 +326,11 @@ def run(ctx: Context) -> None:
     )
 
 
-def _policy(config: TrainConfig, whole: bool) -> str:
-    if whole:
-        return "all"
+def _policy(config: TrainConfig, whole: bool, network: Network) -> str:
     kind = {None: "tickets", "zero": "tickets with the other patches blanked (no compute saved)", "mosaic": "mosaics"}
-    return f"{kind[config.patches]}, then all for {config.finish:.0%} of the steps"
+    seen = "all" if whole else f"{kind[config.patches]}, then all for {config.finish:.0%} of the steps"
+    left = network.architecture.tokens
+    return f"reduced to {left[-1].after} patches" + ("" if whole else f"; {seen}") if left else seen
 
 
 def _check_epochs(config: TrainConfig, examples: int) -> None:
@@ -419,12 +448,18 @@ def preflight(seen: Preflight) -> None:
     from .vision.penalty import ATTENTION, no_rows
     from .vision.sources import check_sources
     from .vision.tickets import ticket_use
+    from .vision.token_schedule import create
 
     network = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
     try:
         ticket_use(network, seen.config.patches, None if isinstance(network, Architecture) else _ticket_shape(seen))
     except InvalidInput as error:
         error.field = seen.at("patches")
+        raise
+    try:
+        create(network, seen.config.tokens, seen.config.attention)
+    except InvalidInput as error:
+        error.field = seen.at(error.field)
         raise
     if seen.config.token_labels is not None and not network.token_heads:
         raise InvalidInput(
@@ -486,7 +521,7 @@ def _references(config: TrainConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="train",
-    version=6,
+    version=7,
     config=TrainConfig,
     run=run,
     reads=(Reads("tickets", "tickets", optional=True),),

@@ -331,7 +331,7 @@ def test_token_reduction_beyond_the_last_block_is_refused(tmp_path: Path) -> Non
     assert (
         Project(tmp_path, VIT.replace("finetune: {", "finetune: {tokens: {blocks: [1, 3], keep: 0.5}, ")).refused()
         == """\
-invalid pipeline: finetune.tokens.blocks: [1, 3] for a network of 3 blocks
+invalid pipeline: tokens.blocks: [1, 3] for a network of 3 blocks
   --> pipeline.yaml:6:23
    |
  6 |   finetune: {tokens: {blocks: [1, 3], keep: 0.5}, epochs: 1}

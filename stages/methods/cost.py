@@ -60,6 +60,7 @@ def vit_macs(
     token_heads: int = 0,
     stem: int = 0,
     reduction: dict[int, int] | None = None,
+    merging: frozenset[int] = frozenset(),
     start_patches: int | None = None,
 ) -> int:
     """Multiply-accumulates of a whole ViT for one image.
@@ -71,6 +72,7 @@ def vit_macs(
         stem: multiply-accumulates before patches are cut; with a stem all patches are embedded, whatever a ticket
             keeps.
         reduction: block index -> patch tokens kept from that block's MLP on.
+        merging: which of these blocks merge tokens by their keys (ToMe), which costs products of its own.
         start_patches: patch tokens that are embedded and enter the blocks, when a ticket has left some out; N by
             default.
     """
@@ -80,10 +82,31 @@ def vit_macs(
     tokens = entering + prefix
     for index, widths in enumerate(blocks):
         after = reduction[index] + prefix if index in reduction else tokens
+        if index in merging:
+            total += merge_macs(tokens - prefix, embed, widths.qk)
         total += block_macs(embed, widths, tokens, after)
         tokens = after
     answers = heads_out + token_heads * (tokens - prefix)
     return total + answers * embed * classes
+
+
+def merge_macs(patches: int, embed: int, qk: int) -> int:
+    """Multiply-accumulates to merge some of `patches` tokens: one half's keys with the other's, then the one-hot matrix
+    with tokens and their sizes.
+    """
+    first, second = -(-patches // 2), patches // 2
+    return first * second * (qk + embed + 1)
+
+
+def patches_processed(depth: int, patches: int, reduction: dict[int, int]) -> float:
+    """Patch tokens that a block works on, mean over all blocks and in each over attention (before a reduction in it)
+    and MLP (after it).
+    """
+    total, tokens = 0, patches
+    for index in range(depth):
+        after = reduction.get(index, tokens)
+        total, tokens = total + tokens + after, after
+    return total / (2 * depth)
 
 
 def window_block_macs(embed: int, widths: BlockWidths, tokens: int, window_area: int) -> int:

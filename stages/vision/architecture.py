@@ -11,13 +11,22 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..methods import InvalidInput
-from ..methods.cost import BlockWidths, SwinStageWidths, block_macs, conv_stem_macs, swin_macs, vit_macs
+from ..methods.cost import (
+    BlockWidths,
+    SwinStageWidths,
+    block_macs,
+    conv_stem_macs,
+    patches_processed,
+    swin_macs,
+    vit_macs,
+)
 from ..methods.windows import Level, pyramid
 
 SCHEMA = 1
+Reduction = Literal["attention", "random", "tome"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +42,19 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class TokenDrop:
-    """From the MLP of `block` on, only `keep` patch tokens go on."""
+    """From the MLP of `block` on, only `keep` patch tokens go on: those with most attention, drawn ones, or what is
+    left after merging (tome); with `fuse` one more, that stands for all others.
+    """
 
     block: int
     keep: int
+    method: Reduction = "attention"
+    fuse: bool = False
+
+    @property
+    def after(self) -> int:
+        """Tokens besides the prefix tokens that go on."""
+        return self.keep + self.fuse
 
 
 @dataclass(frozen=True)
@@ -81,18 +99,30 @@ class Architecture:
             heads_out=self.heads_out,
             token_heads=self.token_heads,
             stem=conv_stem_macs(self.image_size, self.stem) if self.stem else 0,
-            reduction={
-                drop.block: drop.keep for drop in self.tokens if start_patches is None or drop.keep < start_patches
-            },
+            reduction=self._reduction(start_patches),
+            merging=frozenset(
+                drop.block
+                for drop in self.tokens
+                if drop.method == "tome" and drop.block in self._reduction(start_patches)
+            ),
             start_patches=start_patches,
         )
+
+    def processed(self, start_patches: int | None = None) -> float:
+        """Patch tokens that a block works on, mean over the blocks; start_patches as for macs."""
+        entering = self.patches if start_patches is None else start_patches
+        return patches_processed(len(self.blocks), entering, self._reduction(start_patches))
+
+    def _reduction(self, start_patches: int | None) -> dict[int, int]:
+        """Block -> patch tokens after it, for the blocks that more reach than they leave."""
+        return {d.block: d.after for d in self.tokens if start_patches is None or d.after < start_patches}
 
     def selector_macs(self) -> int:
         """Multiply-accumulates for the ticket of one image: everything up to the attention of the last block that drops
         tokens.
         """
         last = self.tokens[-1]
-        reaching = self.tokens[-2].keep if len(self.tokens) > 1 else self.patches
+        reaching = self.tokens[-2].after if len(self.tokens) > 1 else self.patches
         begun = replace(self, blocks=self.blocks[: last.block], tokens=self.tokens[:-1], classes=0).macs()
         widths = self.widths()[last.block]
         return begun + block_macs(self.embed, widths, reaching + self.prefix, 0)
@@ -246,8 +276,11 @@ def _check_tokens(architecture: Architecture, path: Path) -> None:
     left = architecture.patches
     last = -1
     for drop in architecture.tokens:
-        if not (last < drop.block < len(architecture.blocks) and 1 <= drop.keep <= left):
+        fits = last < drop.block < len(architecture.blocks) and drop.keep >= 1 and drop.after <= left
+        if drop.method == "tome":
+            fits = fits and not drop.fuse and 2 * drop.keep >= left  # matching pairs tokens, so half of them stay
+        if not fits or drop.method not in get_args(Reduction):
             raise InvalidInput(
                 f"{path}: token reduction {drop} does not fit {left} patches and {len(architecture.blocks)} blocks"
             )
-        last, left = drop.block, drop.keep
+        last, left = drop.block, drop.after

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..methods import InvalidInput
+from ..methods.attention_connections import Mode, weigh
 from ..methods.token_reduction import column_attention, prefix_attention
 from .window_attention import CosineWindowAttention, WindowAttention
 
@@ -58,27 +59,38 @@ class Attention(nn.Module):
         return q, k, v.view(batch, tokens, self.heads, self.v).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attend(x, prefix=None)[0]
+        return self.attend(x)[0]
 
-    def attend(self, x: Tensor, prefix: int | None) -> tuple[Tensor, Tensor | None]:
-        """Output, and unless prefix is None the score of each patch token, (B, N): the attention that the prefix tokens
-        pay it, or, with a prefix of 0, that all patch tokens pay it.
+    def attend(
+        self, x: Tensor, *, bias: Tensor | None = None, allowed: Tensor | None = None, mode: Mode = "corrected"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output (B, T, C), and the queries and keys (B, H, T, qk) that it came from.
+
+        bias: added to the logits (B, H, T, T), broadcast. allowed: (B, 1, T, T) bool, which tokens attend to which, and
+        mode: how the others are kept out (methods/attention_connections.py). Not both.
         """
         batch, tokens, _ = x.shape
         q, k, v = self.split(self.qkv(x))
         dropout = self.dropout if self.training else 0.0
-        if self.fused:
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        if self.fused and (allowed is None or mode == "corrected"):
+            mask = allowed if bias is None else bias.to(q.dtype)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale)
         else:
-            weights = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)
-            out = F.dropout(weights, dropout, self.training) @ v
-        scores = None
-        if prefix is not None:
-            scores = self._scores(q.detach(), k.detach(), prefix)  # they order tokens; no gradient comes back
+            logits = q * self.scale @ k.transpose(-2, -1)
+            logits = logits if bias is None else logits + bias.to(logits.dtype)
+            out = F.dropout(weigh(logits, allowed, mode), dropout, self.training) @ v
         out = out.transpose(1, 2).reshape(batch, tokens, self.heads * self.v)
-        return self.proj_drop(self.proj(out)), scores
+        return self.proj_drop(self.proj(out)), q, k
 
-    def _scores(self, q: Tensor, k: Tensor, prefix: int) -> Tensor:
+    def weights(self, q: Tensor, k: Tensor, allowed: Tensor | None, mode: Mode) -> Tensor:
+        """The attention map averaged over heads, (B, T, T), without gradient."""
+        with torch.no_grad():
+            return weigh(q * self.scale @ k.transpose(-2, -1), allowed, mode).mean(1)
+
+    def scores(self, q: Tensor, k: Tensor, prefix: int) -> Tensor:
+        """The score of each patch token, (B, N): the attention that the prefix tokens pay it, or, with a prefix of 0,
+        that all patch tokens pay it.
+        """
         if prefix:
             return prefix_attention(q, k, prefix, self.scale)
         # All rows at once when exporting: a loop would be unrolled into the graph.

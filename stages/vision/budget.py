@@ -27,22 +27,25 @@ FILE = "training.json"
 class Arm:
     """What an arm trains on, and what that costs.
 
-    kept: examples trained on, of all examples `examples`. ticketed, whole: all MACs of training on one image once, on
-    the patches of its ticket (with the pass of an online selector) and on all. finish: share of the steps on all
-    patches. scoring: MACs spent before the first step; None when the tickets do not say.
+    kept: examples trained on, of all examples `examples`. phases: share of the steps at which each part of the training
+    ends (ascending, the last 1), and all MACs of training on one image once in it, an online selector's included.
+    dense: these MACs on all patches of the whole network. scoring: MACs spent before the first step; None when the
+    tickets do not say.
     """
 
     kept: int
     examples: int
-    ticketed: int
-    whole: int
-    finish: float
+    phases: tuple[tuple[float, int], ...]
+    dense: int
     scoring: int | None
 
     def training_macs(self, steps: int, batch: int) -> int:
         """MACs of so many steps."""
-        until = passes(round((1 - self.finish) * steps), self.kept, batch)
-        return until * self.ticketed + (passes(steps, self.kept, batch) - until) * self.whole
+        total = done = 0
+        for end, macs in self.phases:
+            until = passes(round(end * steps), self.kept, batch)
+            total, done = total + (until - done) * macs, until
+        return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ def passes(steps: int, examples: int, batch: int) -> int:
 
 def allowance(recipe: Recipe, arm: Arm) -> int:
     """MACs of the dense network over all examples."""
-    return arm.whole * passes(recipe.total_steps(arm.examples), arm.examples, recipe.batch_size)
+    return arm.dense * passes(recipe.total_steps(arm.examples), arm.examples, recipe.batch_size)
 
 
 def steps_for(recipe: Recipe, budget: Budget, arm: Arm) -> int:

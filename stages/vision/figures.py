@@ -46,6 +46,8 @@ def curve(rows: Sequence[Mapping[str, float]]) -> str:
         right = axes.twinx()
         right.spines[["top"]].set_visible(False)
         right.plot(epochs, [100 * row["top1_calibration"] for row in rows], "o-", markersize=3, color=ACCENT)
+        if "top1_final_tokens" in rows[0]:  # where tokens are on a schedule: with those of its end
+            right.plot(epochs, [100 * row["top1_final_tokens"] for row in rows], ":", color=ACCENT)
         right.set_ylabel("top-1 on the calibration split, %", color=ACCENT)
         right.set_ylim(0, 100)
     return svg_of(figure)

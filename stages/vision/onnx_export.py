@@ -12,6 +12,7 @@ import onnx
 import torch
 
 from ..methods import InvalidInput
+from .architecture import Architecture, SwinArchitecture
 from .attention import set_fused
 from .network import Network
 from .swin import Swin
@@ -23,8 +24,9 @@ def export(network: Network, path: Path, opset: int) -> None:
     """Write `path`: input "input" (batch, 3, S, S) float32 normalised, output "logits" (batch, K). Attention is left
     unfused, and a Swin's position biases become numbers.
 
-    Raises: InvalidInput when the exporter refuses the network.
+    Raises: InvalidInput for tokens that are drawn by lot, and when the exporter refuses the network.
     """
+    check_reduction(network.architecture)
     size = network.architecture.image_size
     network = network.cpu().eval()
     set_fused(network, False)
@@ -54,6 +56,15 @@ def export(network: Network, path: Path, opset: int) -> None:
             f"torch's exporter refused {network.architecture.model}: {error}", "try another opset"
         ) from error
     clean(path)
+
+
+def check_reduction(architecture: Architecture | SwinArchitecture) -> None:
+    """Raises: InvalidInput for a network that drops tokens by lot."""
+    if any(drop.method == "random" for drop in architecture.tokens):
+        raise InvalidInput(
+            "tokens.method: random is a control: a file that draws lots would answer differently each time",
+            "finish on tokens.method: attention or tome, or on all patches; or leave export out: export: null",
+        )
 
 
 def clean(path: Path) -> None:

@@ -138,9 +138,11 @@ class Swin(nn.Module):
         """Patches of the tickets, h and w; without tickets the network's own."""
         return self.architecture.grid if self.tickets is None else self.tickets.grid
 
-    def ticket_cost(self, kept: int) -> tuple[int, int]:
-        """Patch tokens and MACs of one image of which a ticket keeps `kept` patches; blanking the others saves none."""
-        if self.tickets is None or self.packed is None:
+    def ticket_cost(self, kept: int | None) -> tuple[int, int]:
+        """Patch tokens and MACs of one image of which a ticket keeps `kept` patches (None: there is none); blanking the
+        others saves none.
+        """
+        if self.tickets is None or self.packed is None or kept is None:
             return self.architecture.patches, self.architecture.macs()
         side = replace(self.tickets, kept=kept).side(self.architecture.grid[0])
         return side * side, self.architecture.macs(side)

@@ -35,6 +35,7 @@ from .patches import PatchPolicy, Views
 from .penalty import Penalty
 from .recipe import Recipe
 from .tensors import flatten_optimizer, read_tensors, restore_optimizer, write_tensors
+from .token_schedule import TokenSchedule
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,17 @@ Tick = Callable[[int, Mapping[str, float]], None]
 class Fitted:
     """The result of fit: the network that is kept (the average, where there is one), and what it took.
 
-    images: forward and backward passes in all; ticketed: those on the patches of a ticket. passes: of the examples, or
-    of the policy that chose among them.
+    images: forward and backward passes in all; ticketed: those on the patches of a ticket. tokens, macs: patch tokens
+    (mean over the blocks) and forward multiply-accumulates of the network, of all these images together. passes: of the
+    examples, or of the policy that chose among them.
     """
 
     network: Network
     curve: list[dict[str, float]]
     images: int
     ticketed: int
+    tokens: float
+    macs: int
     steps: int
     passes: float
     seconds: float
@@ -126,6 +130,7 @@ def fit(
     normalise: Normaliser,
     finish: float = 0.0,
     policy: Policy | None = None,
+    tokens: TokenSchedule | None = None,
     objective: Objective = supervised,
     annotate: Annotate | None = None,
     penalty: Penalty | None = None,
@@ -143,6 +148,8 @@ def fit(
         finish: share of the schedule at the end that sees whole images although the pool has patch tickets.
         policy: which examples each pass sees (None: all). It is told what every step saw; its state is in the
             checkpoint.
+        tokens: token reduction and connections of every step (None: those that the network came with); what is kept has
+            the last of them. The curve then also says top1_final_tokens.
         annotate: labels every patch of the un-mixed views in [0, 1]; batches then carry token_labels.
         masks: which weights are kept, from when on; those that are left out are zeros in what is returned.
         judge: called after each epoch on the network that would be kept; its answer goes into the curve as
@@ -158,7 +165,7 @@ def fit(
     if processes.count() > 1:
         raise InvalidInput("training in several processes is not possible yet", "run one process")
     policy = policy or Everything(pool.members)
-    run = _Run(network, pool, recipe, seed, device, normalise, finish, policy, annotate, masks)
+    run = _Run(network, pool, recipe, seed, device, normalise, finish, policy, tokens, annotate, masks)
     begun = time.monotonic()
     before = run.restore(checkpoint)
     saved = time.monotonic()
@@ -178,11 +185,15 @@ def fit(
             saved = time.monotonic()
     kept = run.kept()
     run.masks.settle(kept)
+    if tokens is not None:
+        tokens.apply(kept, run.clock.total, run.clock.total)
     return Fitted(
         kept.eval(),
         run.curve,
         run.images_seen,
         run.ticketed,
+        run.tokens_seen,
+        run.macs,
         run.step,
         run.clock.now / run.clock.nominal,
         before + time.monotonic() - begun,
@@ -204,17 +215,19 @@ class _Run:
         normalise: Normaliser,
         finish: float,
         policy: Policy,
+        tokens: TokenSchedule | None,
         annotate: Annotate | None,
         masks: Magnitude | RigL | Pattern | None,
     ) -> None:
         self.network, self.pool, self.recipe, self.seed, self.device = network.to(device), pool, recipe, seed, device
-        self.normalise, self.policy, self.annotate = normalise, policy, annotate
+        self.normalise, self.policy, self.tokens, self.annotate = normalise, policy, tokens, annotate
         self.watch = Watch(network, attention=policy.attention) if policy.watches else None
         total = recipe.total_steps(policy.size)
         self.clock = Clock(math.ceil(policy.size / recipe.batch_size), total)
         self.step = 0
         self.images_seen = 0
         self.ticketed = 0
+        self.tokens_seen, self.macs = 0.0, 0
         self.whole_from = round((1 - finish) * total)
         self.curve: list[dict[str, float]] = []
         self.early: dict[int, dict[str, Tensor]] = {}
@@ -275,6 +288,8 @@ class _Run:
 
     def advance(self, batch: Batch, objective: Objective, penalty: Penalty | None) -> dict[str, float]:
         self.masks.project()
+        if self.tokens is not None:
+            self.tokens.apply(self.network, self.clock.now, self.clock.total)
         with self.watch or nullcontext(), nullcontext() if penalty is None else penalty.watch(self.network):
             losses = objective(self.network, batch)
         loss = losses if batch.weights is None else losses * batch.weights
@@ -301,6 +316,9 @@ class _Run:
         self.masks.on_step(self.clock.now)
         self.images_seen += len(batch.images)
         self.ticketed += 0 if batch.kept is None else len(batch.images)
+        tokens, macs = self.network.ticket_cost(None if batch.kept is None else batch.kept.shape[1])
+        self.tokens_seen += len(batch.images) * tokens
+        self.macs += len(batch.images) * macs
         # With weights, an estimate of the mean over all examples: those that count more stand for those left out.
         self.losses += float(loss.detach()) * len(batch.images)
         self.counted += len(batch.images) if batch.weights is None else float(batch.weights.sum())
@@ -322,7 +340,7 @@ class _Run:
         self.losses, self.counted = 0.0, 0
         if judge is not None:
             with self.masks.shown(self.kept()):
-                row["top1_calibration"] = judge(self.kept())
+                row |= self._judged(judge)
         self.curve.append(row)
         if after_epoch is not None:
             after_epoch(epoch, self.network)
@@ -330,6 +348,18 @@ class _Run:
             self.early[epoch] = {name: t.detach().cpu().clone() for name, t in self.network.body.state_dict().items()}
         self.network.train()
         self.clock.end_epoch()
+
+    def _judged(self, judge: Callable[[Network], float]) -> dict[str, float]:
+        """As the network stands, and where its tokens are on a schedule, with those that it will end with."""
+        kept, now, total = self.kept(), self.clock.now, self.clock.total
+        if self.tokens is None:
+            return {"top1_calibration": judge(kept)}
+        self.tokens.apply(kept, now, total)
+        current = judge(kept)
+        if self.tokens.at(now, total) == self.tokens.final:
+            return {"top1_calibration": current, "top1_final_tokens": current}
+        self.tokens.apply(kept, total, total)
+        return {"top1_calibration": current, "top1_final_tokens": judge(kept)}
 
     def kept(self) -> Network:
         """The network that would be handed on now."""
@@ -353,6 +383,8 @@ class _Run:
             "masks": mask_facts,
             "images": self.images_seen,
             "ticketed": self.ticketed,
+            "tokens": self.tokens_seen,
+            "macs": self.macs,
             "curve": self.curve,
             "losses": self.losses,
             "counted": self.counted,
@@ -381,6 +413,7 @@ class _Run:
         self.masks.restore(_with_prefix(tensors, "mask."), facts["masks"])
         self.clock, self.step, self.curve = clock, facts["step"], facts["curve"]
         self.images_seen, self.ticketed = facts["images"], facts["ticketed"]
+        self.tokens_seen, self.macs = facts["tokens"], facts["macs"]
         self.losses, self.counted = facts["losses"], facts["counted"]
         self.schedule.step_update(self.clock.now)
         return float(facts["seconds"])

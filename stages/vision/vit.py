@@ -1,14 +1,15 @@
 """The ViT family: a timm ViT or DeiT, or an LV-ViT, with stated attention, tickets and token reduction.
 
-`ViT` runs timm's own modules one after the other. What it adds to timm's forward is two things that timm has not:
-an argument `kept` (a patch ticket: only these patches enter the blocks) and token reduction at chosen blocks (only
-the patches that the prefix tokens attend to most go on, or all patches where there are none). Without both it computes
-what timm computes.
+`ViT` runs timm's own modules one after the other. What it adds to timm's forward is three things that timm has not:
+an argument `kept` (a patch ticket: only these patches enter the blocks), token reduction at chosen blocks (the patches
+with most attention go on, or merged ones), and in training attention along chosen connections only. Without them it
+computes what timm computes.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -19,13 +20,29 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..methods import InvalidInput
-from ..methods.token_reduction import gather_tokens, keep_count, top_tokens
-from .architecture import Architecture, Block, TokenDrop
+from ..methods.attention_connections import Connections, connect, narrow
+from ..methods.token_merging import merge, pool_weights, proportional
+from ..methods.token_reduction import fused_token, gather_tokens, keep_count, random_scores, top_tokens
+from .architecture import Architecture, Block, Reduction, TokenDrop
 from .attention import Attention, from_timm
 from .embedding import embed
 from .lvvit import ConvStem, LVViT
 
 HEADS = ("head", "head_dist", "aux_head")
+
+
+@dataclass
+class Passage:
+    """Tokens on their way through the blocks. x: (B, P + N, C). sizes: (B, N) patches in each patch token, once some
+    were merged. allowed: (B, 1, T, T), which tokens attend to which; None for all. scores, positions: (B, n) and (B, K)
+    of every block that dropped tokens.
+    """
+
+    x: Tensor
+    sizes: Tensor | None = None
+    allowed: Tensor | None = None
+    scores: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
 
 
 class ViT(nn.Module):
@@ -36,49 +53,84 @@ class ViT(nn.Module):
     def __init__(self, body: VisionTransformer, architecture: Architecture) -> None:
         super().__init__()
         self.body = body
-        self.architecture = architecture
-        self.drops = {drop.block: drop.keep for drop in architecture.tokens}
+        self.set_tokens(architecture)
+        self.connections: Connections | None = None  # in training mode only
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Any:
         """kept: (B, K) patch indices of a ticket, or None for all patches."""
-        return self.body.forward_head(self.body.norm(self._through(images, kept)[0]))
+        passage = self._through(images, kept)
+        features = self.body.norm(passage.x)
+        if passage.sizes is not None and self.body.global_pool == "avg":
+            first = 0 if self.body.pool_include_prefix else self.architecture.prefix
+            weights = pool_weights(passage.sizes, self.architecture.prefix - first)
+            features = torch.cat([features[:, :first], features[:, first:] * weights], dim=1)
+        return self.body.forward_head(features)
 
     def select(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Per token-dropping block the scores (B, n) of the patches that reached it and the positions (B, K) kept.
         What comes after the last of these blocks has no say and is not computed.
         """
-        _, scores, positions = self._through(images, None, last=max(self.drops))
-        return scores, positions
+        passage = self._through(images, None, last=max(self.drops))
+        return passage.scores, passage.positions
 
-    def _through(
-        self, images: Tensor, kept: Tensor | None, last: int | None = None
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The tokens after all blocks, or as they stand once block `last` has dropped some; scores and positions."""
+    def _through(self, images: Tensor, kept: Tensor | None, last: int | None = None) -> Passage:
+        """The tokens after all blocks, or as they stand once block `last` has dropped some."""
         body, prefix = self.body, self.architecture.prefix
-        x = body.norm_pre(embed(body, images, kept))
-        all_scores: list[Tensor] = []
-        all_positions: list[Tensor] = []
+        passage = Passage(body.norm_pre(embed(body, images, kept)))
+        connections = self.connections if self.training else None
+        mode = "corrected" if connections is None else connections.mode
         for index, block in enumerate(body.blocks):
-            count = self.drops.get(index)
-            if count is not None and x.shape[1] - prefix <= count:
-                count = None  # a ticket has left no more patches than that already
-            attended, scores = block.attn.attend(block.norm1(x), None if count is None else prefix)
-            x = x + block.drop_path1(block.ls1(attended))
-            if count is not None:
-                positions = top_tokens(scores, count)
-                x = gather_tokens(x, positions, prefix)
-                all_scores.append(scores)
-                all_positions.append(positions)
+            bias = None if passage.sizes is None else proportional(passage.sizes, prefix)
+            attended, q, k = block.attn.attend(block.norm1(passage.x), bias=bias, allowed=passage.allowed, mode=mode)
+            passage.x = passage.x + block.drop_path1(block.ls1(attended))
+            drop, weights = self.drops.get(index), None
+            if connections is not None and index in connections.blocks:
+                weights = block.attn.weights(q, k, passage.allowed, mode)
+            if drop is not None and drop.after < passage.x.shape[1] - prefix:  # a ticket may have left fewer already
+                if drop.method == "tome":
+                    self._merge(passage, drop, k)
+                else:
+                    self._drop(passage, drop, block.attn, q, k)
+                    if weights is not None:
+                        weights = narrow(weights, passage.positions[-1], prefix)
+            if connections is not None and weights is not None:
+                passage.allowed = connect(weights, prefix, connections.keep, mode, passage.allowed)
             if index == last:
                 break
-            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        return x, all_scores, all_positions
+            passage.x = passage.x + block.drop_path2(block.ls2(block.mlp(block.norm2(passage.x))))
+        return passage
+
+    def _drop(self, passage: Passage, drop: TokenDrop, attention: Attention, q: Tensor, k: Tensor) -> None:
+        """Only some patch tokens go on, and where they are fused one for all others."""
+        x, prefix = passage.x, self.architecture.prefix
+        if drop.method == "random":
+            patches = x.shape[1] - prefix
+            scores = random_scores(len(x), patches, x.device, block=drop.block, training=self.training)
+        elif drop.fuse:
+            scores = attention.scores(q, k, prefix)  # they weigh what is summed
+        else:
+            scores = attention.scores(q.detach(), k.detach(), prefix)  # they order tokens; no gradient comes back
+        positions = top_tokens(scores, drop.keep)
+        passage.x = gather_tokens(x, positions, prefix)
+        if drop.fuse:
+            passage.x = torch.cat([passage.x, fused_token(x[:, prefix:], scores, positions)], dim=1)
+        if passage.allowed is not None:
+            passage.allowed = narrow(passage.allowed, positions, prefix)
+        passage.scores.append(scores)
+        passage.positions.append(positions)
+
+    def _merge(self, passage: Passage, drop: TokenDrop, k: Tensor) -> None:
+        """Patch tokens with like keys become one."""
+        x, prefix = passage.x, self.architecture.prefix
+        sizes = x.new_ones(len(x), x.shape[1] - prefix) if passage.sizes is None else passage.sizes
+        merged, passage.sizes = merge(x[:, prefix:], sizes, k[:, :, prefix:].mean(1), drop.keep)
+        passage.x = torch.cat([x[:, :prefix], merged], dim=1)
 
     def place_logits(self, images: Tensor) -> Tensor:
         """What the class head answers for every patch token, in an LV-ViT the head for them: (B, K, h, w). A network
         that drops tokens has no answer for all.
         """
-        features = self.body.norm(self._through(images, None)[0])
+        features = self.body.norm(self._through(images, None).x)
         if isinstance(self.body, LVViT):
             logits: Tensor = self.body.token_logits(features)
         else:
@@ -91,9 +143,11 @@ class ViT(nn.Module):
         """Patches of the tickets that it takes, h and w: its own."""
         return self.architecture.grid
 
-    def ticket_cost(self, kept: int) -> tuple[int, int]:
-        """Patch tokens and multiply-accumulates of one image of which a ticket keeps `kept` patches."""
-        return kept, self.architecture.macs(start_patches=kept)
+    def ticket_cost(self, kept: int | None) -> tuple[float, int]:
+        """Patch tokens (mean over the blocks) and multiply-accumulates of one image, of which a ticket keeps `kept`
+        patches; None: without one.
+        """
+        return self.architecture.processed(kept), self.architecture.macs(start_patches=kept)
 
     def set_distilled_training(self, on: bool) -> None:
         """Let the two heads of a distilled DeiT answer separately in training mode. Nothing to do for other models."""
@@ -127,6 +181,11 @@ class ViT(nn.Module):
     def with_tokens(self, drops: tuple[TokenDrop, ...]) -> ViT:
         """The same weights (shared) with another token reduction."""
         return ViT(self.body, self.architecture.with_tokens(drops))
+
+    def set_tokens(self, architecture: Architecture) -> None:
+        """Reduce tokens as this record says from now on, in place; all else in it must be as it was."""
+        self.architecture = architecture
+        self.drops = {drop.block: drop for drop in architecture.tokens}
 
 
 def head_on_patches(body: VisionTransformer, features: Tensor, prefix: int) -> Tensor:
@@ -264,13 +323,21 @@ def _scale(scale: nn.Module, width: int) -> nn.Module:
     return LayerScale(width) if isinstance(scale, LayerScale) else scale
 
 
-def drops_for(architecture: Architecture, blocks: tuple[int, ...], keep: float) -> tuple[TokenDrop, ...]:
-    """Token reduction at these blocks, `keep` of the patches that reach each. K is a plain number, recorded, never
-    recomputed.
+def drops_for(
+    architecture: Architecture,
+    blocks: tuple[int, ...],
+    keep: float,
+    method: Reduction = "attention",
+    fuse: bool = False,
+) -> tuple[TokenDrop, ...]:
+    """Token reduction at these blocks, `keep` of the patch tokens that reach each, a fused one among them. K is a plain
+    number, recorded, never recomputed. A block that would leave as many as reach it is left out.
     """
-    left = architecture.patches
+    reaching = architecture.patches
     drops = []
     for block in sorted(blocks):
-        left = keep_count(left, keep)
-        drops.append(TokenDrop(block, left))
+        drop = TokenDrop(block, keep_count(reaching, keep), method, fuse)
+        if drop.after < reaching:
+            drops.append(drop)
+            reaching = drop.after
     return tuple(drops)
