@@ -170,8 +170,7 @@ def coherent(seen: Preflight) -> None:
     if made is None or made.config.tokens is None or made.config.tokens.method != "random":
         return
     raise InvalidInput(
-        f"{made.entry}.tokens.method: random is a control, and a file that draws lots would answer differently each "
-        "time",
+        f"{made.entry}.tokens.method: random is a control: a file that draws lots answers differently each time",
         "use attention or tome, finish on all patches (finetune), or leave export out: export: null",
         field=made.at("tokens.method"),
     )

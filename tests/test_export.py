@@ -27,7 +27,9 @@ def variant(kind: str) -> Network:
     if "pruned" in kind:
         net = cut(net, kept_of(net, AXES["all"]))
     if "reduced" in kind:
-        net = net.with_tokens(drops_for(net.architecture, (0, 1), 0.6))
+        net = net.with_tokens(drops_for(net.architecture, (0, 1), 0.6, fuse="fused" in kind))
+    if "merged" in kind:
+        net = net.with_tokens(drops_for(net.architecture, (0, 1), 0.6, "tome"))
     return net.eval()
 
 
@@ -43,6 +45,10 @@ def variant(kind: str) -> Network:
         "reduced",
         "pruned reduced",
         "pruned reduced lv-vit",
+        "reduced fused",
+        "merged",
+        "merged distilled",
+        "pruned merged registers",
     ],
 )
 def test_the_file_answers_as_the_network_at_batch_1_and_n(kind: str, tmp_path: Path) -> None:
@@ -61,7 +67,7 @@ def test_the_file_answers_as_the_network_at_batch_1_and_n(kind: str, tmp_path: P
             assert (answer.argmax(1) == expected.argmax(1)).all()
     nodes = [node.op_type for node in onnx.load(path).graph.node]
     assert nodes.count("LayerNormalization") == 7
-    assert nodes.count("TopK") == (2 if "reduced" in kind else 0)
+    assert nodes.count("TopK") == (2 if "reduced" in kind or "merged" in kind else 0)
 
 
 def test_equal_networks_give_equal_bytes_and_tell_nothing_about_the_machine(tmp_path: Path) -> None:

@@ -340,6 +340,45 @@ invalid pipeline: tokens.blocks: [1, 3] for a network of 3 blocks
     )
 
 
+def test_tokens_drawn_by_lot_are_refused_before_an_export_and_not_without_one(tmp_path: Path) -> None:
+    text = """data:  {source: "builtin:digits", image_size: 32}
+model: {name: vit_tiny_patch16_224, args: {patch_size: 8}}
+stages:
+  train: {epochs: 1, tokens: {blocks: [1], keep: 0.5, method: random}}
+  export: {}
+"""
+    project = Project(tmp_path, text)
+    assert (
+        project.unplanned()
+        == """\
+invalid pipeline: train.tokens.method: random is a control: a file that draws lots answers differently each time
+  --> pipeline.yaml:4:63
+   |
+ 4 |   train: {epochs: 1, tokens: {blocks: [1], keep: 0.5, method: random}}
+   |                                                               ^^^^^^
+  help: use attention or tome, finish on all patches (finetune), or leave export out: export: null"""
+    )
+    project.plan("export=null")
+
+
+def test_attention_connections_need_a_class_token(tmp_path: Path) -> None:
+    text = """data:  {source: "builtin:digits", image_size: 32}
+model: {name: vit_tiny_patch16_224, args: {patch_size: 8, class_token: false, global_pool: avg}}
+stages:
+  train: {epochs: 1, attention: {keep: 0.5, blocks: [1]}}
+"""
+    assert (
+        Project(tmp_path, text).refused()
+        == """\
+invalid pipeline: attention: vit_tiny_patch16_224 has no prefix token, to which every patch token stays connected
+  --> pipeline.yaml:4:22
+   |
+ 4 |   train: {epochs: 1, attention: {keep: 0.5, blocks: [1]}}
+   |                      ^^^^^^^^^
+  help: leave attention out, or use a model with a class token"""
+    )
+
+
 def test_swaps_by_the_attention_of_a_class_token_need_one(tmp_path: Path) -> None:
     text = """data:  {source: "builtin:digits", image_size: 32}
 model: {name: vit_tiny_patch16_224, args: {patch_size: 8, class_token: false, global_pool: avg}}

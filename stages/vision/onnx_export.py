@@ -62,7 +62,7 @@ def check_reduction(architecture: Architecture | SwinArchitecture) -> None:
     """Raises: InvalidInput for a network that drops tokens by lot."""
     if any(drop.method == "random" for drop in architecture.tokens):
         raise InvalidInput(
-            "tokens.method: random is a control: a file that draws lots would answer differently each time",
+            "tokens.method: random is a control: a file that draws lots answers differently each time",
             "finish on tokens.method: attention or tome, or on all patches; or leave export out: export: null",
         )
 
