@@ -122,7 +122,7 @@ class ViT(nn.Module):
     def _merge(self, passage: Passage, drop: TokenDrop, k: Tensor) -> None:
         """Patch tokens with like keys become one."""
         x, prefix = passage.x, self.architecture.prefix
-        sizes = x.new_ones(len(x), x.shape[1] - prefix) if passage.sizes is None else passage.sizes
+        sizes = x.new_ones(x.shape[0], x.shape[1] - prefix) if passage.sizes is None else passage.sizes
         merged, passage.sizes = merge(x[:, prefix:], sizes, k[:, :, prefix:].mean(1), drop.keep)
         passage.x = torch.cat([x[:, :prefix], merged], dim=1)
 
