@@ -156,7 +156,7 @@ def test_attention_is_penalised_as_it_is_computed_and_nothing_is_left_on_the_net
 @pytest.mark.parametrize("method", METHODS)
 def test_every_penalty_reaches_the_weights(images: Images, method: str) -> None:
     """What is penalised ends lower than without, by training of few steps; attention_log's own 1e-5 is weighed up."""
-    recipe = Recipe(steps=8, batch_size=8, lr=3e-3, weight_decay=0.0)
+    recipe = Recipe(steps=4, batch_size=8, lr=3e-3, weight_decay=0.0)
     strength = {"attention_log": 1e3, "attention_entropy": 1.0, "hoyer": 0.1}.get(method, 1e-2)
 
     def measured(net: Any) -> float:

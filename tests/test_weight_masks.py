@@ -45,7 +45,7 @@ from sievit.stages.vision.tensors import write_tensors
 from sievit.stages.vision.training import fit
 from sievit.stages.vision.weights import load_network
 
-DENSE = Recipe(steps=8, batch_size=8, lr=3e-3)
+DENSE = Recipe(steps=6, batch_size=8, lr=3e-3)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_the_pool_is_the_matrices_of_the_blocks_and_in_paper_mode_what_the_autho
         assert set(weights_of(make(), "paper")) - names == more | {"patch_embed.proj.weight", f"{head}.weight"}
 
 
-@pytest.mark.parametrize(("mode", "keep"), [("paper", 0.9), ("paper", 0.5), ("corrected", 0.7)])
+@pytest.mark.parametrize(("mode", "keep"), [("paper", 0.5), ("corrected", 0.7)])
 def test_one_shot_after_training_is_torchs_own_global_pruning_of_the_dense_run(
     images: Images,
     mode: Any,
@@ -206,8 +206,10 @@ class Spied:
         monkeypatch.setattr(training, "apply_masks", apply)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon", "adafactor"])
-@pytest.mark.parametrize("name", ["cubic", "random", "one shot", "rigl"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [("cubic", "adamw"), ("random", "sgd"), ("one shot", "muon"), ("rigl", "adamw"), ("rigl", "adafactor")],
+)
 def test_what_is_left_out_is_zero_at_every_step_in_weights_moments_and_average(
     images: Images,
     monkeypatch: pytest.MonkeyPatch,
