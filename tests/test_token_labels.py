@@ -118,7 +118,7 @@ def test_a_map_of_another_grid_is_resized_and_stays_a_distribution() -> None:
 def test_a_network_labels_each_patch_with_its_head_on_that_patch(family: str) -> None:
     net: Any = network(family)
     x = images(2)
-    tokens = net.body.norm(net._through(x, None)[0])
+    tokens = net.body.norm(net._through(x, None).x)
     answers = net.place_logits(x).flatten(2).transpose(1, 2)
     for patch in range(16):
         token = tokens[:, net.architecture.prefix + patch]
