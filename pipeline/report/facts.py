@@ -131,10 +131,6 @@ class Facts:
         )
         return ranked[0] if ranked else None
 
-    @property
-    def size_on_page(self) -> int:
-        return sum(len(picture.uri) for step in self.steps for picture in step.pictures)
-
 
 def collect(record: Mapping[str, Any], store: Shelf, spec_text: str = "") -> Facts:
     """Read the manifests of every node of the run. Never raises for what is missing: the report says it instead."""
