@@ -189,13 +189,32 @@ def measurement(document: Document) -> RenderableType:
         parts.append(line(f"noise floor: {floor:.1f}% between equal files", "dim"))
     if document.get("disturbed"):
         parts.append(line("the machine was busy: these latencies are disturbed", "yellow"))
+    for title, rows in _settings(document.get("over_seeds", ())).items():
+        seeds = ", ".join(map(str, rows[0]["seeds"]))
+        parts += [Text(""), line(f"over seeds {seeds}: {title}", "bold"), _over_seeds(rows)]
     return Group(*parts, *further(document))
 
 
+def _over_seeds(rows: Sequence[Document]) -> Table:
+    """The mean of the final files of an arm, its 95 % interval, and each seed."""
+    columns = ("arm", "top-1", "each seed", "speed-up", "each seed")
+    shown = [
+        (
+            line(row["arm"]),
+            _two_lines(percent(row["top1_mean"]), interval(row["top1_low"], row["top1_high"], percent)),
+            line(" ".join(map(percent, row["top1"]))),
+            line(ratio(row["speedup_mean"])),
+            line(" ".join(map(ratio, row["speedup"]))),
+        )
+        for row in rows
+    ]
+    return table(*columns, rows=shown, right=("top-1", "speed-up"), whole=("arm",))
+
+
 def further(metrics: Document) -> list[RenderableType]:
-    """The sections of the report that a stage's metrics hold beyond its rows, as tables."""
+    """What else the report has to say of a stage's metrics, as tables."""
     parts: list[RenderableType] = []
-    for section in sections(metrics):
+    for section in sections({name: value for name, value in metrics.items() if name != "over_seeds"}):
         head, *others = section.heads
         drawn = table(*section.heads, rows=section.rows, right=others, whole={head})
         parts += [Text(""), line(section.title, "bold"), drawn, *(line(f"- {remark}") for remark in section.remarks)]

@@ -124,9 +124,9 @@ def test_a_second_run_over_megabytes_takes_far_under_a_second(bench: Bench) -> N
     for stage in STAGES:
         bench.swap(stage.name, run=lambda ctx, fake=stage.run: (ctx.out / "w").write_bytes(b"w" * 2**21) and fake(ctx))
     bench.run()
-    started = time.perf_counter()
+    started = time.process_time()  # not of the clock: the other core is busy with other tests
     assert bench.run().did_nothing
-    assert time.perf_counter() - started < 0.4
+    assert time.process_time() - started < 0.4
 
 
 def test_a_forecast_after_a_run_promises_nothing_to_do(bench: Bench) -> None:

@@ -168,9 +168,15 @@ def test_the_report_names_the_seeds_and_shows_mean_interval_and_each_of_them(tmp
     assert 'href="#seeds"' in render_html(facts) and 'id="seeds"' in render_html(facts)
 
 
-def test_the_terminal_shows_the_summary_over_seeds(tmp_path: Path) -> None:
+def test_the_terminal_shows_the_summary_over_seeds_within_80_columns(tmp_path: Path) -> None:
     record, shelf = seeded_run(tmp_path)
     manifest = shelf.find("benchmark", record["nodes"][0]["key"]).manifest
     shown = StringIO()
-    Console(file=shown, width=200).print(views.measurement(manifest["metrics"]))
-    assert "Over seeds" in shown.getvalue() and "97.0%, 95.0%" in shown.getvalue()
+    Console(file=shown, width=80).print(views.measurement(manifest["metrics"]))
+    lines = [line.rstrip() for line in shown.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 80
+    title = lines.index("over seeds 3, 5: cpu, batch 1, 1 thread")
+    assert [line.split() for line in lines[title + 2 : title + 4]] == [
+        ["main", "96.0%", "97.0%", "95.0%", "2.45×", "2.00×", "3.00×"],
+        ["83.3–100%"],
+    ]
