@@ -26,9 +26,9 @@ from sievit.stages.methods.patch_tickets import random_ranks
 from sievit.stages.methods.token_reduction import keep_count
 from sievit.stages.vision.network import create
 from sievit.stages.vision.patches import Cached, Online, PatchPolicy, Views
+from sievit.stages.vision.preprocessing import Normaliser
 from sievit.stages.vision.ranking import ByAttention
 from sievit.stages.vision.selector import arrange
-from sievit.stages.vision.training import Normaliser
 from sievit.stages.vision.vit import ViT
 
 STUDENT = "deit_tiny_patch16_224"

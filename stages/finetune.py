@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from .vision.batches import Batch
     from .vision.network import Network
-    from .vision.training import Batch, Objective
+    from .vision.objective import Objective
 
 
 class Distill(Settings):
@@ -157,7 +158,7 @@ class _Teacher:
     """A frozen network and its own normalisation, fed with the student's views."""
 
     def __init__(self, network: nn.Module, mean: Any, std: Any, macs: int, student: Any, device: torch.device) -> None:
-        from .vision.training import Normaliser
+        from .vision.preprocessing import Normaliser
 
         self.network = network.to(device).eval().requires_grad_(False)
         self.macs = macs
@@ -193,7 +194,7 @@ def _teacher(ctx: Context, classes: int, device: torch.device) -> _Teacher | Non
 def _objective(config: FinetuneConfig, network: Network, teacher: _Teacher | None) -> Objective:
     """Labels, and the teacher where there is one. A distilled DeiT hears the teacher through its own head."""
     from .methods.distillation import hard_loss, soft_loss
-    from .vision.training import cross_entropy, supervised
+    from .vision.objective import cross_entropy, supervised
 
     if config.distill is None or teacher is None:
         return supervised

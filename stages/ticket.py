@@ -277,9 +277,10 @@ class _Proxies:
         import numpy as np
 
         from .vision import budget
+        from .vision.batches import Pool
         from .vision.preprocessing import check, load
         from .vision.selector import arrange
-        from .vision.training import Pool, fit
+        from .vision.training import fit
         from .vision.vit import ViT
         from .vision.weights import load_network
 

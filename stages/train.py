@@ -65,37 +65,18 @@ from pydantic import Field, model_validator
 
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
+from .vision.example_settings import ExamplePolicy, Swap, check_examples
+from .vision.loss_settings import Penalty, TokenLabels
 from .vision.mask_settings import Essential, Magnitude, MaskSettings, Pattern, check_masks
-from .vision.recipe import ExamplePolicy, Recipe, Settings, Swap, check_examples
+from .vision.recipe import Recipe
 from .vision.token_settings import Connected, Tokens, check_connected
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from .vision.annotator import Annotator
     from .vision.network import Network
-    from .vision.training import Batch, Objective
-
-
-class Penalty(Settings):
-    """A penalty added to the loss."""
-
-    method: Literal["group_lasso", "hoyer", "l1", "l2", "attention_log", "attention_entropy"] = Field(
-        "group_lasso",
-        description="group_lasso: sum of group norms of heads and MLP units; hoyer: Hoyer-square of these norms, which "
-        "shrinks the small ones only; l1, l2: on the blocks' matrices; attention_log: mean log(1 + a^2) of the last "
-        "block, as published; attention_entropy: of the rows of all blocks, in nats",
-    )
-    strength: float = Field(1e-4, gt=0, description="its weight in the loss")
-
-
-class TokenLabels(Settings):
-    """A soft label for every patch, which the second head of an LV-ViT learns."""
-
-    source: str = Field(description="who labels: a stage of this pipeline, an artifact (train@7), or timm:<model>")
-    weight: float = Field(0.5, gt=0, le=10, description="of the patches' loss; that of the class token has 1")
-    top: int | None = Field(None, ge=1, description="classes that a label keeps, renormalised; null: all")
+    from .vision.objective import Objective
 
 
 class TrainConfig(Recipe, Config):
@@ -384,24 +365,13 @@ def _annotator(ctx: Context, network: Network, classes: tuple[str, ...], device:
 
 
 def _objective(config: TrainConfig) -> Objective:
-    """The labels' loss, and with token labels the patches' beside it (Jiang et al. 2021, eq. 3). A policy on examples
-    needs it for each image.
-    """
-    from .methods.token_labels import token_label_losses
-    from .vision.training import cross_entropy, each_supervised, supervised
+    """The labels' loss, and with token labels the patches' beside it. A policy on examples needs it for each image."""
+    from .vision.objective import each_supervised, labelled, supervised
 
     each = config.examples is not None
-    if config.token_labels is None:
-        return each_supervised if each else supervised
-    weight = config.token_labels.weight
-
-    def objective(current: Network, batch: Batch) -> Tensor:
-        assert batch.token_labels is not None
-        of_class, of_patches = current(batch.images, batch.kept)
-        patches = token_label_losses(of_patches, batch.token_labels)
-        return cross_entropy(of_class, batch.targets, each=each) + weight * (patches if each else patches.mean())
-
-    return objective
+    if config.token_labels is not None:
+        return labelled(config.token_labels.weight, each=each)
+    return each_supervised if each else supervised
 
 
 def coherent(seen: Preflight) -> None:

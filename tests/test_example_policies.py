@@ -24,7 +24,7 @@ from sievit.stages.methods.example_policies import (
     share_count,
     swap,
 )
-from sievit.stages.vision.recipe import pruned_epochs
+from sievit.stages.vision.example_settings import pruned_epochs
 
 EXAMPLES, LENGTH = 40, 6
 

@@ -23,12 +23,16 @@ from sievit.pipeline.store import Store
 from sievit.stages.__main__ import STAGES
 from sievit.stages.methods import InvalidInput
 from sievit.stages.vision import examples, processes
+from sievit.stages.vision.batches import Batch, Pool
 from sievit.stages.vision.clock import Clock
 from sievit.stages.vision.dataset import Images, load_splits
+from sievit.stages.vision.example_settings import InfoBatch, Subset, Swap
 from sievit.stages.vision.examples import Pass, Seen, Watch
 from sievit.stages.vision.network import Network
-from sievit.stages.vision.recipe import Augmentation, InfoBatch, Recipe, Subset, Swap
-from sievit.stages.vision.training import Batch, Fitted, Normaliser, Pool, each_supervised, fit, supervised
+from sievit.stages.vision.objective import each_supervised, supervised
+from sievit.stages.vision.preprocessing import Normaliser
+from sievit.stages.vision.recipe import Augmentation, Recipe
+from sievit.stages.vision.training import Fitted, fit
 
 CPU = torch.device("cpu")
 NORMALISE = Normaliser((0.5,) * 3, (0.5,) * 3, CPU)

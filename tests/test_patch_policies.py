@@ -17,13 +17,14 @@ from torch import Tensor
 from sievit.stages.methods import InvalidInput
 from sievit.stages.methods.patch_tickets import center_ranks, kept_patches, ranks_from_scores, saliency
 from sievit.stages.vision import tickets
+from sievit.stages.vision.batches import Batch, Pool
 from sievit.stages.vision.dataset import Splits, load_splits
 from sievit.stages.vision.evaluate import logits
 from sievit.stages.vision.patches import Cached, Drawn, Online, PatchPolicy, Views
-from sievit.stages.vision.preprocessing import Preprocessing
+from sievit.stages.vision.preprocessing import Normaliser, Preprocessing
 from sievit.stages.vision.ranking import ByAttention, ranker, write_tables
 from sievit.stages.vision.recipe import Augmentation, Recipe
-from sievit.stages.vision.training import Batch, Normaliser, Pool, fit
+from sievit.stages.vision.training import fit
 from sievit.stages.vision.vit import drops_for
 
 CPU = torch.device("cpu")

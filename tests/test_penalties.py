@@ -18,9 +18,9 @@ from sievit.pipeline.stage import Preflight
 from sievit.stages.methods import InvalidInput
 from sievit.stages.methods.regularisers import attention_entropy, attention_log, head_norms, hoyer_square, unit_norms
 from sievit.stages.train import STAGE, TrainConfig
-from sievit.stages.train import Penalty as Settings
 from sievit.stages.vision.attention import set_fused
 from sievit.stages.vision.dataset import Images, load_splits
+from sievit.stages.vision.loss_settings import Penalty as Settings
 from sievit.stages.vision.penalty import create
 from sievit.stages.vision.recipe import Recipe
 

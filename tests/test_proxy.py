@@ -25,9 +25,10 @@ from sievit.stages.methods import InvalidInput
 from sievit.stages.vision.dataset import Images, load_splits
 from sievit.stages.vision.evaluate import logits
 from sievit.stages.vision.network import Network
+from sievit.stages.vision.preprocessing import Normaliser
 from sievit.stages.vision.proxy import KINDS, statistic, train_proxy
 from sievit.stages.vision.recipe import Recipe
-from sievit.stages.vision.training import Fitted, Normaliser, _Run
+from sievit.stages.vision.training import Fitted, _Run
 
 CPU = torch.device("cpu")
 NORMALISE = Normaliser((0.5,) * 3, (0.5,) * 3, CPU)

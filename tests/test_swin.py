@@ -34,16 +34,18 @@ from sievit.stages.methods.token_reduction import keep_count
 from sievit.stages.methods.windows import join, legal_squares, partition, pyramid, relative_index, shift_mask
 from sievit.stages.vision.architecture import SwinArchitecture, load_architecture
 from sievit.stages.vision.attention import set_fused
+from sievit.stages.vision.batches import Pool
 from sievit.stages.vision.dataset import load_splits
 from sievit.stages.vision.evaluate import logits
 from sievit.stages.vision.network import create, outline, rebuild
 from sievit.stages.vision.onnx_export import export
 from sievit.stages.vision.patches import Cached
 from sievit.stages.vision.penalty import WeightPenalty
+from sievit.stages.vision.preprocessing import Normaliser
 from sievit.stages.vision.ranking import by_chance
 from sievit.stages.vision.recipe import Recipe
 from sievit.stages.vision.swin import Swin, TicketUse
-from sievit.stages.vision.training import Normaliser, Pool, fit
+from sievit.stages.vision.training import fit
 from sievit.stages.vision.weights import load_network, save_network
 
 CPU = torch.device("cpu")

@@ -26,15 +26,17 @@ from sievit.stages.methods.token_labels import (
     token_label_losses,
     top_labels,
 )
-from sievit.stages.train import TokenLabels, TrainConfig, _objective
+from sievit.stages.train import TrainConfig, _objective
 from sievit.stages.vision import annotator
 from sievit.stages.vision.augment import Mixer
+from sievit.stages.vision.batches import Batch, Pool
 from sievit.stages.vision.dataset import Images, load_splits
+from sievit.stages.vision.loss_settings import TokenLabels
 from sievit.stages.vision.network import create
 from sievit.stages.vision.patches import Cached
 from sievit.stages.vision.preprocessing import Preprocessing
 from sievit.stages.vision.recipe import Augmentation, Recipe
-from sievit.stages.vision.training import Batch, Pool, fit
+from sievit.stages.vision.training import fit
 from sievit.stages.vision.weights import load_network, save_network
 
 

@@ -21,12 +21,14 @@ from sievit.stages.methods.token_reduction import fused_token, keep_count, ramp
 from sievit.stages.train import TrainConfig
 from sievit.stages.vision import token_schedule
 from sievit.stages.vision.attention import set_fused
+from sievit.stages.vision.batches import Pool
 from sievit.stages.vision.budget import Arm
 from sievit.stages.vision.dataset import Images, load_splits
 from sievit.stages.vision.onnx_export import export
+from sievit.stages.vision.preprocessing import Normaliser
 from sievit.stages.vision.recipe import Recipe
 from sievit.stages.vision.token_settings import Connected, Ramp, Tokens
-from sievit.stages.vision.training import Fitted, Normaliser, Pool, fit
+from sievit.stages.vision.training import Fitted, fit
 from sievit.stages.vision.vit import ViT, drops_for
 
 CPU = torch.device("cpu")

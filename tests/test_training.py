@@ -16,13 +16,15 @@ from sievit.stages.methods import InvalidInput
 from sievit.stages.methods.distillation import hard_loss, soft_loss
 from sievit.stages.methods.regularisers import head_norms, unit_norms
 from sievit.stages.vision.augment import Augmenter, Mixer
+from sievit.stages.vision.batches import Pool
 from sievit.stages.vision.dataset import Images, load_splits
 from sievit.stages.vision.evaluate import top1
 from sievit.stages.vision.mask_settings import Magnitude, Pattern, RigL
 from sievit.stages.vision.network import Network
 from sievit.stages.vision.patches import Cached
+from sievit.stages.vision.preprocessing import Normaliser
 from sievit.stages.vision.recipe import Augmentation, Optimizer, Recipe
-from sievit.stages.vision.training import Fitted, Normaliser, Pool, fit
+from sievit.stages.vision.training import Fitted, fit
 
 CPU = torch.device("cpu")
 NORMALISE = Normaliser((0.5,) * 3, (0.5,) * 3, CPU)

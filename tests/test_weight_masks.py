@@ -35,7 +35,8 @@ from sievit.stages.methods.weight_masks import (
     weights_kept,
 )
 from sievit.stages.train import TrainConfig
-from sievit.stages.vision import masks, training
+from sievit.stages.vision import masks
+from sievit.stages.vision import step as stepping
 from sievit.stages.vision.dataset import Images, load_splits
 from sievit.stages.vision.mask_settings import Essential, Magnitude, Pattern, RigL, check_masks, mask_steps
 from sievit.stages.vision.masks import Held, Projected, check_groups, densities
@@ -203,7 +204,7 @@ class Spied:
             self.average = average
             return self.made[-1]
 
-        monkeypatch.setattr(training, "apply_masks", apply)
+        monkeypatch.setattr(stepping, "apply_masks", apply)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ..methods import InvalidInput
 from ..methods.token_labels import on_grid, top_labels
 from . import external
-from .preprocessing import check, load
-from .training import Normaliser
+from .preprocessing import Normaliser, check, load
 from .vit import ViT, head_on_patches
 from .weights import load_network
 

@@ -16,10 +16,13 @@ from typing import Any, Protocol
 import torch
 
 from ..methods.weight_masks import knee
+from .batches import Annotate, Pool
 from .mask_settings import Essential
 from .network import Network
+from .objective import Objective
+from .preprocessing import Normaliser
 from .recipe import Recipe
-from .training import Annotate, Normaliser, Objective, Pool, fit
+from .training import fit
 
 
 class Progress(Protocol):

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..methods.patch_tickets import kept_patches
 from .dataset import Images
 from .network import Network
-from .training import Normaliser
+from .preprocessing import Normaliser
 
 
 @torch.inference_mode()

@@ -23,8 +23,8 @@ from ..methods.example_selection import kept_count
 from ..methods.token_reduction import prefix_attention
 from . import processes
 from .attention import Attention
+from .example_settings import InfoBatch, Subset, Swap, pruned_epochs
 from .network import Network
-from .recipe import InfoBatch, Subset, Swap, pruned_epochs
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..methods import InvalidInput
 from .network import Network
-from .training import Normaliser
+
+
+class Normaliser:
+    """(x - mean) / std per channel."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+        self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
+        self.std = torch.tensor(std, device=device).view(1, -1, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from ..methods import InvalidInput
 from ..methods.example_scores import class_distances, el2n, entropy, forgetting, grand, margin
+from .batches import Pool
 from .dataset import Images
 from .network import Network
+from .preprocessing import Normaliser
 from .recipe import Recipe
-from .training import Fitted, Normaliser, Pool, Tick, fit
+from .training import Fitted, Tick, fit
 
 BY_EPOCH = ("el2n", "grand", "margin", "entropy")
 KINDS = {"correct": np.bool_, **dict.fromkeys(BY_EPOCH, np.float32)}

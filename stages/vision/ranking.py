@@ -22,7 +22,7 @@ from ..methods.patch_tickets import (
     saliency,
 )
 from .dataset import Images, Splits
-from .training import Normaliser
+from .preprocessing import Normaliser
 from .vit import ViT
 
 Ranker = Callable[[Tensor], Tensor]

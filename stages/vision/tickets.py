@@ -14,15 +14,15 @@ import torch
 
 from ..methods import InvalidInput
 from .architecture import Architecture, SwinArchitecture
+from .batches import Pool
 from .dataset import Images, Splits
 from .evaluate import top1
 from .network import Network
 from .patches import Cached, Drawn, Online, PatchPolicy
-from .preprocessing import Preprocessing
+from .preprocessing import Normaliser, Preprocessing
 from .preprocessing import load as load_preprocessing
 from .ranking import ByAttention, by_chance, ranker
 from .swin import TicketUse, check_use
-from .training import Normaliser, Pool
 from .vit import ViT
 from .weights import load_network, save_network
 

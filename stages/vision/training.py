@@ -9,66 +9,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from ..methods import InvalidInput
-from ..methods.token_labels import labels_of, mixed_labels, patch_shares
-from . import processes
-from .augment import Augmenter, Mixer
+from . import processes, resume
+from .batches import Annotate, Batch, Batches, Pool
 from .clock import Clock
-from .dataset import Images
-from .examples import Everything, Policy, Watch
+from .examples import Everything, Policy
 from .mask_settings import Magnitude, Pattern, RigL
-from .masks import apply as apply_masks
 from .network import Network
-from .patches import PatchPolicy, Views
+from .objective import Objective, supervised
 from .penalty import Penalty
+from .preprocessing import Normaliser
 from .recipe import Recipe
-from .tensors import flatten_optimizer, read_tensors, restore_optimizer, write_tensors
+from .resume import having
+from .step import Step
 from .token_schedule import TokenSchedule
 
-
-@dataclass(frozen=True)
-class Pool:
-    """What is trained on: images, which of them, and which patches of each view (None: whole images)."""
-
-    images: Images
-    members: np.ndarray  # (m,) positions in images
-    patches: PatchPolicy | None = None
-
-    @property
-    def whole(self) -> bool:
-        return self.patches is None
-
-
-@dataclass
-class Batch:
-    """One step's input on the device. clean: the un-mixed labels (B,). share: an image's own part of its view.
-    token_labels: of the kept patches, where there is an annotator.
-    """
-
-    images: Tensor  # (B, 3, S, S) normalised
-    targets: Tensor  # (B, K) soft
-    kept: Tensor | None  # (B, K) patch indices
-    clean: Tensor
-    ids: np.ndarray  # (B,) positions in the pool's images
-    weights: Tensor | None  # (B,) what each loss is multiplied by
-    share: float
-    token_labels: Tensor | None = None  # (B, n, K) soft
-
-
-Objective = Callable[[Network, Batch], Tensor]  # one loss an image (B,), or their mean ()
-Annotate = Callable[[Tensor], Tensor]  # views (B, 3, S, S) -> class probabilities of every patch (B, N, K)
 Tick = Callable[[int, Mapping[str, float]], None]
 
 
@@ -92,32 +55,6 @@ class Fitted:
     seconds: float
     earlier_seconds: float  # the part of `seconds` that an earlier, killed attempt spent
     early: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-
-
-class Normaliser:
-    """(x - mean) / std per channel."""
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
-        self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
-        self.std = torch.tensor(std, device=device).view(1, -1, 1, 1)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return (images - self.mean) / self.std
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, *, each: bool = False) -> Tensor:
-    """Cross-entropy with soft targets (B, K): the mean (), or one for each image (B,)."""
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none" if each else "mean")
-
-
-def supervised(network: Network, batch: Batch) -> Tensor:
-    """The plain objective: cross-entropy with the (mixed, smoothed) labels."""
-    return cross_entropy(network(batch.images, batch.kept), batch.targets)
-
-
-def each_supervised(network: Network, batch: Batch) -> Tensor:
-    """As supervised, one loss an image (B,): what a policy that watches or weighs examples needs."""
-    return cross_entropy(network(batch.images, batch.kept), batch.targets, each=True)
 
 
 def fit(
@@ -164,165 +101,113 @@ def fit(
     """
     if processes.count() > 1:
         raise InvalidInput("training in several processes is not possible yet", "run one process")
+    network.to(device)
     policy = policy or Everything(pool.members)
-    run = _Run(network, pool, recipe, seed, device, normalise, finish, policy, tokens, annotate, masks)
-    begun = time.monotonic()
-    before = run.restore(checkpoint)
-    saved = time.monotonic()
+    clock = Clock(math.ceil(policy.size / recipe.batch_size), recipe.total_steps(policy.size))
+    batches = Batches(
+        pool,
+        recipe,
+        policy,
+        seed=seed,
+        device=device,
+        normalise=normalise,
+        grid=network.architecture.grid,
+        annotate=annotate,
+        whole_from=round((1 - finish) * clock.total),
+    )
+    step = Step(
+        network, recipe, clock.total, seed=seed, policy=policy, objective=objective, penalty=penalty, masks=masks
+    )
+    run = _Run(step, clock, policy, tokens, checkpoint)
+    run.resume()
+    earlier = run.tally.seconds
     network.train()
-    while not run.clock.done:
-        for batch in run.batches():
-            gone = int(run.clock.now)
-            values = run.advance(batch, objective, penalty)
-            tick(int(run.clock.now) - gone, values)
+    while not clock.done:
+        for batch in batches.rest(clock):
+            gone = int(clock.now)
+            run.advance(batch)
+            tick(int(clock.now) - gone, {"loss": run.tally.loss})
             # Not at an epoch's last step: what ends the epoch has not been done yet and would be lost.
-            if checkpoint is not None and run.clock.within and time.monotonic() - saved > checkpoint_seconds:
-                run.save(checkpoint, before + time.monotonic() - begun)
-                saved = time.monotonic()
+            if clock.within and run.unsaved_seconds > checkpoint_seconds:
+                run.save()
         run.end_epoch(judge, after_epoch, keep_epochs)
-        if checkpoint is not None:
-            run.save(checkpoint, before + time.monotonic() - begun)
-            saved = time.monotonic()
-    kept = run.kept()
-    run.masks.settle(kept)
+        run.save()
+    kept = step.kept
+    step.masks.settle(kept)
     if tokens is not None:
-        tokens.apply(kept, run.clock.total, run.clock.total)
+        tokens.apply(kept, clock.total, clock.total)
     return Fitted(
-        kept.eval(),
-        run.curve,
-        run.images_seen,
-        run.ticketed,
-        run.tokens_seen,
-        run.macs,
-        run.step,
-        run.clock.now / run.clock.nominal,
-        before + time.monotonic() - begun,
-        before,
-        run.early,
+        network=kept.eval(),
+        curve=run.curve,
+        images=run.tally.images,
+        ticketed=run.tally.ticketed,
+        tokens=run.tally.tokens,
+        macs=run.tally.macs,
+        steps=step.taken,
+        passes=clock.now / clock.nominal,
+        seconds=run.seconds,
+        earlier_seconds=earlier,
+        early=run.early,
     )
 
 
+@dataclass
+class _Tally:
+    """What a run has taken so far, as in Fitted. losses, counted: of the present pass, summed over its examples.
+    seconds: of the attempts before this one.
+    """
+
+    images: int = 0
+    ticketed: int = 0
+    tokens: float = 0.0
+    macs: int = 0
+    losses: float = 0.0
+    counted: float = 0
+    seconds: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """The mean of the present pass."""
+        return self.losses / max(1, self.counted)
+
+    def add(self, batch: Batch, loss: float, network: Network) -> None:
+        images, kept = len(batch.images), None if batch.kept is None else batch.kept.shape[1]
+        tokens, macs = network.ticket_cost(kept)
+        self.images += images
+        self.ticketed += 0 if kept is None else images
+        self.tokens += images * tokens
+        self.macs += images * macs
+        # With weights, an estimate of the mean over all examples: those that count more stand for those left out.
+        self.losses += loss * images
+        self.counted += images if batch.weights is None else float(batch.weights.sum())
+
+
 class _Run:
-    """The state of one call of fit: what a checkpoint holds, and the step."""
+    """One call of fit: a part of its own checkpoint, beside the step and the policy."""
 
     def __init__(
-        self,
-        network: Network,
-        pool: Pool,
-        recipe: Recipe,
-        seed: int,
-        device: torch.device,
-        normalise: Normaliser,
-        finish: float,
-        policy: Policy,
-        tokens: TokenSchedule | None,
-        annotate: Annotate | None,
-        masks: Magnitude | RigL | Pattern | None,
+        self, step: Step, clock: Clock, policy: Policy, tokens: TokenSchedule | None, checkpoint: Path | None
     ) -> None:
-        self.network, self.pool, self.recipe, self.seed, self.device = network.to(device), pool, recipe, seed, device
-        self.normalise, self.policy, self.tokens, self.annotate = normalise, policy, tokens, annotate
-        self.watch = Watch(network, attention=policy.attention) if policy.watches else None
-        total = recipe.total_steps(policy.size)
-        self.clock = Clock(math.ceil(policy.size / recipe.batch_size), total)
-        self.step = 0
-        self.images_seen = 0
-        self.ticketed = 0
-        self.tokens_seen, self.macs = 0.0, 0
-        self.whole_from = round((1 - finish) * total)
+        self.step, self.clock, self.policy, self.tokens, self.checkpoint = step, clock, policy, tokens, checkpoint
+        self.tally = _Tally()
         self.curve: list[dict[str, float]] = []
         self.early: dict[int, dict[str, Tensor]] = {}
-        self.losses = 0.0
-        self.counted: float = 0
-        # timm's optimiser factory leaves biases, norms and tokens without weight decay.
-        self.optimizer = create_optimizer_v2(
-            network.body, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
-        )
-        self.schedule = CosineLRScheduler(
-            self.optimizer,
-            t_initial=total,
-            lr_min=recipe.min_lr,
-            warmup_t=round(recipe.warmup * total),
-            warmup_lr_init=recipe.min_lr,
-            t_in_epochs=False,
-        )
-        self.schedule.step_update(0)
-        self.ema = ModelEmaV3(network, decay=recipe.ema, use_warmup=True) if recipe.ema is not None else None
-        self.masks = apply_masks(masks, network, self.optimizer, self.ema, total, seed)
-        tied = pool.patches is not None and pool.patches.follows_image
-        self.augment = Augmenter(recipe.augment, pool.images.size, colour_only=tied)
-        self.mix = Mixer(recipe.mixup, recipe.cutmix, recipe.smoothing, len(pool.images.classes))
+        self.begun = self.saved = time.monotonic()
 
-    def batches(self) -> Iterator[Batch]:
-        """The rest of the present epoch."""
-        chosen = self.policy.begin(self.clock.epoch)
-        order = torch.randperm(len(chosen.ids), generator=_generator(self.seed, self.clock.epoch, -1)).numpy()
-        order, size = processes.part(order, self.recipe.batch_size)
-        self.clock.begin(len(order), size)
-        order = order[self.clock.position * size : self.clock.steps * size]
-        for number, pixels in enumerate(self.pool.images.batches(chosen.ids[order], size)):
-            places = order[number * size : (number + 1) * size]
-            weights = None if chosen.weights is None else torch.from_numpy(chosen.weights[places])
-            yield self._prepare(pixels, chosen.ids[places], weights)
+    @property
+    def seconds(self) -> float:
+        return self.tally.seconds + time.monotonic() - self.begun
 
-    def _prepare(self, pixels: np.ndarray, indices: np.ndarray, weights: Tensor | None) -> Batch:
-        generator = _generator(self.seed, self.clock.epoch, self.clock.position)
-        views, theta = self.augment(pixels, generator, self.device)
-        labels = torch.from_numpy(self.pool.images.labels[indices]).to(self.device)
-        even = len(labels) - len(labels) % 2  # timm mixes in pairs; an odd last image of an epoch sits out when mixing
-        if self.mix.mixer is not None and even:
-            views, theta, labels, indices = views[:even], theta[:even], labels[:even], indices[:even]
-        kept = None
-        of_patches = None if self.annotate is None else self.annotate(views)  # before the mixing writes over them
-        mixed = self.mix(views, labels, generator)
-        if self.pool.patches is not None and self.clock.now < self.whole_from:
-            kept = self.pool.patches.kept(Views(indices, theta, mixed.share, self.clock.epoch, mixed.images))
-        if of_patches is not None:
-            shares = patch_shares(mixed.own, self.network.architecture.grid).to(self.device)
-            of_patches = mixed_labels(of_patches, shares)
-            of_patches = of_patches if kept is None else labels_of(of_patches, kept)
-        # Dropout and stochastic depth draw from the global generators.
-        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-        weights = None if weights is None else weights[: len(labels)].to(self.device)
-        images = self.normalise(mixed.images)
-        return Batch(images, mixed.targets, kept, labels, indices, weights, mixed.share, of_patches)
+    @property
+    def unsaved_seconds(self) -> float:
+        return 0.0 if self.checkpoint is None else time.monotonic() - self.saved
 
-    def advance(self, batch: Batch, objective: Objective, penalty: Penalty | None) -> dict[str, float]:
-        self.masks.project()
+    def advance(self, batch: Batch) -> None:
+        """One step, and what it took."""
+        network = self.step.network
         if self.tokens is not None:
-            self.tokens.apply(self.network, self.clock.now, self.clock.total)
-        with self.watch or nullcontext(), nullcontext() if penalty is None else penalty.watch(self.network):
-            losses = objective(self.network, batch)
-        loss = losses if batch.weights is None else losses * batch.weights
-        loss = loss.mean()
-        total = loss if penalty is None else loss + penalty(self.network)
-        value = float(total.detach())
-        if not math.isfinite(value):
-            raise InvalidInput(
-                f"the loss is {value} at step {self.step + 1}", "lower lr, or clip gradients (clip: 1.0)"
-            )
-        if self.watch is not None:
-            self.policy.observe(self.watch.seen(batch.ids, batch.clean, losses, batch.share))
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        self.masks.on_gradients(self.clock.now)
-        if self.recipe.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
-        self.optimizer.step()
-        self.step += 1
-        self.clock.position += 1
-        self.schedule.step_update(self.clock.now)  # timm computes with fractions as well
-        if self.ema is not None:
-            self.ema.update(self.network, step=self.step)
-        self.masks.on_step(self.clock.now)
-        self.images_seen += len(batch.images)
-        self.ticketed += 0 if batch.kept is None else len(batch.images)
-        tokens, macs = self.network.ticket_cost(None if batch.kept is None else batch.kept.shape[1])
-        self.tokens_seen += len(batch.images) * tokens
-        self.macs += len(batch.images) * macs
-        # With weights, an estimate of the mean over all examples: those that count more stand for those left out.
-        self.losses += float(loss.detach()) * len(batch.images)
-        self.counted += len(batch.images) if batch.weights is None else float(batch.weights.sum())
-        return {"loss": self.losses / self.counted}
+            self.tokens.apply(network, self.clock.now, self.clock.total)
+        self.tally.add(batch, self.step.take(batch, self.clock), network)
 
     def end_epoch(
         self,
@@ -330,28 +215,24 @@ class _Run:
         after_epoch: Callable[[int, Network], None] | None,
         keep_epochs: tuple[int, ...],
     ) -> None:
-        epoch = self.clock.epoch + 1
+        network, epoch = self.step.network, self.clock.epoch + 1
         self.policy.end(self.clock.epoch)
-        row = {
-            "epoch": float(epoch),
-            "loss": self.losses / max(1, self.counted),
-            "lr": self.optimizer.param_groups[0]["lr"],
-        }
-        self.losses, self.counted = 0.0, 0
+        row = {"epoch": float(epoch), "loss": self.tally.loss, "lr": self.step.lr}
+        self.tally.losses, self.tally.counted = 0.0, 0
         if judge is not None:
-            with self.masks.shown(self.kept()):
+            with self.step.masks.shown(self.step.kept):
                 row |= self._judged(judge)
         self.curve.append(row)
         if after_epoch is not None:
-            after_epoch(epoch, self.network)
+            after_epoch(epoch, network)
         if epoch in keep_epochs:
-            self.early[epoch] = {name: t.detach().cpu().clone() for name, t in self.network.body.state_dict().items()}
-        self.network.train()
+            self.early[epoch] = {name: t.detach().cpu().clone() for name, t in network.body.state_dict().items()}
+        network.train()
         self.clock.end_epoch()
 
     def _judged(self, judge: Callable[[Network], float]) -> dict[str, float]:
         """As the network stands, and where its tokens are on a schedule, with those that it will end with."""
-        kept, now, total = self.kept(), self.clock.now, self.clock.total
+        kept, now, total = self.step.kept, self.clock.now, self.clock.total
         if self.tokens is None:
             return {"top1_calibration": judge(kept)}
         self.tokens.apply(kept, now, total)
@@ -361,69 +242,35 @@ class _Run:
         self.tokens.apply(kept, total, total)
         return {"top1_calibration": current, "top1_final_tokens": judge(kept)}
 
-    def kept(self) -> Network:
-        """The network that would be handed on now."""
-        return self.network if self.ema is None else self.ema.module
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"early.{epoch}.{name}": t for epoch, state in self.early.items() for name, t in state.items()}
+        tally = asdict(self.tally) | {"seconds": self.seconds}
+        return tensors, {"clock": asdict(self.clock), "tally": tally, "curve": self.curve}
 
-    def save(self, path: Path, seconds: float) -> None:
-        tensors = {f"model.{n}": t for n, t in self.network.body.state_dict().items()}
-        tensors |= {f"optimizer.{n}": t for n, t in flatten_optimizer(self.optimizer).items()}
-        if self.ema is not None:
-            tensors |= {f"ema.{n}": t for n, t in self.ema.module.body.state_dict().items()}
-        for epoch, state in self.early.items():
-            tensors |= {f"early.{epoch}.{n}": t for n, t in state.items()}
-        policy, policy_facts = self.policy.state()
-        tensors |= {f"policy.{n}": t for n, t in policy.items()}
-        masks, mask_facts = self.masks.state()
-        tensors |= {f"mask.{n}": t for n, t in masks.items()}
-        facts = {
-            "step": self.step,
-            "clock": asdict(self.clock),
-            "policy": policy_facts,
-            "masks": mask_facts,
-            "images": self.images_seen,
-            "ticketed": self.ticketed,
-            "tokens": self.tokens_seen,
-            "macs": self.macs,
-            "curve": self.curve,
-            "losses": self.losses,
-            "counted": self.counted,
-            "seconds": seconds,
-        }
-        write_tensors(path, tensors, facts)
-
-    def restore(self, path: Path | None) -> float:
-        """Go on where a checkpoint stands. Returns the seconds already spent."""
-        if path is None or not path.exists():
-            return 0.0
-        tensors, facts = read_tensors(path)
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         clock = Clock(**facts["clock"])
         if (clock.total, clock.nominal) != (self.clock.total, self.clock.nominal):
             raise InvalidInput(
-                f"{path}: a checkpoint of {clock.total} steps for a run of {self.clock.total}", "delete it"
+                f"{self.checkpoint}: a checkpoint of {clock.total} steps for a run of {self.clock.total}", "delete it"
             )
-        self.network.body.load_state_dict(_with_prefix(tensors, "model."))
-        restore_optimizer(self.optimizer, _with_prefix(tensors, "optimizer."))
-        if self.ema is not None:
-            self.ema.module.body.load_state_dict(_with_prefix(tensors, "ema."))
-        for name, tensor in _with_prefix(tensors, "early.").items():
+        vars(self.clock).update(facts["clock"])  # the loop holds the clock itself
+        self.tally, self.curve = _Tally(**facts["tally"]), facts["curve"]
+        for name, tensor in having(tensors, "early.").items():
             epoch, _, rest = name.partition(".")
             self.early.setdefault(int(epoch), {})[rest] = tensor
-        self.policy.restore(_with_prefix(tensors, "policy."), facts["policy"])
-        self.masks.restore(_with_prefix(tensors, "mask."), facts["masks"])
-        self.clock, self.step, self.curve = clock, facts["step"], facts["curve"]
-        self.images_seen, self.ticketed = facts["images"], facts["ticketed"]
-        self.tokens_seen, self.macs = facts["tokens"], facts["macs"]
-        self.losses, self.counted = facts["losses"], facts["counted"]
-        self.schedule.step_update(self.clock.now)
-        return float(facts["seconds"])
 
+    @property
+    def _parts(self) -> dict[str, resume.Part]:
+        return {"run": self, "step": self.step, "policy": self.policy}
 
-def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    def save(self) -> None:
+        if self.checkpoint is not None:
+            resume.save(self.checkpoint, self._parts)
+            self.saved = time.monotonic()
 
-
-def _generator(seed: int, epoch: int, step: int) -> torch.Generator:
-    """A generator for one step (or for the order of an epoch, step -1), far from its neighbours."""
-    mixed = np.random.SeedSequence([seed, epoch, step + 1]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed) & (2**63 - 1))
+    def resume(self) -> None:
+        """Go on where the checkpoint stands, if there is one."""
+        if self.checkpoint is not None and self.checkpoint.exists():
+            resume.restore(self.checkpoint, self._parts)
+            self.step.schedule.step_update(self.clock.now)
+            self.begun = self.saved = time.monotonic()

@@ -1,0 +1,29 @@
+"""What a training adds to the loss of its labels, as settings. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .recipe import Settings
+
+
+class Penalty(Settings):
+    """A penalty added to the loss."""
+
+    method: Literal["group_lasso", "hoyer", "l1", "l2", "attention_log", "attention_entropy"] = Field(
+        "group_lasso",
+        description="group_lasso: sum of group norms of heads and MLP units; hoyer: Hoyer-square of these norms, which "
+        "shrinks the small ones only; l1, l2: on the blocks' matrices; attention_log: mean log(1 + a^2) of the last "
+        "block, as published; attention_entropy: of the rows of all blocks, in nats",
+    )
+    strength: float = Field(1e-4, gt=0, description="its weight in the loss")
+
+
+class TokenLabels(Settings):
+    """A soft label for every patch, which the second head of an LV-ViT learns."""
+
+    source: str = Field(description="who labels: a stage of this pipeline, an artifact (train@7), or timm:<model>")
+    weight: float = Field(0.5, gt=0, le=10, description="of the patches' loss; that of the class token has 1")
+    top: int | None = Field(None, ge=1, description="classes that a label keeps, renormalised; null: all")
