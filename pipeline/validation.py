@@ -183,10 +183,14 @@ def _judged(place: _Place, text: str) -> SpecError:
     field and says what to do on a line of its own.
     """
     key, path, hint = place.key, place.path, place.note
-    if _is_model(place.expected):
+    models = [m for m in _members(_unwrapped(place.expected)[0]) if _is_model(m)]
+    if models:
         text, _, hint = text.partition("; ")
         pointed = re.match(r"([a-z_]\w*(?:\.\w+)*): (.+)", text, re.DOTALL)
-        if pointed and pointed[1].split(".")[0] in place.expected.model_fields:
+        # A field of the config, or a key that only another member of a union takes.
+        known = {name for model in models for name in model.model_fields}
+        known |= set() if place.node is None else set(place.node.mapping)
+        if pointed and pointed[1].split(".")[0] in known:
             path, text = f"{path}.{pointed[1]}".lstrip("."), pointed[2]
             node = place.node
             for step in pointed[1].split("."):

@@ -631,9 +631,9 @@ invalid pipeline: stages.ticket.examples.skip_hardest: 0.3 with keep 0.8 is more
 @pytest.mark.parametrize(
     ("written", "at", "said"),
     [
-        ("{method: magnitude, keep: 0.5, pattern: '2:4'}", "masks", "cannot have a pattern and another mask"),
-        ("{method: rigl, keep: 0.5, pattern: '2:4'}", "masks", "cannot have a pattern and another mask"),
-        ("{method: sr_ste, keep: 0.5}", "masks", "keeps two weights of every four"),
+        ("{method: magnitude, keep: 0.5, pattern: '2:4'}", "pattern", "cannot have a pattern and another mask"),
+        ("{method: rigl, keep: 0.5, pattern: '2:4'}", "pattern", "cannot have a pattern and another mask"),
+        ("{method: sr_ste, keep: 0.5}", "keep", "keeps two weights of every four"),
         ("{method: magnitude, keep: 0.5, begin: 0.6, end: 0.4}", "end", "begin after 0.6 of the steps and end after"),
         ("{method: magnitude, keep: 0.5, begin: 0.8}", "begin", "begin after 0.8 of the steps and end after 0.7"),
         ("{method: magnitude, keep: 0.5, end: 1.2}", "end", "above 0 and at most 1"),
@@ -649,6 +649,20 @@ def test_masks_that_contradict_each_other_are_refused(tmp_path: Path, written: s
     shown, carets = next((a, b) for a, b in itertools.pairwise(lines) if set(b.strip(" |")) == {"^"})
     column = carets.index("^")
     assert at in (shown[column:].split(":")[0], shown[:column].rstrip(": '").split()[-1].strip("{")), text
+
+
+def test_a_ramp_that_goes_up_is_refused_where_it_starts(tmp_path: Path) -> None:
+    tokens = "train: {tokens: {blocks: [0], keep: 0.7, ramp: {start: 0.5}}, "
+    assert (
+        Project(tmp_path, VIT.replace("train: {", tokens)).unplanned()
+        == """\
+invalid pipeline: stages.train.tokens.ramp.start: a ramp from 0.5 to keep 0.7 does not go down
+  --> pipeline.yaml:5:51
+   |
+ 5 |   train: {tokens: {blocks: [0], keep: 0.7, ramp: {start: 0.5}}, epochs: 1}
+   |                                                   ^^^^^
+  help: start above keep"""
+    )
 
 
 def test_two_of_four_needs_whole_groups(tmp_path: Path) -> None:

@@ -333,3 +333,12 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
 def test_a_share_that_keeps_all_tokens_is_refused() -> None:
     with pytest.raises(InvalidInput, match="no fewer"):
         token_schedule.create(vit().architecture, Tokens(blocks=(0,), keep=0.95))
+
+
+def test_connections_that_no_block_would_use_are_refused() -> None:
+    architecture = vit().architecture
+    last = len(architecture.blocks) - 1
+    for tokens, blocks in ((None, (last,)), (Tokens(blocks=(last,), keep=0.5), None)):
+        with pytest.raises(InvalidInput, match="those that follow"):
+            token_schedule.create(architecture, tokens, Connected(keep=0.5, blocks=blocks))
+    token_schedule.create(architecture, None, Connected(keep=0.5, blocks=(0, last)))

@@ -113,6 +113,12 @@ def check_connections(blocks: tuple[int, ...], architecture: Architecture | Swin
             field="attention",
         )
     _check_blocks("attention.blocks", blocks, architecture)
+    if min(blocks) == len(architecture.blocks) - 1:
+        raise InvalidInput(
+            f"attention.blocks: {list(blocks)} is the last block, and connections are chosen for those that follow",
+            f"name an earlier block, 0 to {len(architecture.blocks) - 2}" if min(blocks) else "leave attention out",
+            field="attention.blocks",
+        )
     return architecture
 
 
