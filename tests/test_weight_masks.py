@@ -446,6 +446,13 @@ def test_a_sweep_takes_the_knee_of_what_it_records_and_books_its_cost(tmp_path: 
     assert [figure.name for figure in ctx.figures] == ["essential", "curve"]
 
 
+def test_levels_can_be_written_in_a_pipeline() -> None:
+    written = '{"epochs": 1, "masks": {"method": "essential", "steps": 1, "levels": [0.9, 0.5]}}'
+    assert getattr(TrainConfig.model_validate_json(written).masks, "levels", None) == (0.9, 0.5)
+    with pytest.raises(ValidationError, match="levels"):
+        TrainConfig.model_validate_json(written.replace("0.5", '"half"'))
+
+
 def test_levels_that_do_not_fall_are_refused() -> None:
     with pytest.raises(ValidationError, match="do not fall"):
         Essential(method="essential", levels=(0.5, 0.6), steps=1)

@@ -95,6 +95,9 @@ def _refuse_pattern(fields: Any) -> Any:
             "pattern: the same tensors cannot have a pattern and another mask; remove pattern, or take method: sr_ste, "
             'which keeps "2:4"'
         )
+    if isinstance(fields, dict):
+        # What a validator has held in hands counts as Python to pydantic, whose strict tuples take no lists.
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     return fields
 
 
