@@ -127,7 +127,8 @@ def execute(
     started, clock, cpu = records.now(), time.monotonic(), host.cpu_seconds()
     host.reset_peak_memory()
     with readable(node, setting, draft):
-        node.stage.run(context)
+        with host.EnergyMeter() as energy:
+            node.stage.run(context)
         figures = _write_figures(context.figures, draft.out)
         return draft.commit(
             {
@@ -157,6 +158,8 @@ def execute(
                 "seconds": round(time.monotonic() - clock, 3),
                 "cpu_seconds": round(host.cpu_seconds() - cpu, 3),
                 "peak_memory_mb": max([host.peak_memory_mb(), *peaks]),
+                "energy_cpu_j": energy.cpu_j,
+                "energy_gpu_j": energy.gpu_j,
             }
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from . import host
 from .diagnostics import Problems, Span, located
 from .errors import SpecError
 from .overrides import merge
@@ -135,6 +136,7 @@ def seen(node: Node, plan: Plan, store: Store | None = None, inputs: Inputs | No
         reads=reads,
         many=several,
         inputs=there,
+        device=host.device(plan.spec.device),
     )
 
 

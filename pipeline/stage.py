@@ -51,6 +51,7 @@ class Preflight:
     many:   the same for the roles that take many: the stages in all arms.
     inputs: role -> an artifact that is there already: named as train@7, or handed to a stage command.
     base:   the folder of pipeline.yaml.
+    device: "cpu" or "cuda", what it will compute on.
     """
 
     config: Any
@@ -63,6 +64,7 @@ class Preflight:
     reads: Mapping[str, Preflight] = field(default_factory=dict)
     many: Mapping[str, Sequence[Preflight]] = field(default_factory=dict)
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
+    device: str = "cpu"
 
     @property
     def family(self) -> str:

@@ -7,7 +7,8 @@ average are built anew: those from before the cut hold tensors that no longer ex
 
 It trains on whole images whatever `train` did, or with token reduction inside the network (`tokens`, as in train),
 which is then part of the model: the token policy that is trained last is the one that is exported, and without tokens
-here that is all patches. Examples are the tickets'.
+here that is all patches. Examples are the tickets'. `precision`, `accumulate`, `compile`, `schedule`, `layer_decay` and
+`stop_early` are train's; a teacher answers in fp32 whatever the precision.
 
 reads    model; tickets (optional, their examples); the teacher
 writes   model.safetensors, architecture.json, preprocessing.json
@@ -20,11 +21,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
-from .vision.recipe import Recipe, Settings
+from .vision.recipe import Recipe, Settings, StopEarly, check_stop
 from .vision.token_settings import Tokens
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .vision.batches import Batch
+    from .vision.forward import Forward
     from .vision.network import Network
     from .vision.objective import Objective
 
@@ -52,13 +54,23 @@ class FinetuneConfig(Recipe, Config):
     lr: float = Field(5e-4, gt=0, description="peak learning rate, after warm-up")
     distill: Distill | None = Field(None, description="a teacher; null trains on the labels alone")
     tokens: Tokens | None = Field(None, description="token reduction in the network; null: all patches in all blocks")
+    stop_early: StopEarly | None = Field(
+        None,
+        description="ends training when the calibration split shows no gain, and keeps the best epoch; null: all "
+        "epochs, and the last is kept",
+    )
+
+    @model_validator(mode="after")
+    def _stops(self) -> FinetuneConfig:
+        check_stop(self.stop_early, self.epochs)
+        return self
 
 
 def run(ctx: Context) -> None:
     """Network and teacher, training on the deployed token policy, accuracy."""
     import torch
 
-    from .vision import figures, tickets, token_schedule
+    from .vision import figures, reports, tickets, token_schedule
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
@@ -93,10 +105,12 @@ def run(ctx: Context) -> None:
             tokens=schedule,
             objective=_objective(config, network, teacher),
             judge=lambda current: top1(current, splits.calibration, normalise, device),
+            stop=config.stop_early,
             checkpoint=ctx.work / "training.safetensors",
             tick=lambda n, values: task.advance(n, **values),
         )
     network = fitted.network
+    reports.tell(fitted, ctx.metrics, ctx.progress)
     network.set_distilled_training(False)
     save_network(network, ctx.out)
     preprocessing.save(ctx.out)
@@ -118,27 +132,35 @@ def run(ctx: Context) -> None:
         "steps": fitted.steps,
         "train_macs": 3 * fitted.macs,
         "scoring_macs": 0 if teacher is None else fitted.images * teacher.macs,
+        "peak_gpu_memory_mb": fitted.peak_gpu_mb,
         "seconds": round(fitted.seconds, 3),
     }
     ctx.figure("curve", figures.curve(fitted.curve), title="Fine-tuning", caption="Accuracy on the calibration split.")
 
 
 def idle(seen: Preflight) -> dict[str, str]:
-    """A temperature that softens nothing."""
-    distill = seen.config.distill
-    hard = distill is not None and distill.kind == "hard"
-    return {"distill.temperature": "distill.kind is hard"} if hard else {}
+    """A temperature that softens nothing, and a floor of a learning rate that does not fall."""
+    config: FinetuneConfig = seen.config
+    distill, found = config.distill, config.idle()
+    if distill is not None and distill.kind == "hard":
+        found["distill.temperature"] = "distill.kind is hard"
+    return found
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a teacher that timm does not have, and token reduction that the network cannot have."""
+    """Refuse a teacher that timm does not have, compiling without a compiler, and token reduction that the network
+    cannot have.
+    """
     from .methods import InvalidInput
     from .vision.architecture import load_architecture
     from .vision.external import check_name
+    from .vision.forward import check_compiler
     from .vision.network import outline
     from .vision.token_schedule import check_tokens
 
     config: FinetuneConfig = seen.config
+    if config.compile:
+        check_compiler(seen.device, seen.at("compile"))
     if config.distill is not None and config.distill.teacher.startswith("timm:"):
         check_name(config.distill.teacher, seen.at("distill.teacher"))
     if config.tokens is None:
@@ -201,7 +223,7 @@ def _objective(config: FinetuneConfig, network: Network, teacher: _Teacher | Non
     settings = config.distill
     network.set_distilled_training(True)
 
-    def objective(current: Network, batch: Batch) -> Tensor:
+    def objective(current: Forward, batch: Batch) -> Tensor:
         answers = current(batch.images, batch.kept)
         to_labels, to_teacher = answers if isinstance(answers, tuple) else (answers, answers)
         taught = teacher.answer(batch.images)

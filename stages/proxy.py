@@ -99,6 +99,7 @@ def run(ctx: Context) -> None:
     ctx.ledger |= {
         "images": fitted.images,
         "scoring_macs": macs(fitted.network, fitted, len(train)),
+        "peak_gpu_memory_mb": fitted.peak_gpu_mb,
         "scoring_seconds": round(time.monotonic() - begun + fitted.earlier_seconds, 3),
     }
 

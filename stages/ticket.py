@@ -378,6 +378,7 @@ def idle(seen: Preflight) -> dict[str, str]:
     config: TicketConfig = seen.config
     examples, patches, selector = config.examples, config.patches, config.selector
     found = {f"examples.{field}": why for field, why in examples.idle().items()}
+    found |= {f"proxy.{field}": why for field, why in config.proxy.idle().items()}
     unscored = examples.unscored
     unselected = "all patches are kept" if config.whole else f"patches.method is {patches.method}"
     if patches.method in ("random", "random_fixed"):
@@ -409,12 +410,15 @@ def preflight(seen: Preflight) -> None:
     """
     from .methods import InvalidInput
     from .vision.architecture import load_architecture
+    from .vision.forward import check_compiler
     from .vision.network import outline
     from .vision.selector import ticketed
     from .vision.sources import check_sources
 
     check_sources(seen.data.model_dump(), seen.base)
     config: TicketConfig = seen.config
+    if config.proxy.compile and (config.scored or config.selected):
+        check_compiler(seen.device, seen.at("proxy.compile"))
     size = seen.data.image_size
     own = outline(seen.model.name, image_size=size, args=seen.model.args)
     proxy = own

@@ -41,6 +41,16 @@ A network trained on tickets alone answers badly on whole images, so the last `f
 Accuracy is reported for all patches, for tickets and for random patches of the same number. `finetune` ends on what is
 deployed.
 
+`precision` runs forward and backward in bf16 or fp16; weights, losses, penalties, average and optimiser stay fp32. On a
+CPU without bf16 units it is slower, on a GPU about twice as fast. `accumulate` sends a step's images through in parts,
+for less memory; the gradient is that of all of them. `compile` is torch.compile: it takes up to minutes for each level
+of tokens and each batch size, once a run. `schedule` is the learning rate's shape, `layer_decay` slows the early blocks
+of a pretrained network. `stop_early` ends a training that the calibration split sees no gain in and hands on the best
+epoch; only epochs count that are like the last (whole images, last tokens, last masks).
+
+A loss or gradient that is not finite ends the training before it reaches a weight, with the step and the layer where it
+began. fp16 alone leaves such a step out, lowers its scale and goes on; how often is in the metrics.
+
 Arms are compared at equal cost, and `budget` says which: `epochs` over the kept examples, as many `steps` as these
 epochs take with all examples, or as many `macs` as the dense network takes in them, with the choice of the ticket and
 of its selector inside.
@@ -49,7 +59,7 @@ reads    tickets (optional: without them, all images and all patches); with toke
 writes   model.safetensors, architecture.json, preprocessing.json, training.json (the budget and what was spent);
          early/epoch-N.safetensors for every epoch in keep_epochs; with `examples` pool.json, what each decision dropped
          and brought back
-ledger   images (forward and backward), tokens per image, epochs, steps, MACs, seconds; the forward passes of the
+ledger   images (forward and backward), tokens per image, epochs, steps, MACs, seconds, peak memory on a GPU; the forward passes of the
          annotator and of the selector of online tickets are in scoring_macs
 
     sievit train pipeline.yaml --set train.epochs=40
@@ -65,10 +75,10 @@ from pydantic import Field, model_validator
 
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
-from .vision.example_settings import ExamplePolicy, Swap, check_examples
+from .vision.example_settings import ExamplePolicy, InfoBatch, Swap, check_examples
 from .vision.loss_settings import Penalty, TokenLabels
 from .vision.mask_settings import Essential, Magnitude, MaskSettings, Pattern, check_masks
-from .vision.recipe import Recipe
+from .vision.recipe import Recipe, StopEarly, check_compile, check_stop
 from .vision.token_settings import Connected, Tokens, check_connected
 
 if TYPE_CHECKING:
@@ -110,6 +120,11 @@ class TrainConfig(Recipe, Config):
         description="share of the steps, at the end, on all patches: a network trained on tickets alone answers badly "
         "on whole images, and teaches as badly",
     )
+    stop_early: StopEarly | None = Field(
+        None,
+        description="ends training when the calibration split shows no gain, and keeps the best epoch; null: all "
+        "epochs, and the last is kept",
+    )
     keep_epochs: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (), description="epochs after which a copy of the raw weights is kept, for rewinding"
     )
@@ -129,6 +144,17 @@ class TrainConfig(Recipe, Config):
                 "budget: macs leaves out what the sweep of masks costs; use steps or epochs with essential"
             )
         check_connected(self.attention, self.tokens)
+        self._check_stop()
+        watched = self.examples is not None and self.examples.policy != "random"
+        of_attention = self.weights is not None and self.weights.method.startswith("attention_")
+        check_compile(
+            self,
+            f"examples.policy: {self.examples.policy}"
+            if watched and self.examples is not None
+            else f"weights.method: {self.weights.method}"
+            if of_attention and self.weights is not None
+            else None,
+        )
         if self.token_labels is not None and self.tokens is not None:
             raise ValueError(
                 "tokens: token_labels asks the network about every patch, and tokens drops some; leave one of them out"
@@ -141,12 +167,28 @@ class TrainConfig(Recipe, Config):
             )
         return self
 
+    def _check_stop(self) -> None:
+        """What early stopping would leave undone."""
+        check_stop(self.stop_early, self.epochs)
+        if self.stop_early is None:
+            return
+        if self.budget != "epochs":
+            raise ValueError(
+                f"stop_early: a training that may end early spends no equal {self.budget}; use budget: epochs"
+            )
+        if self.keep_epochs:
+            raise ValueError("keep_epochs: training may stop before these epochs; leave out keep_epochs or stop_early")
+        if isinstance(self.examples, InfoBatch):
+            raise ValueError(
+                "stop_early: infobatch owes its last passes to the examples that it dropped; leave one of them out"
+            )
+
 
 def run(ctx: Context) -> None:
     """Data and tickets, network, training, then accuracy under every token policy."""
     import torch
 
-    from .vision import budget, essential, examples, figures, masks, penalty, tickets, token_schedule
+    from .vision import budget, essential, examples, figures, masks, penalty, reports, tickets, token_schedule
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
@@ -238,10 +280,12 @@ def run(ctx: Context) -> None:
             masks=held,
             judge=lambda current: top1(current, splits.calibration, normalise, device),
             keep_epochs=config.keep_epochs,
+            stop=config.stop_early,
             checkpoint=ctx.work / "training.safetensors",
             tick=lambda n, values: task.advance(n, **values),
         )
     network = fitted.network
+    reports.tell(fitted, ctx.metrics, ctx.progress)
     save_network(network, ctx.out)
     preprocessing.save(ctx.out)
     for epoch, state in fitted.early.items():
@@ -288,6 +332,7 @@ def run(ctx: Context) -> None:
         "steps": fitted.steps,
         "train_macs": 3 * fitted.macs,
         "scoring_macs": scoring + trying,
+        "peak_gpu_memory_mb": fitted.peak_gpu_mb,
         "seconds": round(fitted.seconds + (0 if tried is None else tried.seconds), 3),
     }
     if tried is not None and isinstance(config.masks, Essential):
@@ -399,11 +444,12 @@ def coherent(seen: Preflight) -> None:
 
 
 def idle(seen: Preflight) -> dict[str, str]:
-    """A schedule of cuts where there is one cut."""
-    masks = seen.config.masks
-    if not isinstance(masks, Magnitude) or masks.schedule != "one_shot":
-        return {}
-    return {f"masks.{name}": "masks.schedule is one_shot" for name in ("end", "every")}
+    """A schedule of cuts where there is one cut, and a floor of a learning rate that does not fall."""
+    config: TrainConfig = seen.config
+    masks, found = config.masks, config.idle()
+    if isinstance(masks, Magnitude) and masks.schedule == "one_shot":
+        found |= {f"masks.{name}": "masks.schedule is one_shot" for name in ("end", "every")}
+    return found
 
 
 def preflight(seen: Preflight) -> None:
@@ -414,12 +460,15 @@ def preflight(seen: Preflight) -> None:
     from .vision import masks
     from .vision.architecture import Architecture
     from .vision.external import check_name
+    from .vision.forward import check_compiler
     from .vision.network import outline
     from .vision.penalty import ATTENTION, no_rows
     from .vision.sources import check_sources
     from .vision.tickets import ticket_use
     from .vision.token_schedule import create
 
+    if seen.config.compile:
+        check_compiler(seen.device, seen.at("compile"))
     network = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
     try:
         ticket_use(network, seen.config.patches, None if isinstance(network, Architecture) else _ticket_shape(seen))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_vision import network
+from tiny_vision import images, network, swin
 from torch.utils.flop_counter import FlopCounterMode
 
 from sievit.stages.methods.cost import BlockWidths, ticket_cost, vit_macs
 from sievit.stages.methods.token_reduction import keep_count
 from sievit.stages.vision.architecture import TokenDrop
 from sievit.stages.vision.attention import set_fused
-from sievit.stages.vision.network import create
+from sievit.stages.vision.network import Network, create
 
 
 @pytest.mark.parametrize(
@@ -91,3 +91,34 @@ def test_an_online_ticket_costs_what_the_papers_tables_say(keep: float, heads: i
 
 def test_a_ticket_that_saves_nothing_never_pays() -> None:
     assert ticket_cost(100, 100, 10).break_even is None
+
+
+@pytest.mark.parametrize("kind", ["vit", "lv-vit", "ticket", "token drop", "swin", "swin v2"])
+def test_a_training_step_costs_three_forwards_but_for_the_gradient_of_the_image(kind: str) -> None:
+    """What the ledger charges, against torch's count of a forward and its backward. No gradient of the image is asked
+    for, which is the one product that the first layer leaves out. On top come scores that are read without a gradient
+    and, once a step whatever the batch, Swin V2's networks of the position bias.
+    """
+    kept = None
+    if kind.startswith("swin"):
+        net: Network = swin(kind)
+    else:
+        net = network(kind if kind == "lv-vit" else "deit")
+    set_fused(net, False)
+    first = net.body.patch_embed.conv1 if kind == "lv-vit" else net.body.patch_embed.proj
+    if kind == "token drop":
+        net = net.with_tokens((TokenDrop(1, 8, "attention", False),))
+    if kind == "ticket":
+        kept = torch.stack([torch.randperm(16)[:9] for _ in range(2)])
+    net.train()
+    with FlopCounterMode(display=False) as counter:
+        net(images(2), kept).sum().backward()
+    macs = net.ticket_cost(None if kept is None else kept.shape[1])[1]
+    places = {"lv-vit": 16 * 16, "ticket": 9, "swin": 256, "swin v2": 256}.get(kind, 16)
+    left_out = places * first.weight.numel()
+    beside = 0
+    if kind == "token drop":
+        beside = 2 * 17 * 48
+    elif kind == "swin v2":  # 49 offsets -> 512 -> heads, and no gradient of the offsets
+        beside = sum(2 * 49 * 2 * 512 + 3 * 49 * 512 * heads for heads in (2, 2, 4, 4))
+    assert counter.get_total_flops() == 2 * (2 * (3 * macs - left_out) + beside)

@@ -819,3 +819,49 @@ def test_defaults_are_never_refused(tmp_path: Path) -> None:
         "ticket: {examples: {method: random, keep: 0.5}}",
     ):
         Project(tmp_path, VIT.replace("ticket: {patches: {keep: 0.5}}", stage)).plan()
+
+
+@pytest.mark.parametrize(
+    ("written", "at", "said"),
+    [
+        ("stop_early: {patience: 2}, budget: steps, epochs: 9", "stop_early", "spends no equal steps"),
+        ("stop_early: {patience: 2}, budget: macs, epochs: 9", "stop_early", "spends no equal macs"),
+        ("stop_early: {patience: 9}, epochs: 9", "patience", "9 epochs without a gain never come in 9"),
+        ("stop_early: {patience: 2}, steps: 90", "stop_early", "give epochs instead of steps"),
+        ("stop_early: {patience: 2}, keep_epochs: [1], epochs: 9", "keep_epochs", "may stop before these epochs"),
+        ("stop_early: {patience: 2}, examples: {policy: infobatch}, epochs: 9", "stop_early", "infobatch owes"),
+        ("compile: true, weights: {method: attention_log}, epochs: 9", "compile", "looks into the forward"),
+        ("compile: true, examples: {policy: infobatch}, epochs: 9", "compile", "looks into the forward"),
+        ("accumulate: 65, epochs: 9", "accumulate", "64 images a step make no 65 parts"),
+        ("schedule: {shape: constant}, warmup: 0.0, min_lr: 1.0e-6, epochs: 9", "min_lr", "schedule.shape is constant"),
+        ("schedule: {shape: linear, factor: 0.5}, epochs: 9", "factor", "linear has none"),
+    ],
+)
+def test_settings_of_the_loop_that_contradict_each_other_are_refused_at_their_place(
+    tmp_path: Path, written: str, at: str, said: str
+) -> None:
+    text = VIT.replace("train: {epochs: 1}", f"train: {{{written}}}")
+    refusal = Project(tmp_path, text).unplanned()
+    assert said in " ".join(refusal.split())
+    line = next(number for number, one in enumerate(refusal.splitlines()) if one.startswith("   |  ") and "^" in one)
+    marked = refusal.splitlines()[line]
+    shown = refusal.splitlines()[line - 1]
+    assert shown[marked.index("^") :].startswith(at) or at in shown[: marked.index("^")]
+    assert "help: " in refusal
+
+
+@pytest.mark.parametrize("stage", ["ticket", "train", "finetune"])
+def test_compiling_without_a_compiler_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    def none() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    field = "ticket.proxy.compile" if stage == "ticket" else f"{stage}.compile"
+    refusal = Project(tmp_path, VIT.replace("data:", "device: cpu\ndata:")).refused(f"{field}=true")
+    assert "compile: torch compiles for the CPU through a C++ compiler, and finds none" in refusal
+    assert f"--set {field}=true" in refusal
+    assert "CXX=" in refusal

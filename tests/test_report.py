@@ -568,3 +568,17 @@ def test_tables_sort_in_a_real_browser_and_the_console_stays_empty(
         values = order.split()
         assert [float(value) for value in values[: len(known)]] == expected
         assert set(values[len(known) :]) == {"none"}  # missing values stay at the end, whichever way
+
+
+def test_energy_stands_in_the_ledger_where_a_host_told_it(tmp_path: Path) -> None:
+    for told in (False, True):
+        bench = Bench(tmp_path / str(told))
+        for arm, joules in (("main", 40_000.0), ("dense", None)):
+            fields = {"energy_cpu_j": joules, "energy_gpu_j": 2_500.0} if told else {}
+            bench.add(arm, "train", {}, ledger={"images": 100, "train_macs": 5e9}, **fields)
+        page, markdown = written(bench.record(), bench.shelf)
+        assert ("Energy" in page.text) == ("Energy |" in markdown) == told
+        if told:
+            assert "42.5\u202fkJ" in markdown and "2.50\u202fkJ" in markdown
+            table = markdown.split("### Training ledger")[1].strip().splitlines()
+            assert len({line.count("|") for line in table[:4]}) == 1

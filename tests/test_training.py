@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,21 +12,25 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny_vision import data, image_folder, network
+from tiny_vision import SWINS, data, image_folder, network, swin
 from torch import Tensor
 
 from sievit.stages.methods import InvalidInput
 from sievit.stages.methods.distillation import hard_loss, soft_loss
 from sievit.stages.methods.regularisers import head_norms, unit_norms
+from sievit.stages.vision import forward, schedule
 from sievit.stages.vision.augment import Augmenter, Mixer
 from sievit.stages.vision.batches import Pool
 from sievit.stages.vision.dataset import Images, load_splits
 from sievit.stages.vision.evaluate import top1
+from sievit.stages.vision.examples import Pass
 from sievit.stages.vision.mask_settings import Magnitude, Pattern, RigL
 from sievit.stages.vision.network import Network
+from sievit.stages.vision.objective import each_supervised, supervised
 from sievit.stages.vision.patches import Cached
+from sievit.stages.vision.penalty import create as create_penalty
 from sievit.stages.vision.preprocessing import Normaliser
-from sievit.stages.vision.recipe import Augmentation, Optimizer, Recipe
+from sievit.stages.vision.recipe import Augmentation, Optimizer, Recipe, Schedule, StopEarly
 from sievit.stages.vision.training import Fitted, fit
 
 CPU = torch.device("cpu")
@@ -160,8 +167,387 @@ def test_a_run_depends_on_its_seed_and_on_no_other_generator(images: Images) -> 
 
 
 def test_a_loss_that_is_not_finite_is_named_with_its_step(images: Images) -> None:
-    with pytest.raises(InvalidInput, match=r"nan at step 1"):
+    with pytest.raises(InvalidInput, match=r"nan at step 1: the outputs of all layers are finite"):
         trained(images, FULL, objective=lambda net, batch: net(batch.images).sum() * float("nan"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_layer_where_a_number_ceased_to_be_one_is_named_before_the_weights_move(
+    images: Images, precision: Any, accumulate: int
+) -> None:
+    net = network(classes=2, drop_path_rate=0.2)
+    poisoned, calls = net.body.blocks[1].mlp.fc1, 0
+
+    def poison(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        """The second image is infinite in the second step, whenever its forward is run."""
+        nonlocal calls
+        calls += 1
+        return output * float("inf") if calls > accumulate else output
+
+    poisoned.register_forward_hook(poison, prepend=True)
+    before: dict[str, Tensor] = {}
+
+    def tick(number: int, values: Any) -> None:
+        before.update(state(net))
+
+    recipe = Recipe(steps=4, batch_size=6, precision=precision, accumulate=accumulate, drop_path=0.2)
+    with pytest.raises(InvalidInput, match=r"at step 2: blocks\.1\.mlp\.fc1 is the first layer"):
+        fit(net, pool(images, False), recipe, seed=3, device=CPU, normalise=NORMALISE, tick=tick)
+    assert all(torch.equal(before[name], t) for name, t in state(net).items())
+
+
+def test_a_gradient_that_is_not_finite_is_named_by_the_parameter_that_the_backward_met_first(images: Images) -> None:
+    net = network(classes=2)
+    net.body.blocks[1].mlp.register_full_backward_hook(lambda module, into, out: (into[0] * float("nan"),))
+    before = state(net)
+    with pytest.raises(InvalidInput, match=r"at step 1: the gradient of blocks\.1\.norm2\.bias is not finite"):
+        fit(net, pool(images, False), Recipe(steps=2), seed=3, device=CPU, normalise=NORMALISE)
+    assert all(torch.equal(before[name], t) for name, t in state(net).items())
+
+
+def overflowing(steps: tuple[int, ...]) -> Any:
+    """An objective whose gradients overflow in these of its calls, from 1, and whose loss does not."""
+    calls = 0
+
+    def objective(net: Any, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss = supervised(net, batch)
+        if calls in steps:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    return objective
+
+
+@pytest.mark.parametrize("masks", [None, "2:4", "rigl"])
+def test_fp16_leaves_out_a_step_whose_gradients_overflow_and_says_so(images: Images, masks: str | None) -> None:
+    seen: list[dict[str, Tensor]] = []
+    net = network(classes=2)
+    fitted = fit(
+        net, pool(images, False), Recipe(steps=4, batch_size=8, precision="fp16"), seed=3, device=CPU,
+        normalise=NORMALISE, objective=overflowing((2,)), masks=None if masks is None else MASKS[masks],
+        tick=lambda number, values: seen.append(state(net)),
+    )  # fmt: skip
+    assert (fitted.skipped, fitted.steps) == (1, 4)
+    moved = [any(not torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(seen)]
+    assert moved == [False, True, True]
+    assert all(bool(t.isfinite().all()) for t in state(fitted.network).values())
+
+
+def test_fp16_that_leaves_out_every_step_is_refused_with_the_parameter(images: Images) -> None:
+    recipe = Recipe(steps=40, batch_size=8, precision="fp16")
+    with pytest.raises(InvalidInput, match=r"the last 24 steps, to step 25; of \S+ it is not finite"):
+        trained(images, recipe, objective=overflowing(tuple(range(2, 100))))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("family", ["deit", "distilled", "registers, average pool", "lv-vit", "swin", "swin v2"])
+def test_lower_precision_computes_the_gradients_of_full_precision_but_for_rounding(
+    images: Images, family: str, precision: Any
+) -> None:
+    """And leaves weights, loss and moments in float32."""
+
+    def first(precision: Any) -> tuple[Fitted, Tensor]:
+        net = swin(family, classes=2) if family in SWINS else network(family, classes=2)
+        before = torch.cat([p.detach().clone().flatten() for p in net.body.parameters()])
+        recipe = Recipe(steps=1, batch_size=16, optimizer="sgd", lr=1e-2, min_lr=1e-2, clip=None, precision=precision)
+        seen: list[Tensor] = []
+
+        def objective(net: Any, batch: Any) -> Tensor:
+            answers = net(batch.images, batch.kept)
+            seen.append(answers)
+            return torch.nn.functional.cross_entropy(answers, batch.targets)
+
+        fitted = fit(net, pool(images, False), recipe, seed=3, device=CPU, normalise=NORMALISE, objective=objective)
+        assert seen[0].dtype == torch.float32
+        assert all(p.dtype == torch.float32 for p in net.body.parameters())
+        return fitted, torch.cat([p.detach().flatten() for p in net.body.parameters()]) - before
+
+    (exact, full), (low, rough) = first("fp32"), first(precision)
+    assert not torch.equal(full, rough)
+    assert low.curve[0]["loss"] == pytest.approx(exact.curve[0]["loss"], rel=0.02)
+    assert float(torch.nn.functional.cosine_similarity(full, rough, dim=0)) > 0.98
+
+
+@pytest.mark.parametrize("how", ["fp16", "bf16", "accumulate", "layer decay", "multistep"])
+def test_every_way_of_stepping_resumes_bit_for_bit(images: Images, tmp_path: Path, how: str) -> None:
+    fields: dict[str, Any] = {
+        "fp16": {"precision": "fp16"},
+        "bf16": {"precision": "bf16"},
+        "accumulate": {"accumulate": 4},
+        "layer decay": {"layer_decay": 0.7},
+        "multistep": {"schedule": Schedule(shape="multistep", at=(0.4, 0.8))},
+    }[how]
+    recipe = FULL.model_copy(update=fields)
+    objective = overflowing((2,)) if how == "fp16" else supervised  # killed after it: the scale is not the first one
+    more: dict[str, Any] = {"objective": objective} if how == "fp16" else {}
+    file, steps = tmp_path / "c.safetensors", 0
+
+    def tick(number: int, values: Any) -> None:
+        nonlocal steps
+        steps += number
+        if steps == 8:
+            raise Killed
+
+    expected = trained(images, recipe, **more)
+    with pytest.raises(Killed):
+        again = {"objective": overflowing((2,))} if how == "fp16" else {}
+        trained(images, recipe, **again, checkpoint=file, checkpoint_seconds=0, tick=tick)
+    resumed = trained(images, recipe, checkpoint=file)
+    assert resumed.skipped == expected.skipped == (how == "fp16")
+    assert resumed.curve == expected.curve
+    assert all(torch.equal(state(expected.network)[name], t) for name, t in state(resumed.network).items())
+
+
+def gradients(images: Images, accumulate: int, *, family: str = "deit", ticketed: bool = True, **more: Any) -> Tensor:
+    """The step of one batch, with plain SGD the gradient times a known rate."""
+    recipe = Recipe(
+        steps=1, batch_size=14, optimizer="sgd", lr=0.1, min_lr=0.1, weight_decay=0, clip=None, mixup=0.8,
+        accumulate=accumulate,
+    )  # fmt: skip
+    net = swin(family, classes=2) if family in SWINS else network(family, classes=2)
+    before = torch.cat([p.detach().clone().flatten() for p in net.body.parameters()])
+    fit(net, pool(images, ticketed), recipe, seed=3, device=CPU, normalise=NORMALISE, **more)
+    return torch.cat([p.detach().flatten() for p in net.body.parameters()]) - before
+
+
+class Weighed:
+    """A policy that weighs examples and watches them."""
+
+    watches, attention = True, True
+
+    def __init__(self, members: np.ndarray) -> None:
+        self.members, self.size, self.seen = members, len(members), []
+
+    def begin(self, epoch: int) -> Pass:
+        return Pass(self.members, np.linspace(0.2, 3, len(self.members)).astype(np.float32))
+
+    def observe(self, seen: Any) -> None:
+        self.seen.append(seen)
+
+    def end(self, epoch: int) -> None:
+        return
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {}
+
+    def restore(self, tensors: Any, facts: Any) -> None:
+        return
+
+
+@pytest.mark.parametrize("method", [None, "group_lasso", "l2", "attention_log", "attention_entropy"])
+@pytest.mark.parametrize("accumulate", [2, 4, 14])
+def test_a_step_in_parts_has_the_gradient_of_the_whole(images: Images, accumulate: int, method: str | None) -> None:
+    """With mixed pairs, tickets, weighed examples and a penalty, which counts once."""
+
+    def run(parts: int) -> tuple[Tensor, Weighed]:
+        policy = Weighed(np.arange(14))
+        penalty = None if method is None else create_penalty(method, 0.5)
+        moved = gradients(images, parts, policy=policy, objective=each_supervised, penalty=penalty)
+        return moved, policy
+
+    (whole, once), (parted, often) = run(1), run(accumulate)
+    assert torch.allclose(whole, parted, atol=2e-6 * float(whole.abs().max() / 1e-1 + 1))
+    for name in ("ids", "correct", "losses", "variance"):
+        joined = np.concatenate([getattr(one, name) for one in often.seen])
+        assert np.allclose(joined, getattr(once.seen[0], name), atol=1e-4)
+
+
+def test_masks_act_once_on_a_step_in_parts(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("rigl", "2:4", "cubic"):
+        runs = [
+            trained(images, Recipe(steps=12, batch_size=8, accumulate=parts, lr=1e-3), masks=MASKS[name]).network
+            for parts in (1, 4)
+        ]
+        whole, parted = (net.body.blocks[0].mlp.fc1.weight.detach() for net in runs)
+        assert whole.count_nonzero() == parted.count_nonzero() < whole.numel()
+
+
+def test_more_parts_than_images_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"accumulate: 4 images a step make no 5 parts"):
+        Recipe(steps=1, batch_size=4, accumulate=5)
+
+
+SHAPES: dict[str, tuple[Schedule, Any]] = {
+    # The rate at a share of the steps, by the definition of each, without warm-up: from 1 down to 0.1.
+    "cosine": (Schedule(), lambda s: 0.1 + 0.45 * (1 + math.cos(math.pi * s))),
+    "linear": (Schedule(shape="linear"), lambda s: 1 - 0.9 * s),
+    "poly": (Schedule(shape="poly", power=3.0), lambda s: 0.1 + 0.9 * (1 - s) ** 3),
+    "tanh": (Schedule(shape="tanh"), lambda s: 0.1 + 0.45 * (1 - math.tanh(-7 * (1 - s) + 3 * s))),
+    "step": (Schedule(shape="step", every=0.3, factor=0.5), lambda s: 0.5 ** math.floor(s / 0.3 + 1e-9)),
+    "multistep": (
+        Schedule(shape="multistep", at=(0.25, 0.8), factor=0.5), lambda s: 0.5 ** ((s >= 0.25) + (s >= 0.8)),
+    ),
+    "constant": (Schedule(shape="constant"), lambda s: 1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_learning_rate_is_that_of_its_shape(shape: str) -> None:
+    settings, expected = SHAPES[shape]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    for warmup in (0.0, 0.2):
+        recipe = Recipe(steps=100, lr=1.0, min_lr=0.1, warmup=warmup, schedule=settings)
+        made = schedule.create(recipe, optimizer, 100)
+        for step in range(100):
+            made.step_update(step)
+            rate = optimizer.param_groups[0]["lr"]
+            if step < 100 * warmup:
+                assert 0.1 - 1e-9 <= rate <= 1
+            else:
+                assert rate == pytest.approx(expected(step / 100), rel=1e-6), step
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"shape": "poly", "at": (0.5,)}, "at: poly has none; it belongs to multistep"),
+        ({"shape": "cosine", "power": 2.0}, "power: cosine has none; it belongs to poly"),
+        ({"shape": "step"}, "every: step needs it"),
+        ({"shape": "multistep"}, "at: multistep needs"),
+        ({"shape": "multistep", "at": (0.7, 0.3)}, "ascending"),
+    ],
+)
+def test_settings_of_another_shape_are_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Schedule(**fields)
+
+
+@pytest.mark.parametrize("family", ["deit", "lv-vit", "swin", "swin v2"])
+def test_layer_decay_gives_each_block_a_share_of_the_next_ones_rate(images: Images, family: str) -> None:
+    """By what a step of signs moves: rates alone."""
+    net = swin(family, classes=2) if family in SWINS else network(family, classes=2)
+    before = state(net)
+    recipe = Recipe(
+        steps=1, batch_size=16, optimizer="lion", lr=1e-3, min_lr=1e-3, weight_decay=0, layer_decay=0.5, clip=None
+    )
+    fitted = fit(net, pool(images, False), recipe, seed=3, device=CPU, normalise=NORMALISE)
+    assert fitted.curve[0]["lr"] == pytest.approx(1e-3)
+
+    def moved(name: str) -> float:
+        return float((state(net)[name] - before[name]).abs().max())
+
+    blocks = [block.mlp.fc1.weight for block in net.blocks]
+    names = [name for weight in blocks for name, p in net.body.named_parameters() if p is weight]
+    for depth, name in enumerate(reversed(names)):
+        assert moved(name) == pytest.approx(1e-3 * 0.5 ** (depth + 1), rel=0.02)
+    head = "head.fc.weight" if family in SWINS else "head.weight"
+    assert moved(head) == pytest.approx(1e-3, rel=0.02)
+    assert moved("patch_embed.proj.bias") == pytest.approx(1e-3 * 0.5 ** (len(names) + 1), rel=0.02)
+
+
+def judged(*answers: float) -> Any:
+    """A judge that gives these answers, one after the other, and keeps what it was shown."""
+
+    def judge(net: Network) -> float:
+        judge.shown.append(state(net))  # type: ignore[attr-defined]
+        return answers[len(judge.shown) - 1]  # type: ignore[attr-defined]
+
+    judge.shown = []  # type: ignore[attr-defined]
+    return judge
+
+
+STOP = Recipe(epochs=6, batch_size=8, ema=0.9)
+
+
+@pytest.mark.parametrize(
+    ("gain", "answers", "best", "last"),
+    [
+        (0.0, (0.2, 0.5, 0.4, 0.5, 0.9, 0.9), 2, 4),  # an equal one is no gain
+        (0.0, (0.5, 0.4, 0.6, 0.5, 0.7, 0.1), 5, 6),
+        (0.2, (0.5, 0.6, 0.65, 0.9, 0.9, 0.9), 1, 3),
+    ],
+)
+def test_training_stops_without_a_gain_and_keeps_the_best_epoch(
+    images: Images, gain: float, answers: tuple[float, ...], best: int, last: int
+) -> None:
+    judge = judged(*answers)
+    fitted = trained(images, STOP, judge=judge, stop=StopEarly(patience=2, gain=gain))
+    assert fitted.best is not None
+    assert (fitted.best.epoch, fitted.best.last, fitted.best.stopped) == (best, last, last < 6)
+    assert fitted.best.top1 == answers[best - 1]
+    assert len(fitted.curve) == last
+    assert fitted.passes == last
+    wanted = judge.shown[best - 1]
+    assert all(torch.equal(wanted[name], t) for name, t in state(fitted.network).items())
+
+
+@pytest.mark.parametrize(
+    ("more", "first"),
+    [
+        ({"masks": MASKS["cubic"]}, 5),  # the last cut comes after 0.8 of the steps
+        ({"masks": MASKS["rigl"]}, 1),
+        ({"ticketed": True, "finish": 0.5}, 3),
+        ({"ticketed": False, "finish": 0.5}, 1),
+        ({"ticketed": True}, 1),
+    ],
+)
+def test_an_epoch_counts_once_it_is_like_the_last(images: Images, more: dict[str, Any], first: int) -> None:
+    judge = judged(0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+    fitted = trained(images, STOP, judge=judge, stop=StopEarly(patience=5), **more)
+    assert fitted.best is not None
+    assert fitted.best.epoch == first
+
+
+@pytest.mark.parametrize("after", [5, 19, 28])
+def test_early_stopping_survives_a_kill(images: Images, tmp_path: Path, after: int) -> None:
+    """In the first pass, after the best one, and in the last before it stops."""
+    answers = {1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5}
+    file, epochs, steps = tmp_path / "c.safetensors", 0, 0
+
+    def run(**more: Any) -> Fitted:
+        def judge(net: Network) -> float:
+            nonlocal epochs
+            epochs += 1
+            return answers[epochs]
+
+        return trained(images, STOP, judge=judge, stop=StopEarly(patience=2), **more)
+
+    def tick(number: int, values: Any) -> None:
+        nonlocal steps
+        steps += number
+        if steps == after * len(images) // 8 // (len(images) // 8):
+            raise Killed
+
+    expected = run()
+    epochs = 0
+    with pytest.raises(Killed):
+        run(checkpoint=file, checkpoint_seconds=0, tick=tick)
+    again = run(checkpoint=file)
+    done = run(checkpoint=file)  # killed after it had stopped: it does not go on
+    for one in (again, done):
+        assert one.curve == expected.curve and one.best == expected.best
+        assert all(torch.equal(state(expected.network)[name], t) for name, t in state(one.network).items())
+
+
+def test_a_compiled_forward_trains_as_the_plain_one_and_leaves_clean_names(
+    images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through dynamo and autograd's graphs, without the compiler, whose own times are in docs/LOG.md."""
+    monkeypatch.setattr(forward.torch, "compile", partial(torch.compile, backend="aot_eager"))
+    recipe = Recipe(steps=6, batch_size=8, lr=1e-3)
+    plain = trained(images, recipe, ticketed=True, finish=0.5)
+    fast = trained(images, recipe.model_copy(update={"compile": True}), ticketed=True, finish=0.5)
+    assert list(state(fast.network)) == list(state(plain.network))
+    assert [row["loss"] for row in fast.curve] == pytest.approx([row["loss"] for row in plain.curve], rel=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_missing_compiler_is_told_with_the_remedy(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder, exc
+    from torch.utils import _triton
+
+    def none() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    monkeypatch.setattr(_triton, "has_triton", lambda: False)
+    with pytest.raises(InvalidInput, match="compile: ") as caught:
+        forward.check_compiler(device, "stages.train.compile")
+    assert "set compile: false" in caught.value.hint
+    assert caught.value.field == "stages.train.compile"
 
 
 def test_a_checkpoint_of_another_run_is_refused(images: Images, tmp_path: Path) -> None:

@@ -8,7 +8,17 @@ from dataclasses import dataclass, field, replace
 from .reading import mapping, number
 from .steps import Step
 
-COSTS = ("images", "tokens_per_image", "epochs", "steps", "train_macs", "scoring_macs", "scoring_seconds", "seconds")
+COSTS = (
+    "images",
+    "tokens_per_image",
+    "epochs",
+    "steps",
+    "train_macs",
+    "scoring_macs",
+    "scoring_seconds",
+    "seconds",
+    "energy_j",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +59,15 @@ def _cost(arm: str, steps: Sequence[Step]) -> Cost:
             values = {name: number(ledger, name) for name in COSTS}
             if values["seconds"] is None:
                 values["seconds"] = step.seconds
+            values["energy_j"] = _energy(step)
             entry = next(entry for a, entry in step.places if a == arm)
             parts.append(Cost(entry, values))
     partial = {name: f"without {', '.join(missing)}" for name in COSTS} if missing else {}
     totals: dict[str, float | None] = {}
     for name in COSTS:
         known = [(part, value) for part in parts if (value := part.values[name]) is not None]
-        lacking = [part.label for part in parts if name in ("train_macs", "seconds") and _unrecorded(part, name)]
+        told = name in ("train_macs", "seconds", "energy_j")
+        lacking = [part.label for part in parts if told and _unrecorded(part, name)]
         if lacking and known and name not in partial:
             partial[name] = f"{', '.join(lacking)} did not record it"
         if name == "tokens_per_image":
@@ -66,10 +78,16 @@ def _cost(arm: str, steps: Sequence[Step]) -> Cost:
     return Cost(arm, totals, partial, parts=tuple(parts))
 
 
+def _energy(step: Step) -> float | None:
+    """Joules of CPU and GPU in the run that made the artifact, of whichever the host told."""
+    told = [j for name in ("energy_cpu_j", "energy_gpu_j") if (j := number(step.manifest, name)) is not None]
+    return sum(told) if told else None
+
+
 def _unrecorded(part: Cost, name: str) -> bool:
     """Whether a stage that trained or scored does not say what that cost. Proxy runs are counted as scoring."""
-    if name == "seconds":
-        return part.values["seconds"] is None
+    if name in ("seconds", "energy_j"):
+        return part.values[name] is None
     return bool(part.values["images"]) and part.values["train_macs"] is None and part.values["scoring_macs"] is None
 
 

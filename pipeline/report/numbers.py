@@ -91,6 +91,16 @@ def duration(value: float | None) -> str:
     return f"{hours}{NARROW}h {minutes:02d}{NARROW}min"
 
 
+def joules(value: float | None) -> str:
+    """950 J, 12.3 kJ, 4.56 MJ."""
+    if value is None:
+        return DASH
+    for power, unit in ((6, "MJ"), (3, "kJ")):
+        if value >= 0.9995 * 10**power:
+            return f"{significant(value / 10**power)}{NARROW}{unit}"
+    return f"{significant(value)}{NARROW}J"
+
+
 def interval(low: float | None, high: float | None, form: Format) -> str:
     """Both ends with an en dash, the unit once at the end; "" when one end is unknown."""
     if low is None or high is None:
@@ -133,6 +143,7 @@ _FIELDS: dict[str, Format] = {
     "steps": count,
     "scoring_seconds": duration,
     "seconds": duration,
+    "energy_j": joules,
 }
 
 

@@ -5,7 +5,7 @@ kept of them, on the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,6 +53,24 @@ class Batch:
     share: float
     token_labels: Tensor | None = None  # (B, n, K) soft
     draws: int = 0
+
+    def parts(self, count: int) -> Iterator[Batch]:
+        """The same images in so many parts (or one an image), in order, of sizes that differ by one at most."""
+        if count == 1:
+            yield self
+            return
+        for rows in np.array_split(np.arange(len(self.images)), min(count, len(self.images))):
+            one = slice(int(rows[0]), int(rows[-1]) + 1)
+            yield replace(
+                self,
+                images=self.images[one],
+                targets=self.targets[one],
+                kept=None if self.kept is None else self.kept[one],
+                clean=self.clean[one],
+                ids=self.ids[one],
+                weights=None if self.weights is None else self.weights[one],
+                token_labels=None if self.token_labels is None else self.token_labels[one],
+            )
 
 
 class Batches:

@@ -25,3 +25,14 @@ def open_device(name: str) -> torch.device:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.use_deterministic_algorithms(True, warn_only=True)
     return torch.device(name)
+
+
+def start_peak(device: torch.device) -> None:
+    """Start `peak_mb` anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_mb(device: torch.device) -> float | None:
+    """The most that torch had allocated on this GPU since `start_peak`, in MB (10^6 bytes); None on a CPU."""
+    return round(torch.cuda.max_memory_allocated(device) / 1e6, 1) if device.type == "cuda" else None

@@ -337,8 +337,8 @@ class Watch:
 
     def _attended(self, module: Any, inputs: Any, projected: Tensor) -> None:
         attention = self._last
-        with torch.no_grad():
-            queries, keys, _ = attention.split(projected)
+        with torch.no_grad(), torch.autocast(projected.device.type, enabled=False):
+            queries, keys, _ = attention.split(projected.float())
             paid = prefix_attention(queries, keys, self.network.architecture.prefix, attention.scale)
         self._variance = paid.var(dim=1, correction=0)
 

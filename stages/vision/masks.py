@@ -34,13 +34,18 @@ from .network import Network, create
 
 
 class Masks(Protocol):
-    """What the loop knows of masks. now: nominal steps gone (clock.py)."""
+    """What the loop knows of masks. now: nominal steps gone (clock.py). changes_gradients: whether on_gradients may."""
+
+    changes_gradients: bool
 
     def project(self) -> None:
         """Before a forward."""
 
     def on_gradients(self, now: float) -> None:
         """After the backward, before gradients are clipped."""
+
+    def on_skip(self) -> None:
+        """In its place where the step is left out, its gradients being of no use."""
 
     def on_step(self, now: float) -> None:
         """After the optimiser's step and that of the average."""
@@ -130,10 +135,15 @@ def check_outline(name: str, *, image_size: int, args: Mapping[str, Any]) -> Non
 class Unmasked:
     """All weights train."""
 
+    changes_gradients = False
+
     def project(self) -> None:
         return
 
     def on_gradients(self, now: float) -> None:
+        return
+
+    def on_skip(self) -> None:
         return
 
     def on_step(self, now: float) -> None:
@@ -155,6 +165,8 @@ class Unmasked:
 
 class Held(Unmasked):
     """Masks that hold from one change to the next, by magnitude, at random or by drop and grow."""
+
+    changes_gradients = True
 
     def __init__(
         self,
@@ -271,6 +283,8 @@ class Projected(Unmasked):
     rescaled as every gradient is; the paper's results are with SGD.
     """
 
+    changes_gradients = True
+
     def __init__(self, settings: Pattern, network: Network) -> None:
         check_groups(network)
         self.settings, self.weights = settings, pool(network)
@@ -287,6 +301,11 @@ class Projected(Unmasked):
             dense = self.dense.pop(name)
             weight.grad.add_(torch.where(n_of_m(dense, 2, 4), 0.0, dense), alpha=self.settings.decay)
             weight.copy_(dense)
+
+    @torch.no_grad()
+    def on_skip(self) -> None:
+        for name, weight in self.weights.items():
+            weight.copy_(self.dense.pop(name))
 
     @contextmanager
     def shown(self, network: Network) -> Iterator[None]:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..methods.token_labels import token_label_losses
 from .batches import Batch
-from .network import Network
+from .forward import Forward
 
-Objective = Callable[[Network, Batch], Tensor]  # one loss an image (B,), or their mean ()
+Objective = Callable[[Forward, Batch], Tensor]  # one loss an image (B,), or their mean ()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, each: bool = False) -> Tensor:
@@ -19,12 +19,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, each: bool = False) -> Ten
     return torch.nn.functional.cross_entropy(logits, targets, reduction="none" if each else "mean")
 
 
-def supervised(network: Network, batch: Batch) -> Tensor:
+def supervised(network: Forward, batch: Batch) -> Tensor:
     """The plain objective: cross-entropy with the (mixed, smoothed) labels."""
     return cross_entropy(network(batch.images, batch.kept), batch.targets)
 
 
-def each_supervised(network: Network, batch: Batch) -> Tensor:
+def each_supervised(network: Forward, batch: Batch) -> Tensor:
     """As supervised, one loss an image (B,): what a policy that watches or weighs examples needs."""
     return cross_entropy(network(batch.images, batch.kept), batch.targets, each=True)
 
@@ -32,7 +32,7 @@ def each_supervised(network: Network, batch: Batch) -> Tensor:
 def labelled(weight: float, *, each: bool) -> Objective:
     """The labels' loss and that of the patches beside it (Jiang et al. 2021, eq. 3). weight: of the patches' loss."""
 
-    def objective(network: Network, batch: Batch) -> Tensor:
+    def objective(network: Forward, batch: Batch) -> Tensor:
         assert batch.token_labels is not None
         of_class, of_patches = network(batch.images, batch.kept)
         patches = token_label_losses(of_patches, batch.token_labels)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from ..methods import InvalidInput, regularisers
@@ -20,7 +21,12 @@ ATTENTION = {"attention_log": slice(-1, None), "attention_entropy": slice(None)}
 
 
 class Penalty(Protocol):
-    """What the loop knows of a penalty: `with penalty.watch(network)` around the forward, then its value."""
+    """What the loop knows of a penalty: `with penalty.watch(network)` around the forward, then its value.
+
+    of_weights: it is the same whatever the forward saw, so that a step in several parts asks for it once.
+    """
+
+    of_weights: bool
 
     def watch(self, network: Network) -> Any: ...
 
@@ -36,6 +42,8 @@ class WeightPenalty:
     """group_lasso and hoyer over all heads and all MLP units of all blocks, the groups that `prune` removes; l1 and l2
     over the matrices of all blocks.
     """
+
+    of_weights = True
 
     def __init__(self, method: str, strength: float) -> None:
         self.method, self.strength = method, strength
@@ -71,6 +79,8 @@ class AttentionPenalty:
     block that is looked at it takes H T T floats of memory and as many multiply-accumulates as its scores.
     """
 
+    of_weights = False
+
     def __init__(self, method: str, strength: float) -> None:
         self.method, self.strength = method, strength
         self._logits: list[Tensor] = []
@@ -87,8 +97,9 @@ class AttentionPenalty:
                 hook.remove()
 
     def _see(self, attention: Attention, module: Any, inputs: Any, projected: Tensor) -> None:
-        q, k, _ = attention.split(projected)
-        self._logits.append(q * attention.scale @ k.transpose(-2, -1))
+        with torch.autocast(projected.device.type, enabled=False):
+            q, k, _ = attention.split(projected.float())
+            self._logits.append(q * attention.scale @ k.transpose(-2, -1))
 
     def __call__(self, network: Network) -> Tensor:
         of = regularisers.attention_log if self.method == "attention_log" else regularisers.attention_entropy

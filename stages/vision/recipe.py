@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -60,15 +60,75 @@ class Augmentation(Settings):
         return self
 
 
+class Schedule(Settings):
+    """The shape of the learning rate after warm-up. Shares are of all steps, warm-up included."""
+
+    shape: Literal["cosine", "linear", "poly", "tanh", "step", "multistep", "constant"] = Field(
+        "cosine",
+        description="cosine, linear, poly and tanh fall from lr to min_lr; step and multistep fall by a factor at a "
+        "time; constant stays at lr. A one-cycle policy, as in Sparse then Prune, is cosine with a longer warmup",
+    )
+    power: float = Field(2.0, gt=0, le=10, description="of the remaining share, poly only; 1 is linear")
+    every: float | None = Field(None, gt=0, lt=1, description="share of the steps from one fall to the next, step only")
+    at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (), description="shares of the steps at which it falls, ascending, multistep only"
+    )
+    factor: float = Field(0.1, gt=0, lt=1, description="what a fall multiplies it by, step and multistep only")
+
+    @model_validator(mode="after")
+    def _of_the_shape(self) -> Schedule:
+        owners = {"power": ("poly",), "every": ("step",), "at": ("multistep",), "factor": ("step", "multistep")}
+        for name, shapes in owners.items():
+            if name in self.model_fields_set and self.shape not in shapes:
+                raise ValueError(f"{name}: {self.shape} has none; it belongs to {' and '.join(shapes)}")
+        if self.shape == "step" and self.every is None:
+            raise ValueError("every: step needs it, the share of the steps from one fall to the next")
+        if self.shape == "multistep" and (not self.at or list(self.at) != sorted(set(self.at))):
+            raise ValueError("at: multistep needs shares of the steps in ascending order, such as [0.5, 0.75]")
+        return self
+
+
+class StopEarly(Settings):
+    """Ends a training that no longer gets better on the calibration split, and hands on its best epoch."""
+
+    patience: int = Field(ge=1, description="epochs without a gain after which training ends")
+    gain: float = Field(0.0, ge=0, lt=1, description="top-1 that an epoch must gain on the best one to count as better")
+
+
 class Recipe(Settings):
     """Optimiser, schedule, regularisation and augmentation, all through timm."""
 
     epochs: float | None = Field(None, gt=0, le=10_000, description="passes over the kept examples; this or steps")
     steps: int | None = Field(None, ge=1, description="optimiser steps; this or epochs")
     batch_size: int = Field(64, ge=1, le=65_536, description="images a step")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        le=65_536,
+        description="parts that a step's images go through the network in, one after the other, for less memory; the "
+        "gradient is that of the whole step (but for the batch statistics of an LV-ViT's stem)",
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="of the forward and its backward (torch.autocast); weights, losses, penalties, average and "
+        "optimiser are fp32 in all three; fp16 scales the loss, and leaves out a step whose gradients overflow",
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile for forward and backward; every shape and level of tokens is compiled once a run, "
+        "for up to minutes; pays in long runs on a GPU",
+    )
     optimizer: Optimizer = Field("adamw", description="timm's optimiser of that name; these resume bit for bit")
     lr: float = Field(1e-3, gt=0, description="peak learning rate, after warm-up; not scaled by batch size")
-    min_lr: float = Field(1e-5, ge=0, description="learning rate at both ends of the cosine")
+    min_lr: float = Field(1e-5, ge=0, description="learning rate where warm-up begins, and where the schedule ends")
+    schedule: Schedule = Field(Schedule(), description="how the learning rate falls after warm-up")
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="learning rate of a block as a share of the next one's, the head at lr and the embedding last; for "
+        "pretrained networks; null: the same for all",
+    )
     weight_decay: float = Field(0.05, ge=0, description="on matrices only; biases, norms and tokens are left out")
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps spent warming up")
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null leaves gradients alone")
@@ -94,8 +154,43 @@ class Recipe(Settings):
             raise ValueError(f"{field}: min_lr {self.min_lr:g} is above lr {self.lr:g}, the peak; lower it or raise lr")
         return self
 
+    @model_validator(mode="after")
+    def _parts_of_a_step(self) -> Recipe:
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate: {self.batch_size} images a step make no {self.accumulate} parts; "
+                f"accumulate can be at most {self.batch_size}"
+            )
+        return self
+
+    def idle(self) -> dict[str, str]:
+        """Fields without effect, and why."""
+        falls = self.schedule.shape in ("cosine", "linear", "poly", "tanh")
+        return {} if falls or self.warmup else {"min_lr": f"schedule.shape is {self.schedule.shape}, and warmup is 0"}
+
     def total_steps(self, examples: int) -> int:
         """Optimiser steps for a pool of this size."""
         if self.steps is not None:
             return self.steps
         return max(1, round((self.epochs or 0) * math.ceil(examples / self.batch_size)))
+
+
+def check_stop(stop: StopEarly | None, epochs: float | None) -> None:
+    """Refuse patience that cannot run out. Raises: ValueError."""
+    if stop is None:
+        return
+    if epochs is None:
+        raise ValueError("stop_early: it looks after each epoch; give epochs instead of steps")
+    if stop.patience >= epochs:
+        raise ValueError(
+            f"stop_early.patience: {stop.patience} epochs without a gain never come in {epochs:g}; "
+            "lower it, or train longer"
+        )
+
+
+def check_compile(recipe: Recipe, looks: str | None) -> None:
+    """Refuse to compile a network that a training looks into, and say what does: a compiled forward is not taken apart
+    for those who look. Raises: ValueError.
+    """
+    if recipe.compile and looks is not None:
+        raise ValueError(f"compile: {looks} looks into the forward, which a compiled one does not show; leave one out")

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..methods import InvalidInput
+from . import schedule
 from .batches import Batch
 from .clock import Clock
 from .examples import Policy, Watch
+from .forward import Precise, compiling, first_not_finite, gradient_not_finite
 from .mask_settings import Magnitude, Pattern, RigL
 from .masks import apply as apply_masks
 from .network import Network
@@ -26,9 +28,14 @@ from .recipe import Recipe
 from .resume import having
 from .tensors import flatten_optimizer, restore_optimizer
 
+# torch's scale begins at 2^16: when it has been halved so often, it is not the scale that is too large.
+MOST_SKIPPED = 24
+
 
 class Step:
-    """What a step changes: the network, the optimiser's moments, the average, the masks."""
+    """What a step changes: the network, the optimiser's moments, the average, the masks. skipped: steps of fp16 whose
+    gradients overflowed, in_a_row of them since the last that did not.
+    """
 
     def __init__(
         self,
@@ -46,20 +53,19 @@ class Step:
         self.network, self.recipe, self.policy = network, recipe, policy
         self.objective, self.penalty = objective, penalty
         self.watch = Watch(network, attention=policy.attention) if policy.watches else None
-        self.taken = 0
+        self.taken = self.skipped = self.in_a_row = 0
+        device = next(network.parameters()).device
+        self.forward = Precise(network, recipe, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         # timm's optimiser factory leaves biases, norms and tokens without weight decay.
         self.optimizer = create_optimizer_v2(
-            network.body, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
+            network.body,
+            opt=recipe.optimizer,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            layer_decay=recipe.layer_decay,
         )
-        self.schedule = CosineLRScheduler(
-            self.optimizer,
-            t_initial=total,
-            lr_min=recipe.min_lr,
-            warmup_t=round(recipe.warmup * total),
-            warmup_lr_init=recipe.min_lr,
-            t_in_epochs=False,
-        )
-        self.schedule.step_update(0)
+        self.schedule = schedule.create(recipe, self.optimizer, total)
         self.ema = ModelEmaV3(network, decay=recipe.ema, use_warmup=True) if recipe.ema is not None else None
         self.masks = apply_masks(masks, network, self.optimizer, self.ema, total, seed)
 
@@ -70,46 +76,101 @@ class Step:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the step that comes."""
-        rate: float = self.optimizer.param_groups[0]["lr"]
-        return rate
+        """The learning rate of the step that comes; with layer decay the head's."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def take(self, batch: Batch, clock: Clock) -> float:
         """One step, and the clock is one further. Returns: the batch's mean loss, without the penalty.
 
-        Raises: InvalidInput when it is not finite.
+        Raises: InvalidInput when loss or gradient is not finite, with the step and the layer, before any weight has
+        changed. Under fp16 a gradient that overflows makes the step be left out; too many in a row are refused.
         """
         self.masks.project()
-        loss = self._backward(batch)
-        self.masks.on_gradients(clock.now)
-        if self.recipe.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
-        self.optimizer.step()
+        loss, total = self._backward(batch)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        # The one time in a step that the host waits for the device.
+        value, whole, length = torch.stack([loss, total, norm.to(loss)]).tolist()
+        if not math.isfinite(whole) or (not math.isfinite(length) and not self.scaler.is_enabled()):
+            raise self._not_finite(batch, whole, length)
+        if math.isfinite(length):
+            self.masks.on_gradients(clock.now)
+            if self.recipe.clip is not None:
+                norm = get_total_norm(gradients) if self.masks.changes_gradients else norm
+                clip_grads_with_norm_(self.network.parameters(), self.recipe.clip, norm)
+            self.optimizer.step()
+            self.in_a_row = 0
+        else:
+            self._skip()
+        self.scaler.update()
         self.taken += 1
         clock.position += 1
         self.schedule.step_update(clock.now)  # timm computes with fractions as well
         if self.ema is not None:
             self.ema.update(self.network, step=self.taken)
         self.masks.on_step(clock.now)
-        return loss
+        return float(value)
 
-    def _backward(self, batch: Batch) -> float:
-        torch.manual_seed(batch.draws)  # dropout and stochastic depth draw from the global generators
-        with self.watch or nullcontext(), nullcontext() if self.penalty is None else self.penalty.watch(self.network):
-            losses = self.objective(self.network, batch)
-        loss = losses if batch.weights is None else losses * batch.weights
-        loss = loss.mean()
-        total = loss if self.penalty is None else loss + self.penalty(self.network)
-        value = float(total.detach())
-        if not math.isfinite(value):
-            raise InvalidInput(
-                f"the loss is {value} at step {self.taken + 1}", "lower lr, or clip gradients (clip: 1.0)"
-            )
-        if self.watch is not None:
-            self.policy.observe(self.watch.seen(batch.ids, batch.clean, losses, batch.share))
+    def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Gradients of the whole batch, a part at a time. Returns: the mean loss, and with the penalty, both ()."""
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        return float(loss.detach())
+        torch.manual_seed(batch.draws)  # dropout and stochastic depth draw from the global generators
+        losses, totals = [], []
+        for number, part in enumerate(batch.parts(self.recipe.accumulate)):
+            share = len(part.images) / len(batch.images)
+            with compiling() if self.recipe.compile else nullcontext():
+                loss, total = self._forward(part, share, first=number == 0)
+                self.scaler.scale(total).backward()
+            losses.append(loss.detach())
+            totals.append(total.detach())
+        return torch.stack(losses).sum(), torch.stack(totals).sum()
+
+    def _forward(self, part: Batch, share: float, *, first: bool) -> tuple[Tensor, Tensor]:
+        """What a part of a batch adds to the mean loss of the whole, and to the loss with the penalty."""
+        penalty = self.penalty
+        with self.watch or nullcontext(), nullcontext() if penalty is None else penalty.watch(self.network):
+            each = self.objective(self.forward, part)
+        loss = each if part.weights is None else each * part.weights
+        loss = loss.mean() * share
+        if self.watch is not None:
+            self.policy.observe(self.watch.seen(part.ids, part.clean, each, part.share))
+        if penalty is None or (penalty.of_weights and not first):
+            return loss, loss
+        return loss, loss + penalty(self.network) * (1 if penalty.of_weights else share)
+
+    def _skip(self) -> None:
+        """Leave the step out. A scale that is too high comes down by half each time."""
+        self.masks.on_skip()
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row == MOST_SKIPPED:
+            raise InvalidInput(
+                f"precision: fp16 holds no gradient of the last {MOST_SKIPPED} steps, to step {self.taken + 1}; "
+                f"of {gradient_not_finite(self.network)} it is not finite whatever the loss is scaled by",
+                "use precision: bf16 or fp32, or lower lr",
+            )
+
+    def _not_finite(self, batch: Batch, total: float, norm: float) -> InvalidInput:
+        """Where it began: the forward is repeated with the same draws, before masks or optimiser touch the weights."""
+
+        def again() -> None:
+            torch.manual_seed(batch.draws)
+            for part in batch.parts(self.recipe.accumulate):
+                self.objective(self.forward.eager, part)
+
+        what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
+        layer, parameter = first_not_finite(self.network, again), gradient_not_finite(self.network)
+        if layer is not None:
+            where = f"{layer} is the first layer whose output is not finite"
+        elif parameter is not None and math.isfinite(total):
+            where = f"the gradient of {parameter} is not finite, and the outputs of all layers are"
+        else:
+            where = "the outputs of all layers are finite"
+        remedy = "lower lr, or clip gradients (clip: 1.0)"
+        if self.recipe.precision == "fp16":
+            remedy = f"use precision: bf16 or fp32; or {remedy}"
+        return InvalidInput(f"{what} at step {self.taken + 1}: {where}", remedy)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"model.{n}": t for n, t in self.network.body.state_dict().items()}
@@ -117,7 +178,14 @@ class Step:
         if self.ema is not None:
             tensors |= {f"ema.{n}": t for n, t in self.ema.module.body.state_dict().items()}
         masks, mask_facts = self.masks.state()
-        return tensors | {f"mask.{n}": t for n, t in masks.items()}, {"taken": self.taken, "masks": mask_facts}
+        facts = {
+            "taken": self.taken,
+            "skipped": self.skipped,
+            "in_a_row": self.in_a_row,
+            "scaler": self.scaler.state_dict(),
+            "masks": mask_facts,
+        }
+        return tensors | {f"mask.{n}": t for n, t in masks.items()}, facts
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         self.network.body.load_state_dict(having(tensors, "model."))
@@ -125,4 +193,5 @@ class Step:
         if self.ema is not None:
             self.ema.module.body.load_state_dict(having(tensors, "ema."))
         self.masks.restore(having(tensors, "mask."), facts["masks"])
-        self.taken = facts["taken"]
+        self.scaler.load_state_dict(facts["scaler"])
+        self.taken, self.skipped, self.in_a_row = facts["taken"], facts["skipped"], facts["in_a_row"]

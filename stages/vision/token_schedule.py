@@ -34,6 +34,10 @@ class TokenSchedule:
     def final(self) -> tuple[TokenDrop, ...]:
         return self.phases[-1][1]
 
+    def settled(self, total: int) -> int:
+        """The step from which on the reduction is the final one."""
+        return round(self.phases[-2][0] * total) if len(self.phases) > 1 else 0
+
     def apply(self, network: Network, now: float, total: int) -> None:
         """Give the network, in place, what the step that begins now has."""
         assert isinstance(network, ViT), "check_tokens refuses other families"

@@ -21,18 +21,31 @@ from ..methods import InvalidInput
 from . import processes, resume
 from .batches import Annotate, Batch, Batches, Pool
 from .clock import Clock
+from .device import peak_mb, start_peak
 from .examples import Everything, Policy
-from .mask_settings import Magnitude, Pattern, RigL
+from .mask_settings import Magnitude, Pattern, RigL, mask_steps
 from .network import Network
 from .objective import Objective, supervised
 from .penalty import Penalty
 from .preprocessing import Normaliser
-from .recipe import Recipe
+from .recipe import Recipe, StopEarly
 from .resume import having
 from .step import Step
 from .token_schedule import TokenSchedule
 
 Tick = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass
+class Best:
+    """The best epoch so far, from 1, by top-1 on the calibration split; epoch 0: none counted yet. last: the last epoch
+    that was trained. stopped: before the schedule ended.
+    """
+
+    epoch: int = 0
+    top1: float = -1.0
+    last: int = 0
+    stopped: bool = False
 
 
 @dataclass
@@ -52,6 +65,9 @@ class Fitted:
     macs: int
     steps: int
     passes: float
+    skipped: int  # steps of fp16 whose gradients overflowed, counted in `steps`
+    best: Best | None  # with early stopping: which epoch is kept
+    peak_gpu_mb: float | None  # what torch had allocated at most on the GPU, in MB (10^6 bytes); None on a CPU
     seconds: float
     earlier_seconds: float  # the part of `seconds` that an earlier, killed attempt spent
     early: dict[int, dict[str, Tensor]] = field(default_factory=dict)
@@ -75,6 +91,7 @@ def fit(
     judge: Callable[[Network], float] | None = None,
     after_epoch: Callable[[int, Network], None] | None = None,
     keep_epochs: tuple[int, ...] = (),
+    stop: StopEarly | None = None,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 20.0,
     tick: Tick = lambda steps, values: None,
@@ -93,6 +110,8 @@ def fit(
             top1_calibration.
         after_epoch: called after each epoch (number from 1) on the raw network; used for proxy statistics.
         keep_epochs: epochs after which a copy of the raw weights is set aside (for rewinding).
+        stop: ends the training once the judge sees no gain, and keeps the best epoch. Only epochs count that begin to
+            be like the last: on whole images, with the last tokens, all masks in place.
         checkpoint: a file to resume from if it is there, and to write to at least every checkpoint_seconds and at
             each epoch's end.
         tick: called after each step with the nominal steps gone since the last (clock.py) and with values to show.
@@ -118,11 +137,17 @@ def fit(
     step = Step(
         network, recipe, clock.total, seed=seed, policy=policy, objective=objective, penalty=penalty, masks=masks
     )
-    run = _Run(step, clock, policy, tokens, checkpoint)
+    counts_from = max(
+        batches.whole_from if pool.patches is not None and finish else 0,
+        max(mask_steps(masks, clock.total), default=0) if isinstance(masks, Magnitude) else 0,
+        0 if tokens is None else tokens.settled(clock.total),
+    )
+    run = _Run(step, clock, policy, tokens, checkpoint, None if stop is None else Stopping(stop, counts_from))
+    start_peak(device)
     run.resume()
     earlier = run.tally.seconds
     network.train()
-    while not clock.done:
+    while not (clock.done or run.stopped):
         for batch in batches.rest(clock):
             gone = int(clock.now)
             run.advance(batch)
@@ -134,6 +159,8 @@ def fit(
         run.save()
     kept = step.kept
     step.masks.settle(kept)
+    if run.stopping is not None and run.stopping.weights:
+        kept.body.load_state_dict(run.stopping.weights)
     if tokens is not None:
         tokens.apply(kept, clock.total, clock.total)
     return Fitted(
@@ -145,6 +172,9 @@ def fit(
         macs=run.tally.macs,
         steps=step.taken,
         passes=clock.now / clock.nominal,
+        skipped=step.skipped,
+        best=None if run.stopping is None else run.stopping.best,
+        peak_gpu_mb=peak_mb(device),
         seconds=run.seconds,
         earlier_seconds=earlier,
         early=run.early,
@@ -182,17 +212,56 @@ class _Tally:
         self.counted += images if batch.weights is None else float(batch.weights.sum())
 
 
+class Stopping:
+    """Early stopping: the best epoch and the weights that would be handed on had it been the last."""
+
+    def __init__(self, settings: StopEarly, counts_from: int) -> None:
+        """counts_from: the first step after which an epoch counts."""
+        self.settings, self.counts_from = settings, counts_from
+        self.best = Best()
+        self.weights: dict[str, Tensor] = {}
+
+    def after(self, row: Mapping[str, float], now: float, total: int, kept: Network) -> None:
+        """An epoch has ended, with this row of the curve. kept: as it would be handed on."""
+        epoch = int(row["epoch"])
+        self.best.last = epoch
+        if now < self.counts_from:
+            return
+        top1 = row.get("top1_final_tokens", row["top1_calibration"])
+        if not self.best.epoch or top1 > self.best.top1 + self.settings.gain:
+            self.best.epoch, self.best.top1 = epoch, top1
+            self.weights = {name: t.detach().cpu().clone() for name, t in kept.body.state_dict().items()}
+        self.best.stopped = epoch - self.best.epoch >= self.settings.patience and now < total
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return dict(self.weights), asdict(self.best)
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self.weights, self.best = dict(tensors), Best(**facts)
+
+
 class _Run:
     """One call of fit: a part of its own checkpoint, beside the step and the policy."""
 
     def __init__(
-        self, step: Step, clock: Clock, policy: Policy, tokens: TokenSchedule | None, checkpoint: Path | None
+        self,
+        step: Step,
+        clock: Clock,
+        policy: Policy,
+        tokens: TokenSchedule | None,
+        checkpoint: Path | None,
+        stopping: Stopping | None,
     ) -> None:
         self.step, self.clock, self.policy, self.tokens, self.checkpoint = step, clock, policy, tokens, checkpoint
+        self.stopping = stopping
         self.tally = _Tally()
         self.curve: list[dict[str, float]] = []
         self.early: dict[int, dict[str, Tensor]] = {}
         self.begun = self.saved = time.monotonic()
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopping is not None and self.stopping.best.stopped
 
     @property
     def seconds(self) -> float:
@@ -222,6 +291,8 @@ class _Run:
         if judge is not None:
             with self.step.masks.shown(self.step.kept):
                 row |= self._judged(judge)
+                if self.stopping is not None:
+                    self.stopping.after(row, self.clock.now, self.clock.total, self.step.kept)
         self.curve.append(row)
         if after_epoch is not None:
             after_epoch(epoch, network)
@@ -261,7 +332,8 @@ class _Run:
 
     @property
     def _parts(self) -> dict[str, resume.Part]:
-        return {"run": self, "step": self.step, "policy": self.policy}
+        parts: dict[str, resume.Part] = {"run": self, "step": self.step, "policy": self.policy}
+        return parts if self.stopping is None else parts | {"best": self.stopping}
 
     def save(self) -> None:
         if self.checkpoint is not None:
