@@ -42,7 +42,7 @@ Accuracy is reported for all patches, for tickets and for random patches of the 
 deployed.
 
 `precision` runs forward and backward in bf16 or fp16; weights, losses, penalties, average and optimiser stay fp32. On a
-CPU without bf16 units it is slower, on a GPU about twice as fast. `accumulate` sends a step's images through in parts,
+CPU without units for them both are slower. `accumulate` sends a step's images through in parts,
 for less memory; the gradient is that of all of them. `compile` is torch.compile: it takes up to minutes for each level
 of tokens and each batch size, once a run. `schedule` is the learning rate's shape, `layer_decay` slows the early blocks
 of a pretrained network. `stop_early` ends a training that the calibration split sees no gain in and hands on the best
@@ -59,8 +59,8 @@ reads    tickets (optional: without them, all images and all patches); with toke
 writes   model.safetensors, architecture.json, preprocessing.json, training.json (the budget and what was spent);
          early/epoch-N.safetensors for every epoch in keep_epochs; with `examples` pool.json, what each decision dropped
          and brought back
-ledger   images (forward and backward), tokens per image, epochs, steps, MACs, seconds, peak memory on a GPU; the forward passes of the
-         annotator and of the selector of online tickets are in scoring_macs
+ledger   images (forward and backward), tokens per image, epochs, steps, MACs, seconds, peak memory on a GPU; the
+         forward passes of the annotator and of the selector of online tickets are in scoring_macs
 
     sievit train pipeline.yaml --set train.epochs=40
 """
