@@ -10,6 +10,8 @@ which is then part of the model: the token policy that is trained last is the on
 here that is all patches. Examples are the tickets'. `precision`, `accumulate`, `compile`, `schedule`, `layer_decay` and
 `stop_early` are train's; a teacher answers in fp32 whatever the precision.
 
+All weights train, also those that `train` or a mask has set to zero; with `masks: {method: hold}` zeros stay zeros.
+
 reads    model; tickets (optional, their examples); the teacher
 writes   model.safetensors, architecture.json, preprocessing.json
 ledger   as train; the teacher's forward passes are in scoring_macs
@@ -25,6 +27,7 @@ from pydantic import Field, model_validator
 
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
+from .vision.mask_settings import Hold
 from .vision.recipe import Recipe, Settings, StopEarly, check_stop
 from .vision.token_settings import Tokens
 
@@ -54,6 +57,7 @@ class FinetuneConfig(Recipe, Config):
     lr: float = Field(5e-4, gt=0, description="peak learning rate, after warm-up")
     distill: Distill | None = Field(None, description="a teacher; null trains on the labels alone")
     tokens: Tokens | None = Field(None, description="token reduction in the network; null: all patches in all blocks")
+    masks: Hold | None = Field(None, description="keep the zeros of the network's weights; null: all weights train")
     stop_early: StopEarly | None = Field(
         None,
         description="ends training when the calibration split shows no gain, and keeps the best epoch; null: all "
@@ -70,7 +74,7 @@ def run(ctx: Context) -> None:
     """Network and teacher, training on the deployed token policy, accuracy."""
     import torch
 
-    from .vision import figures, reports, tickets, token_schedule
+    from .vision import figures, masks, reports, tickets, token_schedule
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
@@ -85,6 +89,7 @@ def run(ctx: Context) -> None:
     network, preprocessing = load_network(source, drop_path=config.drop_path), load(source)
     check(preprocessing, splits.train.classes, ctx.data.image_size, f"model {ctx.inputs['model'].ref}")
     network = network.with_tokens(())  # whatever train did
+    before = None if config.masks is None else masks.densities(network, config.masks.mode)
     schedule = token_schedule.create(network.architecture, config.tokens)
     loaded = tickets.load(ctx.inputs["tickets"].root) if "tickets" in ctx.inputs else None
     tickets.check(loaded, splits, None, 0.0)
@@ -104,6 +109,7 @@ def run(ctx: Context) -> None:
             normalise=normalise,
             tokens=schedule,
             objective=_objective(config, network, teacher),
+            masks=config.masks,
             judge=lambda current: top1(current, splits.calibration, normalise, device),
             stop=config.stop_early,
             checkpoint=ctx.work / "training.safetensors",
@@ -125,6 +131,11 @@ def run(ctx: Context) -> None:
     }
     if schedule is not None:
         ctx.metrics["tokens"] = schedule.record()
+    if config.masks is not None:
+        ctx.metrics["masks"] = config.masks.model_dump() | {
+            "before": before,
+            "density": masks.densities(network, config.masks.mode),
+        }
     ctx.ledger |= {
         "images": fitted.images,
         "tokens_per_image": round(fitted.tokens / fitted.images, 2),
@@ -136,6 +147,26 @@ def run(ctx: Context) -> None:
         "seconds": round(fitted.seconds, 3),
     }
     ctx.figure("curve", figures.curve(fitted.curve), title="Fine-tuning", caption="Accuracy on the calibration split.")
+
+
+def coherent(seen: Preflight) -> None:
+    """Refuse to hold zeros where nothing before this stage made any."""
+    from .methods import InvalidInput
+
+    if seen.config.masks is None:
+        return
+    made = seen.reads.get("model")
+    while made is not None and not hasattr(made.config, "masks"):
+        made = made.reads.get("model")  # prune hands on what it was given
+    if made is None or made.config.masks is not None:
+        return
+    if getattr(made.config, "start", None) is not None or made.model.weights is not None:
+        return  # whatever zeros these bring
+    raise InvalidInput(
+        f"{seen.at('masks')}: hold keeps zeros, and {made.entry} trains all weights",
+        f"leave masks out, or set {made.at('masks')}",
+        field=seen.at("masks"),
+    )
 
 
 def idle(seen: Preflight) -> dict[str, str]:
@@ -243,7 +274,7 @@ def _references(config: FinetuneConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="finetune",
-    version=3,
+    version=4,
     config=FinetuneConfig,
     run=run,
     reads=(Reads("model", "model"), Reads("tickets", "tickets", optional=True)),
@@ -252,6 +283,7 @@ STAGE = Stage(
     packages=("torch", "timm", "numpy"),
     uses=frozenset({"data", "seed", "device"}),
     references=_references,
+    coherent=coherent,
     idle=idle,
     preflight=preflight,
 )

@@ -14,9 +14,17 @@ is too small to be seen; it is there to be measured against.
 average: by magnitude at once or in a cubic schedule (`random` is the control, as many weights of each tensor by lot),
 by drop and grow from the first step (rigl, as SViTE for ViTs), or two of every four inputs (sr_ste). What is saved has
 the zeros, and the metrics the density of every tensor. Dense hardware gains nothing from zeros, but for 2:4 on sparse
-tensor cores; `finetune` trains all weights again. Sparse then Prune is {method: magnitude, schedule: one_shot,
-begin: 1.0, mode: paper}. essential tries falling levels on a pretrained network, trains each for a few steps, takes the
-last one before accuracy on the calibration split falls by more than the tolerance, and cuts before the first step.
+tensor cores; `finetune` trains all weights again unless its masks hold. Sparse then Prune is {method: magnitude,
+schedule: one_shot, begin: 1.0, mode: paper}, and `also` measures further fractions on the same trained network.
+essential tries falling levels on a pretrained network, trains each for a few steps, takes the last one before accuracy
+on the calibration split falls by more than the tolerance, and cuts before the first step. soup joins weak masks of
+short trainings on little data before the first step (Instant Soup Pruning, as in LOTUS); where magnitudes alone answer
+better on the calibration split they are taken, and it says so. hold keeps the zeros that a network came with. nncf's
+own pruning goes through the same interface: nncf_magnitude (each tensor's weights over its norm, so that the tensors
+keep more alike fractions) and nncf_rb (a gate on every weight, learned; the density is pulled to `keep`, not set).
+
+`start` begins with the network of another stage or artifact in place of the model block's weights: the same timm model,
+whose widths may have been cut. What it was trained to do with tokens is left behind.
 
 With `token_labels` an LV-ViT also learns what is in each patch (Jiang et al., NeurIPS 2021): a trained network labels
 every patch of every view, labels are mixed with their views by the share that each patch has of its own image, and
@@ -55,7 +63,8 @@ Arms are compared at equal cost, and `budget` says which: `epochs` over the kept
 epochs take with all examples, or as many `macs` as the dense network takes in them, with the choice of the ticket and
 of its selector inside.
 
-reads    tickets (optional: without them, all images and all patches); with token_labels the annotator
+reads    tickets (optional: without them, all images and all patches); with token_labels the annotator; with start the
+         network to begin with
 writes   model.safetensors, architecture.json, preprocessing.json, training.json (the budget and what was spent);
          early/epoch-N.safetensors for every epoch in keep_epochs; with `examples` pool.json, what each decision dropped
          and brought back
@@ -68,16 +77,17 @@ ledger   images (forward and backward), tokens per image, epochs, steps, MACs, s
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from sievit.pipeline.settings import ModelConfig
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 from .vision.example_settings import ExamplePolicy, InfoBatch, Swap, check_examples
 from .vision.loss_settings import Penalty, TokenLabels
-from .vision.mask_settings import Essential, Magnitude, MaskSettings, Pattern, check_masks
+from .vision.mask_settings import Essential, Hold, Magnitude, MaskSettings, Pattern, Soup, check_masks
 from .vision.recipe import Recipe, StopEarly, check_compile, check_stop
 from .vision.token_settings import Connected, Tokens, check_connected
 
@@ -85,14 +95,19 @@ if TYPE_CHECKING:
     import torch
 
     from .vision.annotator import Annotator
+    from .vision.architecture import Architecture, SwinArchitecture
     from .vision.network import Network
     from .vision.objective import Objective
+    from .vision.preprocessing import Preprocessing
 
 
 class TrainConfig(Recipe, Config):
     """Settings of the train stage."""
 
     epochs: float | None = Field(None, gt=0, le=10_000, description="passes over the kept examples; this or steps")
+    start: str | None = Field(
+        None, description="the network to begin with: a stage of this pipeline, an artifact (train@7); null: model"
+    )
     budget: Literal["epochs", "steps", "macs"] = Field(
         "epochs",
         description="what is equal among arms: epochs over the kept examples; steps, as many as all examples would "
@@ -139,10 +154,12 @@ class TrainConfig(Recipe, Config):
         check_examples(self.examples, self.epochs, self.budget)
         if self.steps is not None and self.budget == "epochs":
             check_masks(self.masks, self.steps)
-        if isinstance(self.masks, Essential) and self.budget == "macs":
+        if isinstance(self.masks, Essential | Soup) and self.budget == "macs":
             raise ValueError(
-                "budget: macs leaves out what the sweep of masks costs; use steps or epochs with essential"
+                f"budget: macs leaves out what finding the masks costs; use steps or epochs with {self.masks.method}"
             )
+        if self.start is not None and self.start.startswith("timm:"):
+            raise ValueError("start: names a stage or an artifact; a timm model is named in the model block")
         check_connected(self.attention, self.tokens)
         self._check_stop()
         watched = self.examples is not None and self.examples.policy != "random"
@@ -188,12 +205,20 @@ def run(ctx: Context) -> None:
     """Data and tickets, network, training, then accuracy under every token policy."""
     import torch
 
-    from .vision import budget, essential, examples, figures, masks, penalty, reports, tickets, token_schedule
+    from .vision import (
+        budget,
+        examples,
+        figures,
+        mask_search,
+        masks,
+        penalty,
+        reports,
+        tickets,
+        token_schedule,
+    )
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
-    from .vision.network import create
-    from .vision.preprocessing import choose
     from .vision.tensors import write_tensors
     from .vision.training import fit
     from .vision.weights import save_network
@@ -204,20 +229,9 @@ def run(ctx: Context) -> None:
     loaded = tickets.load(ctx.inputs["tickets"].root) if "tickets" in ctx.inputs else None
 
     torch.manual_seed(ctx.seed)
-    network = create(
-        ctx.model.name,
-        classes=len(splits.train.classes),
-        image_size=ctx.data.image_size,
-        args=dict(ctx.model.args),
-        pretrained=ctx.model.pretrained,
-        weights=None if ctx.model.weights is None else ctx.base / ctx.model.weights,
-        drop_path=config.drop_path,
-    )
+    network, preprocessing = _beginning(ctx, splits.train.classes)
     network = tickets.adapt(network, loaded, config.patches)
     tickets.check(loaded, splits, network.ticket_grid, config.cutmix)
-    preprocessing = choose(
-        network, ctx.data, splits.train.classes, ctx.model.pretrained or ctx.model.weights is not None
-    )
     normalise = preprocessing.normaliser(device)
     patches = tickets.policy(loaded, seed=ctx.seed, device=device)
     pool = tickets.pool(splits.train, loaded, patches)
@@ -228,7 +242,7 @@ def run(ctx: Context) -> None:
     labelling = 0 if annotator is None else annotator.macs
     looking = 0 if patches is None else patches.macs
     entering = None if patches is None else patches.count
-    trial = 3 * network.ticket_cost(entering)[1] + labelling + looking  # a step of the sweep drops no tokens
+    trial = 3 * network.ticket_cost(entering)[1] + labelling + looking  # a step of the search drops no tokens
     arm = budget.Arm(
         kept=policy.size,
         examples=len(splits.train),
@@ -245,27 +259,28 @@ def run(ctx: Context) -> None:
         recipe = config.model_copy(update={"epochs": None, "steps": budget.steps_for(config, config.budget, arm)})
     _check_epochs(recipe, policy.size)
 
-    held, tried = config.masks, None
-    if isinstance(config.masks, Essential):
-        tried = essential.sweep(
-            network,
-            pool,
-            recipe,
-            config.masks,
-            seed=ctx.seed,
-            device=device,
-            normalise=normalise,
-            objective=_objective(config),
-            annotate=annotator,
-            judge=lambda current: top1(current, splits.calibration, normalise, device),
-            progress=ctx.progress,
-        )
-        held = config.masks.at(tried.chosen)
-    assert not isinstance(held, Essential)
+    def judge(current: Network) -> float:
+        return top1(current, splits.calibration, normalise, device)
+
+    found = mask_search.find(
+        config.masks,
+        network,
+        pool,
+        recipe,
+        seed=ctx.seed,
+        device=device,
+        normalise=normalise,
+        objective=_objective(config),
+        annotate=annotator,
+        judge=judge,
+        progress=ctx.progress,
+    )
+    if found.said:
+        ctx.progress.warn(found.said)
 
     with ctx.progress.task("training", recipe.total_steps(arm.kept)) as task:
         fitted = fit(
-            network,
+            found.network,
             pool,
             recipe,
             seed=ctx.seed,
@@ -277,14 +292,17 @@ def run(ctx: Context) -> None:
             objective=_objective(config),
             annotate=annotator,
             penalty=None if config.weights is None else penalty.create(config.weights.method, config.weights.strength),
-            masks=held,
-            judge=lambda current: top1(current, splits.calibration, normalise, device),
+            masks=found.held,
+            judge=judge,
             keep_epochs=config.keep_epochs,
             stop=config.stop_early,
             checkpoint=ctx.work / "training.safetensors",
             tick=lambda n, values: task.advance(n, **values),
         )
     network = fitted.network
+    rates = mask_search.cut_after(
+        config.masks, network, ctx.seed, lambda current: top1(current, splits.test, normalise, device)
+    )
     reports.tell(fitted, ctx.metrics, ctx.progress)
     save_network(network, ctx.out)
     preprocessing.save(ctx.out)
@@ -296,7 +314,7 @@ def run(ctx: Context) -> None:
         (ctx.out / "pool.json").write_text(json.dumps(record, sort_keys=True) + "\n", encoding="utf-8")
         ctx.metrics["examples"] = examples.use(config.examples, len(pool.members), fitted.passes, fitted.images)
 
-    trying = 0 if tried is None else tried.images * trial
+    searching = found.images * trial
     scoring = fitted.images * labelling + fitted.ticketed * looking
     spent = budget.Spent(
         budget=config.budget,
@@ -305,7 +323,7 @@ def run(ctx: Context) -> None:
         of=arm.examples,
         images=fitted.images,
         macs=3 * fitted.macs + scoring,
-        scoring_macs=None if arm.scoring is None else arm.scoring + trying,
+        scoring_macs=None if arm.scoring is None else arm.scoring + searching,
         allowed=budget.allowance(config, arm) if config.budget == "macs" else None,
     )
     spent.save(ctx.out)
@@ -321,7 +339,9 @@ def run(ctx: Context) -> None:
         ctx.metrics["tokens"] = schedule.record()
     if config.masks is not None:
         mode = getattr(config.masks, "mode", "corrected")
-        ctx.metrics["masks"] = config.masks.model_dump() | {"density": masks.densities(network, mode)}
+        ctx.metrics["masks"] = config.masks.model_dump() | found.record | {"density": masks.densities(network, mode)}
+    if rates:
+        ctx.metrics["masks"] |= {"rates": rates}
     if config.token_labels is not None and annotator is not None:
         ctx.metrics["token_labels"] = config.token_labels.model_dump() | {"map": annotator.places}
     ctx.ledger |= {
@@ -331,19 +351,11 @@ def run(ctx: Context) -> None:
         "epochs": round(fitted.passes, 3),
         "steps": fitted.steps,
         "train_macs": 3 * fitted.macs,
-        "scoring_macs": scoring + trying,
+        "scoring_macs": scoring + searching,
         "peak_gpu_memory_mb": fitted.peak_gpu_mb,
-        "seconds": round(fitted.seconds + (0 if tried is None else tried.seconds), 3),
+        "seconds": round(fitted.seconds + found.seconds, 3),
     }
-    if tried is not None and isinstance(config.masks, Essential):
-        ctx.metrics["masks"] |= {"chosen": tried.chosen, "tried": tried.rows()}
-        ctx.figure(
-            "essential",
-            figures.sweep(tried.keeps, tried.top1, tried.chosen, config.masks.tolerance),
-            title="Weights kept against accuracy",
-            caption=f"Each level cut at once and trained for {config.masks.steps} steps. Dashed: what may be lost; "
-            "upright: the level taken.",
-        )
+    _draw_masks(ctx)
     ctx.figure(
         "curve",
         figures.curve(fitted.curve),
@@ -352,11 +364,83 @@ def run(ctx: Context) -> None:
     )
 
 
+def _beginning(ctx: Context, classes: tuple[str, ...]) -> tuple[Network, Preprocessing]:
+    """The network before the first step: that of the model block, or of `start` with its weights and widths."""
+    from .vision.network import create
+    from .vision.preprocessing import check, choose, load
+    from .vision.weights import load_network
+
+    drop_path = ctx.config.drop_path
+    if "start" in ctx.inputs:
+        artifact = ctx.inputs["start"]
+        preprocessing = load(artifact.root)
+        check(preprocessing, classes, ctx.data.image_size, f"start {artifact.ref}")
+        begun = load_network(artifact.root, drop_path=drop_path).with_tokens(())
+        _check_start(begun.architecture, ctx.model, f"start {artifact.ref}")
+        return begun, preprocessing
+    network = create(
+        ctx.model.name,
+        classes=len(classes),
+        image_size=ctx.data.image_size,
+        args=dict(ctx.model.args),
+        pretrained=ctx.model.pretrained,
+        weights=None if ctx.model.weights is None else ctx.base / ctx.model.weights,
+        drop_path=drop_path,
+    )
+    return network, choose(network, ctx.data, classes, ctx.model.pretrained or ctx.model.weights is not None)
+
+
+def _draw_masks(ctx: Context) -> None:
+    """What the search for masks tried, and what further fractions would have given."""
+    from .vision import figures
+
+    masks, record = ctx.config.masks, ctx.metrics.get("masks", {})
+    if isinstance(masks, Essential):
+        ctx.figure(
+            "essential",
+            figures.sweep(*_columns(record["tried"]), record["chosen"], masks.tolerance),
+            title="Weights kept against accuracy",
+            caption=f"Each level cut at once and trained for {masks.steps} steps. Dashed: what may be lost; "
+            "upright: the level taken.",
+        )
+    if isinstance(masks, Soup) and record["rounds"]:
+        ctx.figure(
+            "soup",
+            figures.soup(record["rounds"], masks.keep),
+            title="Weights kept, round by round",
+            caption="Dots: of each weak mask; line: of the joined one; dashed: what is kept in the end.",
+        )
+    if "rates" in record:
+        ctx.figure(
+            "rates",
+            figures.rates(*_columns(record["rates"]), masks.keep),
+            title="Weights kept after training against accuracy",
+            caption="Each fraction cut at once from the trained network, nothing trained after it. Upright: what is "
+            "saved.",
+        )
+
+
+def _check_start(architecture: Architecture | SwinArchitecture, model: ModelConfig, who: str) -> None:
+    """Raises: InvalidInput for another network than that of the model block; its widths may have been cut."""
+    from .methods import InvalidInput
+
+    if (architecture.model, architecture.args) != (model.name, dict(model.args)):
+        raise InvalidInput(
+            f"{who} is {architecture.model} with {architecture.args}, and the model block says {model.name} with "
+            f"{dict(model.args)}",
+            "name in start a network of the model block, or write that network into the model block",
+        )
+
+
 def _policy(config: TrainConfig, whole: bool, network: Network) -> str:
     kind = {None: "tickets", "zero": "tickets with the other patches blanked (no compute saved)", "mosaic": "mosaics"}
     seen = "all" if whole else f"{kind[config.patches]}, then all for {config.finish:.0%} of the steps"
     left = network.architecture.tokens
     return f"reduced to {left[-1].after} patches" + ("" if whole else f"; {seen}") if left else seen
+
+
+def _columns(rows: list[dict[str, float]]) -> tuple[list[float], list[float]]:
+    return [row["keep"] for row in rows], [row["top1"] for row in rows]
 
 
 def _check_epochs(config: TrainConfig, examples: int) -> None:
@@ -424,11 +508,13 @@ def coherent(seen: Preflight) -> None:
     from .methods import InvalidInput
 
     config: TrainConfig = seen.config
-    if isinstance(config.masks, Essential) and not (seen.model.pretrained or seen.model.weights is not None):
+    trained = seen.model.pretrained or seen.model.weights is not None or config.start is not None
+    if isinstance(config.masks, Essential | Soup | Hold) and not trained:
+        what = {"essential": "tries what", "soup": "joins masks of what", "hold": "keeps what"}[config.masks.method]
         raise InvalidInput(
-            f"{seen.at('masks')}: essential tries what a pretrained network can do without, and this one begins at "
-            "random",
-            "name weights: model.pretrained or model.weights; or use the method magnitude",
+            f"{seen.at('masks')}: {config.masks.method} {what} a trained network can do without, and this one begins "
+            "at random",
+            "name a network: start, model.pretrained or model.weights; or use the method magnitude",
             field=seen.at("masks.method"),
         )
     ticket = seen.reads.get("tickets")
@@ -444,9 +530,13 @@ def coherent(seen: Preflight) -> None:
 
 
 def idle(seen: Preflight) -> dict[str, str]:
-    """A schedule of cuts where there is one cut, and a floor of a learning rate that does not fall."""
+    """A schedule of cuts where there is one cut, votes that are not asked, and a floor of a learning rate that does not
+    fall.
+    """
     config: TrainConfig = seen.config
     masks, found = config.masks, config.idle()
+    if isinstance(masks, Soup) and masks.mode == "paper":
+        found["masks.votes"] = "masks.mode paper keeps what any mask keeps"
     if isinstance(masks, Magnitude) and masks.schedule == "one_shot":
         found |= {f"masks.{name}": "masks.schedule is one_shot" for name in ("end", "every")}
     return found
@@ -458,7 +548,7 @@ def preflight(seen: Preflight) -> None:
     """
     from .methods import InvalidInput
     from .vision import masks
-    from .vision.architecture import Architecture
+    from .vision.architecture import Architecture, load_architecture
     from .vision.external import check_name
     from .vision.forward import check_compiler
     from .vision.network import outline
@@ -469,7 +559,17 @@ def preflight(seen: Preflight) -> None:
 
     if seen.config.compile:
         check_compiler(seen.device, seen.at("compile"))
-    network = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
+    if "start" in seen.inputs:
+        network = load_architecture(seen.inputs["start"].root / "architecture.json")
+        if isinstance(network, Architecture):
+            network = replace(network, tokens=())
+        try:
+            _check_start(network, seen.model, f"start {seen.inputs['start'].ref}")
+        except InvalidInput as error:
+            error.field = seen.at("start")
+            raise
+    else:
+        network = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
     try:
         ticket_use(network, seen.config.patches, None if isinstance(network, Architecture) else _ticket_shape(seen))
     except InvalidInput as error:
@@ -535,12 +635,13 @@ def _ticket_shape(seen: Preflight) -> tuple[tuple[int, int], int] | None:
 
 
 def _references(config: TrainConfig) -> dict[str, str]:
-    return {} if config.token_labels is None else {"annotator": config.token_labels.source}
+    named = {"start": config.start, "annotator": None if config.token_labels is None else config.token_labels.source}
+    return {role: text for role, text in named.items() if text is not None}
 
 
 STAGE = Stage(
     name="train",
-    version=7,
+    version=8,
     config=TrainConfig,
     run=run,
     reads=(Reads("tickets", "tickets", optional=True),),

@@ -639,7 +639,10 @@ invalid pipeline: stages.ticket.examples.skip_hardest: 0.3 with keep 0.8 is more
         ("{method: magnitude, keep: 0.5, end: 1.2}", "end", "above 0 and at most 1"),
         ("{method: magnitude, keep: 0.5, schedule: one_shot, every: 4}", "every", "masks.schedule is one_shot"),
         ("{method: essential, steps: 5}", "method", "this one begins at random"),
-        ("{method: soup, keep: 0.5}", "method", "soup"),
+        ("{method: broth, keep: 0.5}", "method", "broth"),
+        ("{method: soup, keep: 0.5, steps: 3}", "method", "this one begins at random"),
+        ("{method: hold}", "method", "this one begins at random"),
+        ("{method: magnitude, keep: 0.5, also: [0.7]}", "also", "schedule: one_shot with begin: 1.0"),
     ],
 )
 def test_masks_that_contradict_each_other_are_refused(tmp_path: Path, written: str, at: str, said: str) -> None:

@@ -24,7 +24,7 @@ from sievit.stages.vision.batches import Pool
 from sievit.stages.vision.dataset import Images, load_splits
 from sievit.stages.vision.evaluate import top1
 from sievit.stages.vision.examples import Pass
-from sievit.stages.vision.mask_settings import Magnitude, Pattern, RigL
+from sievit.stages.vision.mask_settings import Magnitude, NncfGates, NncfMagnitude, Pattern, RigL
 from sievit.stages.vision.network import Network
 from sievit.stages.vision.objective import each_supervised, supervised
 from sievit.stages.vision.patches import Cached
@@ -47,6 +47,8 @@ MASKS = {
     "one shot": Magnitude(method="magnitude", keep=0.4, begin=0.5, schedule="one_shot", scope="layer"),
     "rigl": RigL(method="rigl", keep=0.4, every=2, exchange=0.5, end=0.9),
     "2:4": Pattern(method="sr_ste", decay=0.1),
+    "nncf magnitude": NncfMagnitude(method="nncf_magnitude", keep=0.4, begin=0.2, end=0.8, every=2),
+    "nncf gates": NncfGates(method="nncf_rb", keep=0.4, lr=1.0, end=0.5),
 }
 
 
@@ -110,8 +112,11 @@ def test_a_killed_run_ends_with_the_same_bits_as_an_undisturbed_one(
 
 @pytest.mark.parametrize(
     ("masks", "after"),
-    [("cubic", 8), ("cubic", 13), ("random", 8), ("one shot", 13), ("rigl", 8), ("rigl", 13), ("2:4", 8)],
-)
+    [
+        ("cubic", 8), ("cubic", 13), ("random", 8), ("one shot", 13), ("rigl", 8), ("rigl", 13), ("2:4", 8),
+        ("nncf magnitude", 8), ("nncf gates", 8),
+    ],
+)  # fmt: skip
 def test_masks_survive_a_kill(images: Images, tmp_path: Path, masks: str, after: int) -> None:
     """Killed in the middle of a pass, right after a cut or an exchange, and between two of them."""
     judge = lambda net: float(net.body.blocks[0].mlp.fc1.weight.detach().abs().sum())  # noqa: E731

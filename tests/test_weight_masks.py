@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from test_benchmark import Listening
-from test_training import CPU, MASKS, NORMALISE, pool, trained
+from test_training import CPU, MASKS, NORMALISE, Killed, pool, trained
 from tiny_vision import ARGS, data, image_folder, network, swin
 from tiny_vision import images as pictures
 from torch import Tensor
@@ -29,6 +29,7 @@ from sievit.stages.methods.weight_masks import (
     erk_counts,
     first_of,
     highest,
+    joined,
     knee,
     largest,
     n_of_m,
@@ -38,7 +39,8 @@ from sievit.stages.train import TrainConfig
 from sievit.stages.vision import masks
 from sievit.stages.vision import step as stepping
 from sievit.stages.vision.dataset import Images, load_splits
-from sievit.stages.vision.mask_settings import Essential, Magnitude, Pattern, RigL, check_masks, mask_steps
+from sievit.stages.vision.evaluate import top1
+from sievit.stages.vision.mask_settings import Essential, Hold, Magnitude, Pattern, RigL, check_masks, mask_steps
 from sievit.stages.vision.masks import Held, Projected, check_groups, densities
 from sievit.stages.vision.masks import pool as weights_of
 from sievit.stages.vision.recipe import Recipe
@@ -150,6 +152,27 @@ def test_masks_of_one_order_are_nested() -> None:
     assert int(small.sum()) == 7 and bool((small & large).eq(small).all())
 
 
+def test_joining_is_a_loop_over_votes_and_the_larger_weights_fill_up() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(100):
+        size, number, votes = int(rng.integers(2, 10)), int(rng.integers(2, 6)), float(rng.uniform(0, 1))
+        weak = rng.random((number, size)) < 0.5
+        magnitudes = rng.integers(0, 4, size).astype(float)
+        least = int(rng.integers(1, size + 1))
+        enough = [i for i in range(size) if weak[:, i].sum() >= max(1, votes * number)]
+        order = sorted(range(size), key=lambda i: (-int(weak[:, i].sum()), -magnitudes[i], i))
+        expected = sorted(order[: max(len(enough), least)])
+        got = joined([torch.tensor(one) for one in weak], votes, torch.tensor(magnitudes).float(), least)
+        assert sorted(got.nonzero().flatten().tolist()) == expected
+
+
+def test_a_union_of_nested_masks_is_the_densest_of_them() -> None:
+    order, values = torch.randperm(20), torch.rand(20)
+    nested = [first_of(order, count, torch.Size((20,))) for count in (5, 9, 14)]
+    assert torch.equal(joined(nested, 0.0, values, 1), nested[-1])
+    assert torch.equal(joined(nested, 0.6, values, 1), nested[1])
+
+
 # ---- on a network
 
 
@@ -172,14 +195,29 @@ def test_one_shot_after_training_is_torchs_own_global_pruning_of_the_dense_run(
 ) -> None:
     settings = Magnitude(method="magnitude", keep=keep, schedule="one_shot", begin=1.0, mode=mode)
     masked, dense = trained(images, DENSE, masks=settings).network, trained(images, DENSE).network
-    modules = dict(dense.body.named_modules())
-    listed = [(modules[name.removesuffix(".weight")], "weight") for name in weights_of(dense, mode)]
+    expected = globally_pruned(dense, mode, keep)
+    assert all(torch.equal(expected[name], t) for name, t in masked.body.state_dict().items())
+
+
+def globally_pruned(net: Any, mode: str, keep: float) -> dict[str, Tensor]:
+    """The state after torch's own global pruning."""
+    modules = dict(net.body.named_modules())
+    listed = [(modules[name.removesuffix(".weight")], "weight") for name in weights_of(net, mode)]
     total = sum(module.weight.numel() for module, _ in listed)
     prune.global_unstructured(listed, prune.L1Unstructured, amount=total - weights_kept(keep, total))
     for module, name in listed:
         prune.remove(module, name)
-    expected = dense.body.state_dict()
-    assert all(torch.equal(expected[name], t) for name, t in masked.body.state_dict().items())
+    state: dict[str, Tensor] = net.body.state_dict()
+    return state
+
+
+@pytest.mark.parametrize("mode", ["paper", "corrected"])
+def test_a_cut_for_good_is_torchs_own_global_pruning(mode: Any) -> None:
+    settings = Magnitude(method="magnitude", keep=0.3, schedule="one_shot", begin=1.0, mode=mode)
+    net, twin = network(), network()
+    masks.cut(net, settings, 0.3, seed=0)
+    expected = globally_pruned(twin, mode, 0.3)
+    assert all(torch.equal(expected[name], t) for name, t in net.body.state_dict().items())
 
 
 def test_the_random_control_keeps_as_many_of_every_tensor(images: Images) -> None:
@@ -242,6 +280,59 @@ def test_what_is_left_out_is_zero_at_every_step_in_weights_moments_and_average(
         assert counts[-1] == weights_kept(0.4, total)
     mode = "paper" if name == "cubic" else "corrected"
     assert densities(fitted.network, mode)["nonzero"] == counts[-1], "the average, as it is handed on"
+
+
+def sparse(keep: float = 0.4) -> Any:
+    """A network of which only this fraction of the weights is not zero."""
+    net = network(classes=2)
+    masks.cut(net, Magnitude(method="magnitude", keep=keep, schedule="one_shot", begin=0.0), keep, seed=0)
+    return net
+
+
+def holding(images: Images, **more: Any) -> Any:
+    recipe = Recipe(steps=8, batch_size=8, lr=3e-3, ema=0.8)
+    how: dict[str, Any] = {"seed": 3, "device": CPU, "normalise": NORMALISE, "masks": Hold(method="hold")}
+    return fit(sparse(), pool(images, False), recipe, **how, **more)
+
+
+def test_zeros_are_held_in_weights_moments_and_average_and_all_others_train(
+    images: Images,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spy, begun = Spied(monkeypatch), weights_of(sparse())
+
+    def tick(number: int, values: Any) -> None:
+        for name, weight in spy.made[0].weights.items():
+            moments = [m for m in spy.made[0].optimizer.state[weight].values() if m.shape == weight.shape]
+            assert len(moments) == 2
+            for held in (weight, *moments, weights_of(spy.average.module)[name]):
+                assert not bool(held[begun[name] == 0].any())
+
+    fitted = holding(images, tick=tick)
+    for name, weight in weights_of(fitted.network).items():
+        assert torch.equal(weight != 0, begun[name] != 0)
+        assert bool((weight != begun[name])[begun[name] != 0].all())
+
+
+def test_held_zeros_survive_a_kill_bit_for_bit(images: Images, tmp_path: Path) -> None:
+    file, expected = tmp_path / "c.safetensors", holding(images).network.body.state_dict()
+    steps = 0
+
+    def tick(number: int, values: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        holding(images, checkpoint=file, checkpoint_seconds=0, tick=tick)
+    again = holding(images, checkpoint=file).network.body.state_dict()
+    assert all(torch.equal(expected[name], t) for name, t in again.items())
+
+
+def test_there_must_be_zeros_to_hold(images: Images) -> None:
+    with pytest.raises(InvalidInput, match="none of the weights is zero"):
+        trained(images, DENSE, masks=Hold(method="hold"))
 
 
 def test_gradual_cuts_are_nested_and_fall_on_their_steps(
@@ -389,19 +480,24 @@ def test_masks_that_would_not_change_are_refused(settings: Any, steps: int, mess
     check_masks(settings, 10 * steps)
 
 
-def test_the_stage_saves_zeros_and_records_the_density_of_every_tensor(tmp_path: Path) -> None:
-    image_folder(tmp_path / "i", per_class=16)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "work").mkdir()
-    settings = Magnitude(method="magnitude", keep=0.3, begin=0.2, end=0.8, every=1)
+def stage(folder: Path, masks_: Any, *, weights: str | None = None, **fields: Any) -> Context:
+    """The train stage, run on two classes of 16 images."""
+    image_folder(folder / "i", per_class=16)
+    for name in ("out", "work"):
+        (folder / name).mkdir()
     ctx = Context(
-        config=TrainConfig(epochs=2, batch_size=8, masks=settings, ema=0.5),
-        data=DataConfig(source=str(tmp_path / "i"), image_size=32),
-        model=ModelConfig(name="deit_tiny_patch16_224", args=ARGS), seed=0, device="cpu", arm="main", entry="train",
-        base=tmp_path, out=tmp_path / "out", work=tmp_path / "work", inputs={}, many=(), references={},
-        progress=Listening(),
+        config=TrainConfig(**{"epochs": 2, "batch_size": 8, "masks": masks_, **fields}),
+        data=DataConfig(source=str(folder / "i"), image_size=32),
+        model=ModelConfig(name="deit_tiny_patch16_224", args=ARGS, weights=weights), seed=0, device="cpu", arm="main",
+        entry="train", base=folder, out=folder / "out", work=folder / "work", inputs={}, many=(), references={},
+        progress=Listening(),  # type: ignore[arg-type]
     )  # fmt: skip
     train.run(ctx)
+    return ctx
+
+
+def test_the_stage_saves_zeros_and_records_the_density_of_every_tensor(tmp_path: Path) -> None:
+    ctx = stage(tmp_path, Magnitude(method="magnitude", keep=0.3, begin=0.2, end=0.8, every=1), ema=0.5)
     saved = weights_of(load_network(tmp_path / "out"))
     record = ctx.metrics["masks"]
     total = sum(weight.numel() for weight in saved.values())
@@ -424,19 +520,9 @@ def test_the_knee_is_the_last_level_before_accuracy_falls() -> None:
 
 
 def test_a_sweep_takes_the_knee_of_what_it_records_and_books_its_cost(tmp_path: Path) -> None:
-    image_folder(tmp_path / "i", per_class=16)
-    for folder in ("out", "work"):
-        (tmp_path / folder).mkdir()
     write_tensors(tmp_path / "w.safetensors", network(classes=2).body.state_dict())
     settings = Essential(method="essential", levels=(0.9, 0.5, 0.001), steps=2, tolerance=0.05)
-    ctx = Context(
-        config=TrainConfig(epochs=1, batch_size=8, masks=settings),
-        data=DataConfig(source=str(tmp_path / "i"), image_size=32),
-        model=ModelConfig(name="deit_tiny_patch16_224", args=ARGS, weights="w.safetensors"), seed=0, device="cpu",
-        arm="main", entry="train", base=tmp_path, out=tmp_path / "out", work=tmp_path / "work", inputs={}, many=(),
-        references={}, progress=Listening(),  # type: ignore[arg-type]
-    )  # fmt: skip
-    train.run(ctx)
+    ctx = stage(tmp_path, settings, weights="w.safetensors", epochs=1)
     record = ctx.metrics["masks"]
     tried = record["tried"]
     assert [row["keep"] for row in tried] == [1.0, 0.9, 0.5, 0.001]
@@ -456,3 +542,25 @@ def test_levels_can_be_written_in_a_pipeline() -> None:
 def test_levels_that_do_not_fall_are_refused() -> None:
     with pytest.raises(ValidationError, match="do not fall"):
         Essential(method="essential", levels=(0.5, 0.6), steps=1)
+
+
+# ---- several fractions of one training
+
+
+def test_further_fractions_are_measured_on_the_one_trained_network_and_one_is_saved(tmp_path: Path) -> None:
+    settings = Magnitude(
+        method="magnitude", keep=0.5, schedule="one_shot", begin=1.0, also=(0.9, 0.02, 0.5), mode="paper"
+    )
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "whole").mkdir()
+    ctx, dense = stage(tmp_path / "cut", settings), stage(tmp_path / "whole", None)
+    test = load_splits(ctx.data.model_dump(), ctx.base).test
+    expected = [{"keep": 1.0, "top1": top1(load_network(dense.out), test, NORMALISE, CPU)}]
+    for keep in (0.9, 0.5, 0.02):
+        net = load_network(dense.out)
+        net.body.load_state_dict(globally_pruned(net, "paper", keep))
+        expected.append({"keep": keep, "top1": top1(net, test, NORMALISE, CPU)})
+    assert ctx.metrics["masks"]["rates"] == expected
+    assert ctx.metrics["top1"]["all"] == expected[2]["top1"]
+    assert densities(load_network(ctx.out), "paper")["global"] == 0.5
+    assert "rates" in [figure.name for figure in ctx.figures]

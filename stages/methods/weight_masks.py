@@ -10,6 +10,7 @@ equals the lower index stays; torch.topk leaves their order open, and a threshol
   Erdos-Renyi, then drop the smallest weights and grow where the gradient is largest. SViTE's code drops by a strict
   threshold, so that ties change the number of weights; here it never changes.
 - Jaiswal et al., "The Emergence of Essential Sparsity" (NeurIPS 2023): the last level before accuracy falls.
+- Jaiswal et al., "Instant Soup" (ICML 2023), as LOTUS (2024) takes it: weak masks joined into one.
 - N of M consecutive inputs of an output: Zhou et al., SR-STE (ICLR 2021).
 """
 
@@ -121,6 +122,21 @@ def n_of_m(weight: Tensor, n: int, m: int) -> Tensor:
     groups = weight.abs().reshape(-1, m)
     order = groups.sort(dim=1, descending=True, stable=True).indices[:, :n]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).view_as(weight)
+
+
+def joined(masks: Sequence[Tensor], votes: float, magnitudes: Tensor, least: int) -> Tensor:
+    """The weights that at least this share of the masks keep, one of them in any case; with votes 0 their union. Where
+    these are fewer than `least`, those with the next most votes come too, the larger ones first.
+
+    A union is denser than the masks it is made of, the more so the more they disagree, and of nested masks it is the
+    densest: masks of one training at several densities make no soup.
+
+    Args: masks, of (n,) each; magnitudes (n,). Returns: (n,).
+    """
+    counts = torch.stack([mask.to(torch.float64) for mask in masks]).sum(0)
+    enough = int((counts >= max(1, math.ceil(votes * len(masks) - 1e-9))).sum())
+    below_one = magnitudes.double() / (2 * magnitudes.max().clamp_min(1e-30))
+    return largest(counts + below_one, max(enough, least))
 
 
 def knee(keeps: Sequence[float], top1: Sequence[float], tolerance: float) -> float:

@@ -65,6 +65,31 @@ def sweep(keeps: Sequence[float], top1: Sequence[float], chosen: float, toleranc
     return svg_of(figure)
 
 
+def rates(keeps: Sequence[float], top1: Sequence[float], saved: float) -> str:
+    """Test top-1 by the fraction of the weights kept after training, and the fraction that is saved."""
+    figure, axes = axes_of(6, 3)
+    axes.plot([100 * keep for keep in keeps], [100 * one for one in top1], "o-", markersize=3, color=ACCENT)
+    axes.axvline(100 * saved, color=INK, linewidth=1)
+    axes.invert_xaxis()
+    axes.set_xlabel("weights kept, %")
+    axes.set_ylabel("top-1 on the test split, %")
+    return svg_of(figure)
+
+
+def soup(rounds: Sequence[Mapping[str, Any]], keep: float) -> str:
+    """Fraction kept by each weak mask and by the joined one, by round, and what is kept in the end."""
+    figure, axes = axes_of(6, 3)
+    numbers = list(range(1, len(rounds) + 1))
+    for number, row in zip(numbers, rounds, strict=True):
+        axes.plot([number] * len(row["weak"]), [100 * one for one in row["weak"]], "o", markersize=3, color=FAINT)
+    axes.plot(numbers, [100 * row["kept"] for row in rounds], "o-", markersize=4, color=ACCENT)
+    axes.axhline(100 * keep, color=INK, linestyle="--", linewidth=1)
+    axes.set_xticks(numbers)
+    axes.set_xlabel("round")
+    axes.set_ylabel("weights kept, %")
+    return svg_of(figure)
+
+
 def tickets(pixels: np.ndarray, ranks: np.ndarray, kept: int, grid: tuple[int, int], names: Sequence[str]) -> str:
     """Each image, its ranks as a heat map (dark: ranked first), and its ticket: the patches outside it faded into a
     tint. pixels (n, S, S, 3) uint8, ranks (n, N).

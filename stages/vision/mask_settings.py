@@ -28,6 +28,11 @@ class Magnitude(Settings):
     )
     end: float = Field(0.7, gt=0, le=1, description="share of the steps after which the cubic schedule is over")
     every: int = Field(20, ge=1, description="steps from one cut of the cubic schedule to the next")
+    also: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (),
+        description="further fractions kept whose accuracy is measured when the cut comes after training; the network "
+        "that is saved has `keep` alone",
+    )
     mode: Literal["paper", "corrected"] = Field(
         "corrected",
         description="paper: patch embedding, gains of the norms in the blocks and classifier are cut too, as in Sparse "
@@ -47,7 +52,17 @@ class Magnitude(Settings):
                 f"{field}: the cut would begin after {self.begin:g} of the steps and end after {self.end:g}; "
                 "give an end above begin, or schedule: one_shot"
             )
+        if self.also and not self.after_training:
+            raise ValueError(
+                "also: further fractions are measured on one trained network, and this one trains on with its masks; "
+                "use schedule: one_shot with begin: 1.0, or leave also out"
+            )
         return self
+
+    @property
+    def after_training(self) -> bool:
+        """Whether nothing is trained any more once weights are cut."""
+        return self.schedule == "one_shot" and self.begin == 1
 
 
 class RigL(Settings):
@@ -137,22 +152,110 @@ class Essential(Settings):
         )
 
 
-MaskSettings = Annotated[Magnitude | RigL | Pattern | Essential, Field(discriminator="method")]
+class Soup(Settings):
+    """Weak masks of short trainings on little data, joined into one (instant soup pruning, as in LOTUS)."""
+
+    method: Literal["soup"] = Field(description="weak masks, joined, before the first step")
+    keep: float = Field(gt=0, lt=0.95, description="fraction of the weights that is kept in the end")
+    masks: int = Field(5, ge=2, le=50, description="weak masks a round, each from a training of its own")
+    data: float = Field(0.1, gt=0, le=1, description="fraction of the examples that each of them is trained on")
+    cut: float = Field(0.1, gt=0, lt=1, description="fraction of the weights still kept that each of them leaves out")
+    steps: int = Field(ge=1, description="steps of each weak training, and of the network itself before every round")
+    votes: float = Field(
+        0.5, gt=0, le=1, description="mode corrected: a weight stays that at least this share of the weak masks keep"
+    )
+    mode: Literal["paper", "corrected"] = Field(
+        "corrected",
+        description="paper: a weight stays that any weak mask keeps, whatever comes of it; corrected: by votes, and "
+        "where magnitudes alone answer better on the calibration split, these",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rule(cls, fields: Any) -> Any:
+        return _refuse_pattern(fields)
 
 
-def mask_steps(settings: Magnitude | RigL, total: int) -> tuple[int, ...]:
+class NncfMagnitude(Settings):
+    """nncf's pruning by magnitude: each tensor's weights over its norm, a threshold, an exponential schedule."""
+
+    method: Literal["nncf_magnitude"] = Field(description="nncf's masks by magnitude")
+    keep: float = Field(gt=0, lt=1, description="fraction of the weights that is kept in the end, about")
+    scope: Literal["global", "layer"] = Field("global", description="as of the method magnitude")
+    begin: float = Field(0.2, ge=0, lt=1, description="share of the steps before the first cut")
+    end: float = Field(0.7, gt=0, le=1, description="share of the steps after which the schedule is over")
+    every: int = Field(20, ge=1, description="steps from one cut to the next")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rule(cls, fields: Any) -> Any:
+        return _refuse_pattern(fields)
+
+    @model_validator(mode="after")
+    def _ends_after_it_begins(self) -> NncfMagnitude:
+        if self.begin >= self.end:
+            field = "end" if "end" in self.model_fields_set else "begin"
+            raise ValueError(
+                f"{field}: the cut would begin after {self.begin:g} of the steps and end after {self.end:g}; "
+                "give an end above begin"
+            )
+        return self
+
+
+class NncfGates(Settings):
+    """nncf's regularisation-based pruning: a gate on every weight, learned beside it."""
+
+    method: Literal["nncf_rb"] = Field(description="nncf's learned gates")
+    keep: float = Field(gt=0, lt=1, description="fraction of open gates that the loss pulls towards")
+    strength: float = Field(1.0, gt=0, description="weight of nncf's loss, ((open - keep) / 0.05)^2")
+    lr: float = Field(
+        0.02, gt=0, description="learning rate of the gates, which begin at logit 0.99 = 4.6 and close at 0"
+    )
+    end: float = Field(0.7, gt=0, le=1, description="share of the steps after which `keep` is what is pulled towards")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rule(cls, fields: Any) -> Any:
+        return _refuse_pattern(fields)
+
+
+class Hold(Settings):
+    """Weights that are zero when the training begins stay zero."""
+
+    method: Literal["hold"] = Field(description="what an earlier stage has left out stays out")
+    mode: Literal["paper", "corrected"] = Field("corrected", description="where zeros are, as of the method magnitude")
+
+
+MaskSettings = Annotated[
+    Magnitude | RigL | Pattern | Essential | Soup | Hold | NncfMagnitude | NncfGates, Field(discriminator="method")
+]
+Applied = Magnitude | RigL | Pattern | Hold | NncfMagnitude | NncfGates  # what a training loop can be given
+
+
+def mask_steps(settings: Magnitude | RigL | Hold | NncfMagnitude, total: int) -> tuple[int, ...]:
     """The steps, of `total`, after which masks change; those of rigl before the step that follows. Ascending."""
+    if isinstance(settings, Hold):
+        return ()
     if isinstance(settings, RigL):
         return tuple(range(settings.every, round(settings.end * total), settings.every))
     begin, end = round(settings.begin * total), round(settings.end * total)
-    if settings.schedule == "one_shot":
+    if isinstance(settings, Magnitude) and settings.schedule == "one_shot":
         return (begin,)
     return (*range(begin + settings.every, end, settings.every), end)
 
 
-def check_masks(settings: Magnitude | RigL | Pattern | Essential | None, total: int) -> None:
+def last_cut(settings: Applied | None, total: int) -> int:
+    """The step, of `total`, from which on the asked fraction is kept; 0 where it is so throughout."""
+    if isinstance(settings, NncfGates):
+        return round(settings.end * total)
+    if isinstance(settings, Magnitude | NncfMagnitude):
+        return max(mask_steps(settings, total))
+    return 0
+
+
+def check_masks(settings: Applied | Essential | Soup | None, total: int) -> None:
     """Refuse masks that do not change in a run of `total` steps as they are meant to. Raises: ValueError."""
-    if settings is None or isinstance(settings, Pattern | Essential):
+    if not isinstance(settings, Magnitude | RigL | NncfMagnitude):
         return
     end = round(settings.end * total)
     if isinstance(settings, RigL) and not mask_steps(settings, total):
@@ -160,9 +263,12 @@ def check_masks(settings: Magnitude | RigL | Pattern | Essential | None, total: 
             f"masks.every: an exchange every {settings.every} steps, and they end at step {end} of {total}: "
             f"there would be none; every can be at most {end - 1}"
         )
-    if isinstance(settings, Magnitude) and settings.schedule == "cubic" and len(mask_steps(settings, total)) < 2:
+    if isinstance(settings, RigL) or (isinstance(settings, Magnitude) and settings.schedule == "one_shot"):
+        return
+    if len(mask_steps(settings, total)) < 2:
         begin = round(settings.begin * total)
+        remedy = "lower every" if isinstance(settings, NncfMagnitude) else "lower every, or use schedule: one_shot"
         raise ValueError(
             f"masks.every: a cut every {settings.every} steps between step {begin} and step {end} of {total} is a "
-            "single one; lower every, or use schedule: one_shot"
+            f"single one; {remedy}"
         )

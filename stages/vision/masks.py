@@ -29,8 +29,9 @@ from ..methods.weight_masks import (
     n_of_m,
     weights_kept,
 )
-from .mask_settings import Magnitude, Pattern, RigL, mask_steps
+from .mask_settings import Applied, Hold, Magnitude, NncfGates, NncfMagnitude, Pattern, RigL, mask_steps
 from .network import Network, create
+from .nncf_masks import Gated, magnitude_masks
 
 
 class Masks(Protocol):
@@ -64,7 +65,7 @@ class Masks(Protocol):
 
 
 def apply(
-    settings: Magnitude | RigL | Pattern | None,
+    settings: Applied | None,
     network: Network,
     optimizer: torch.optim.Optimizer,
     average: ModelEmaV3 | None,
@@ -74,12 +75,14 @@ def apply(
     """The masks of these settings on a network that is about to be trained; what is left out at the start is zero now.
 
     total: steps of the schedule.
-    Raises: InvalidInput for tensors that have no whole groups of four.
+    Raises: InvalidInput for tensors that have no whole groups of four, and for zeros to hold where there are none.
     """
     if settings is None:
         return Unmasked()
     if isinstance(settings, Pattern):
         return Projected(settings, network)
+    if isinstance(settings, NncfGates):
+        return Gated(settings, network, pool, total, seed)
     return Held(settings, network, optimizer, average, total, seed)
 
 
@@ -164,13 +167,13 @@ class Unmasked:
 
 
 class Held(Unmasked):
-    """Masks that hold from one change to the next, by magnitude, at random or by drop and grow."""
+    """Masks that hold from one change to the next: by magnitude, at random, by drop and grow, or as they were found."""
 
     changes_gradients = True
 
     def __init__(
         self,
-        settings: Magnitude | RigL,
+        settings: Magnitude | RigL | Hold | NncfMagnitude,
         network: Network,
         optimizer: torch.optim.Optimizer,
         average: ModelEmaV3 | None,
@@ -178,7 +181,7 @@ class Held(Unmasked):
         seed: int,
     ) -> None:
         self.settings, self.optimizer, self.seed = settings, optimizer, seed
-        mode = "corrected" if isinstance(settings, RigL) else settings.mode
+        mode = getattr(settings, "mode", "corrected")
         self.weights = pool(network, mode)
         self.averages = {} if average is None else pool(average.module, mode)
         self.steps, self.total = mask_steps(settings, total), total
@@ -186,6 +189,8 @@ class Held(Unmasked):
         self.kept = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
         if isinstance(settings, RigL):
             self._begin_at_random(settings)
+        if isinstance(settings, Hold):
+            self.kept = _found(self.weights)
         self.on_step(0.0)
 
     def on_gradients(self, now: float) -> None:
@@ -199,9 +204,9 @@ class Held(Unmasked):
 
     def on_step(self, now: float) -> None:
         due = self._due(now)
-        if isinstance(self.settings, Magnitude):
+        if isinstance(self.settings, Magnitude | NncfMagnitude):
             if due > self.changes:
-                self._cut(self.settings, self.steps[due - 1])
+                self._cut(due)
                 self.changes = due
             if self.changes == 0:
                 return  # everything is kept yet
@@ -232,20 +237,18 @@ class Held(Unmasked):
                 if name in self.averages:
                     self.averages[name].masked_fill_(out, 0)
 
-    def _cut(self, settings: Magnitude, step: int) -> None:
-        """Masks by magnitude of what is kept so far, or as many weights of every tensor by lot."""
+    def _cut(self, due: int) -> None:
+        """Masks by magnitude of what is kept so far, or as many weights of every tensor by lot. due: from 1."""
+        settings = self.settings
+        if isinstance(settings, NncfMagnitude):
+            self.kept = magnitude_masks(self.weights, settings, due, len(self.steps))
+            return
+        assert isinstance(settings, Magnitude)
         keep = settings.keep
         if settings.schedule == "cubic":
             begin = round(settings.begin * self.total)
-            keep = cubic_keep((step - begin) / (self.steps[-1] - begin), settings.keep)
-        # What is out stays out, also where a kept weight has become zero.
-        scores = [torch.where(self.kept[name], w.detach().abs(), -1.0) for name, w in self.weights.items()]
-        masks = highest(scores, keep, scope=settings.scope)
-        if settings.method == "random":
-            masks = [
-                first_of(self._order(index, mask), int(mask.sum()), mask.shape) for index, mask in enumerate(masks)
-            ]
-        self.kept = dict(zip(self.weights, masks, strict=True))
+            keep = cubic_keep((self.steps[due - 1] - begin) / (self.steps[-1] - begin), settings.keep)
+        self.kept = _chosen(settings, keep, self.weights, self.kept, self.seed)
 
     def _begin_at_random(self, settings: RigL) -> None:
         weights = list(self.weights.values())
@@ -255,7 +258,7 @@ class Held(Unmasked):
         else:
             counts = [weights_kept(settings.keep, weight.numel()) for weight in weights]
         for index, (name, weight) in enumerate(self.weights.items()):
-            self.kept[name] = first_of(self._order(index, weight), counts[index], weight.shape)
+            self.kept[name] = first_of(_order(self.seed, index, weight), counts[index], weight.shape)
 
     def _exchange(self, settings: RigL, step: int) -> None:
         """Gradients are dense here: no forward multiplies by a mask. A weight that comes begins at zero."""
@@ -267,12 +270,50 @@ class Held(Unmasked):
             self.kept[name] = drop_and_grow(weight.detach(), weight.grad, self.kept[name], count)
         self._hold()
 
-    def _order(self, index: int, like: Tensor) -> Tensor:
-        """An order of the positions of a tensor, the same whenever it is asked for."""
-        # The fifth word keeps the lots apart from those of steps and of example policies.
-        word = np.random.SeedSequence([self.seed, index, 0, 0, 1]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(word) & (2**63 - 1))
-        return torch.randperm(like.numel(), generator=generator).to(like.device)
+
+def cut(network: Network, settings: Magnitude, keep: float, seed: int) -> None:
+    """Leave this fraction of the network's weights, in place and for good."""
+    weights = pool(network, settings.mode)
+    whole = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    write(network, _chosen(settings, keep, weights, whole, seed), settings.mode)
+
+
+@torch.no_grad()
+def write(network: Network, kept: Mapping[str, Tensor], mode: str = "corrected") -> None:
+    """Zeros for the weights of the pool that these masks leave out."""
+    for name, weight in pool(network, mode).items():
+        weight.masked_fill_(~kept[name], 0)
+
+
+def _chosen(
+    settings: Magnitude, keep: float, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], seed: int
+) -> dict[str, Tensor]:
+    """Masks by magnitude of what is kept so far, or as many weights of every tensor by lot."""
+    # What is out stays out, also where a kept weight has become zero.
+    scores = [torch.where(kept[name], weight.detach().abs(), -1.0) for name, weight in weights.items()]
+    masks = highest(scores, keep, scope=settings.scope)
+    if settings.method == "random":
+        masks = [first_of(_order(seed, index, mask), int(mask.sum()), mask.shape) for index, mask in enumerate(masks)]
+    return dict(zip(weights, masks, strict=True))
+
+
+def _found(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks of the weights that are not zero. Raises: InvalidInput where there is no zero to hold."""
+    kept = {name: weight.detach() != 0 for name, weight in weights.items()}
+    if all(bool(mask.all()) for mask in kept.values()):
+        raise InvalidInput(
+            "masks: hold keeps zeros where they are, and none of the weights is zero",
+            "leave masks out, or begin with a network that was trained with masks",
+        )
+    return kept
+
+
+def _order(seed: int, index: int, like: Tensor) -> Tensor:
+    """An order of the positions of a tensor, the same whenever it is asked for."""
+    # The fifth word keeps the lots apart from those of steps and of example policies.
+    word = np.random.SeedSequence([seed, index, 0, 0, 1]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(word) & (2**63 - 1))
+    return torch.randperm(like.numel(), generator=generator).to(like.device)
 
 
 class Projected(Unmasked):

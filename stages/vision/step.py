@@ -19,7 +19,7 @@ from .batches import Batch
 from .clock import Clock
 from .examples import Policy, Watch
 from .forward import Precise, compiling, first_not_finite, gradient_not_finite
-from .mask_settings import Magnitude, Pattern, RigL
+from .mask_settings import Applied
 from .masks import apply as apply_masks
 from .network import Network
 from .objective import Objective
@@ -47,7 +47,7 @@ class Step:
         policy: Policy,
         objective: Objective,
         penalty: Penalty | None = None,
-        masks: Magnitude | RigL | Pattern | None = None,
+        masks: Applied | None = None,
     ) -> None:
         """Args: network: on its device; total: nominal steps of the run (clock.py)."""
         self.network, self.recipe, self.policy = network, recipe, policy

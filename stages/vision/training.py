@@ -23,7 +23,7 @@ from .batches import Annotate, Batch, Batches, Pool
 from .clock import Clock
 from .device import peak_mb, start_peak
 from .examples import Everything, Policy
-from .mask_settings import Magnitude, Pattern, RigL, mask_steps
+from .mask_settings import Applied, last_cut
 from .network import Network
 from .objective import Objective, supervised
 from .penalty import Penalty
@@ -87,7 +87,7 @@ def fit(
     objective: Objective = supervised,
     annotate: Annotate | None = None,
     penalty: Penalty | None = None,
-    masks: Magnitude | RigL | Pattern | None = None,
+    masks: Applied | None = None,
     judge: Callable[[Network], float] | None = None,
     after_epoch: Callable[[int, Network], None] | None = None,
     keep_epochs: tuple[int, ...] = (),
@@ -139,7 +139,7 @@ def fit(
     )
     counts_from = max(
         batches.whole_from if pool.patches is not None and finish else 0,
-        max(mask_steps(masks, clock.total), default=0) if isinstance(masks, Magnitude) else 0,
+        last_cut(masks, clock.total),
         0 if tokens is None else tokens.settled(clock.total),
     )
     run = _Run(step, clock, policy, tokens, checkpoint, None if stop is None else Stopping(stop, counts_from))

@@ -1,0 +1,68 @@
+"""What masks need besides the training that they hold in: trials before its first step, a cut after its last."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import essential, masks, soup
+from .batches import Pool
+from .mask_settings import Applied, Essential, Hold, Magnitude, MaskSettings, Soup
+from .network import Network
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Found:
+    """network: what is trained; held: its masks. images, seconds: of the trainings that found them. record: what they
+    showed, for JSON; said: what a reader must be told.
+    """
+
+    network: Network
+    held: Applied | None
+    images: int = 0
+    seconds: float = 0.0
+    record: dict[str, Any] = field(default_factory=dict)
+    said: str = ""
+
+
+def find(settings: MaskSettings | None, network: Network, pool: Pool, recipe: Recipe, **how: Any) -> Found:
+    """The masks that a training begins with. `how` goes to essential.sweep and soup.cook."""
+    match settings:
+        case Essential():
+            tried = essential.sweep(network, pool, recipe, settings, **how)
+            record = {"chosen": tried.chosen, "tried": tried.rows()}
+            return Found(network, settings.at(tried.chosen), tried.images, tried.seconds, record)
+        case Soup():
+            cooked = soup.cook(network, pool, recipe, settings, **how)
+            record = {"chosen": cooked.chosen, "rounds": list(cooked.rounds), "tried": cooked.top1}
+            said = ""
+            if cooked.chosen == "magnitude":
+                said = (
+                    f"masks: the soup answers {cooked.top1['soup']:.1%} of the calibration images, magnitudes alone "
+                    f"{cooked.top1['magnitude']:.1%}: these are taken"
+                )
+            return Found(cooked.network, Hold(method="hold"), cooked.images, cooked.seconds, record, said)
+        case Magnitude(after_training=True):
+            return Found(network, None)
+        case _:
+            return Found(network, settings)
+
+
+def cut_after(
+    settings: MaskSettings | None, network: Network, seed: int, judge: Callable[[Network], float]
+) -> list[dict[str, float]]:
+    """Cut what is cut when training is over, in place. Returns: accuracy of the whole network, of copies cut to each
+    fraction of `also`, and of the network as it is handed on; nothing where masks are held in training or not at all.
+    """
+    if not isinstance(settings, Magnitude) or not settings.after_training:
+        return []
+    rates = [{"keep": 1.0, "top1": judge(network)}]
+    for keep in sorted({*settings.also, settings.keep}, reverse=True):
+        sparse = copy.deepcopy(network)
+        masks.cut(sparse, settings, keep, seed)
+        rates.append({"keep": keep, "top1": judge(sparse)})
+    masks.cut(network, settings, settings.keep, seed)
+    return rates
