@@ -3,6 +3,8 @@
 Importance   taylor   |w * dL/dw| summed over everything that goes together, gradients from fixed calibration images
              in eval mode
              l1       |w| likewise, no images needed
+             trained  what the training before it handed on, no images needed: norms of heads and MLP units after
+                      train.weights group_lasso or hoyer, movement scores after movement
              random   uniform, the control
 Ranking is isomorphic (Fang et al., ECCV 2024): only groups of the same topology compete. Torch-Pruning's dependency
 graph says what belongs together; one dial presses on all axes, each with its `axes` weight, and is bisected until the
@@ -30,6 +32,7 @@ from pydantic import Field, model_validator
 
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
+from .vision.loss_settings import HANDED_ON
 from .vision.recipe import Settings
 
 if TYPE_CHECKING:
@@ -71,7 +74,9 @@ class Axes(Settings):
 class PruneConfig(Config):
     """Settings of the prune stage."""
 
-    importance: Literal["taylor", "l1", "random"] = Field("taylor", description="what decides which parts go first")
+    importance: Literal["taylor", "l1", "trained", "random"] = Field(
+        "taylor", description="what decides which parts go first"
+    )
     target: Target = Field(description="what must be left")
     axes: Axes = Field(Axes(), description="what may be cut, and how hard")
     round_to: int = Field(8, ge=1, le=256, description="MLP and embedding widths are multiples of this")
@@ -97,6 +102,7 @@ def run(ctx: Context) -> None:
     from .vision.evaluate import top1
     from .vision.preprocessing import check, load
     from .vision.surgery import cut, kept_architecture, score
+    from .vision.trained_importance import judged
     from .vision.weights import load_network, save_network
 
     config: PruneConfig = ctx.config
@@ -110,7 +116,10 @@ def run(ctx: Context) -> None:
     if config.importance == "taylor":
         _accumulate_gradients(ctx, network, splits, preprocessing, device)
     with ctx.progress.task("scoring and cutting", 2) as task:
-        scores = score(network, config.importance, ctx.seed)
+        if config.importance == "trained":
+            scores = score(judged(network, source, f"model {ctx.inputs['model'].ref}"), "taylor", ctx.seed)
+        else:
+            scores = score(network, config.importance, ctx.seed)
         task.advance()
         axes = Pressure(config.axes.heads, config.axes.head_width, config.axes.mlp, config.axes.embed)
         cost, full = _cost(config, before)
@@ -164,13 +173,39 @@ def _check_family(architecture: Architecture | SwinArchitecture) -> None:
         raise InvalidInput(f"{architecture.model} is a Swin, and prune cuts ViTs only", "leave it out: prune: null")
 
 
+def coherent(seen: Preflight) -> None:
+    """Refuse to rank by what the stage before it does not hand on."""
+    from .methods import InvalidInput
+
+    made = seen.reads.get("model")
+    if seen.config.importance != "trained" or made is None:
+        return
+    penalty = getattr(made.config, "weights", None)
+    if penalty is None or penalty.method not in HANDED_ON:
+        raise InvalidInput(
+            f"{seen.at('importance')}: trained is what a training hands on, and {made.entry} hands none on",
+            f"read a train with weights: {{method: {HANDED_ON[0]}}} ({', '.join(HANDED_ON[1:])}), or use taylor, l1 or "
+            "random",
+            field=seen.at("importance"),
+        )
+
+
 def preflight(seen: Preflight) -> None:
-    """Refuse a network that cannot be cut."""
+    """Refuse a network that cannot be cut, and one without the importance that is asked for."""
+    from .methods import InvalidInput
     from .vision.architecture import load_architecture
     from .vision.network import outline
+    from .vision.trained_importance import check_handed_on
 
     if "model" in seen.inputs:
-        _check_family(load_architecture(seen.inputs["model"].root / "architecture.json"))
+        given = seen.inputs["model"]
+        _check_family(load_architecture(given.root / "architecture.json"))
+        if seen.config.importance == "trained":
+            try:
+                check_handed_on(given.root, f"model {given.ref}")
+            except InvalidInput as error:
+                error.field = seen.at("importance")
+                raise
     else:
         _check_family(outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args))
 
@@ -274,5 +309,6 @@ STAGE = Stage(
     manual=__doc__,
     packages=("torch", "timm", "torch-pruning"),
     uses=frozenset({"data", "seed", "device"}),
+    coherent=coherent,
     preflight=preflight,
 )

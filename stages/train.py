@@ -6,9 +6,11 @@ is settled by the tickets: ranks that follow the image through crop and flip, a 
 looks at every view.
 
 `weights` adds a penalty to the loss. group_lasso and hoyer push whole heads and MLP units towards zero, the groups
-that `prune` removes; l1 and l2 the matrices of the blocks. attention_entropy makes rows of attention peaked.
-attention_log is Sparse then Prune's (2023), published with strength 0.01 on the last block: it flattens attention, and
-is too small to be seen; it is there to be measured against.
+that `prune` removes, and hand on what they found out (prune.importance: trained). So does movement: a group lasso that
+presses least on heads and units that the labels' gradients made larger so far, by -sum of lr * w * dL/dw (Sanh et al.,
+NeurIPS 2020), without a mask on them. l1 and l2 push the matrices of the blocks. attention_entropy makes rows of
+attention peaked. attention_log is Sparse then Prune's (2023), published with strength 0.01 on the last block: it
+flattens attention, and is too small to be seen; it is there to be measured against.
 
 `masks` sets weights of the blocks' matrices to zero, and holds them there in the optimiser's moments and in the
 average: by magnitude at once or in a cubic schedule (`random` is the control, as many weights of each tensor by lot),
@@ -67,7 +69,8 @@ reads    tickets (optional: without them, all images and all patches); with toke
          network to begin with
 writes   model.safetensors, architecture.json, preprocessing.json, training.json (the budget and what was spent);
          early/epoch-N.safetensors for every epoch in keep_epochs; with `examples` pool.json, what each decision dropped
-         and brought back
+         and brought back; with weights group_lasso, hoyer or movement importance.safetensors, a score for every weight
+         of the blocks' matrices: what prune.importance: trained reads
 ledger   images (forward and backward), tokens per image, epochs, steps, MACs, seconds, peak memory on a GPU; the
          forward passes of the annotator and of the selector of online tickets are in scoring_macs
 
@@ -215,6 +218,7 @@ def run(ctx: Context) -> None:
         reports,
         tickets,
         token_schedule,
+        trained_importance,
     )
     from .vision.dataset import load_splits
     from .vision.device import open_device
@@ -278,6 +282,7 @@ def run(ctx: Context) -> None:
     if found.said:
         ctx.progress.warn(found.said)
 
+    pressing = None if config.weights is None else penalty.create(config.weights.method, config.weights.strength)
     with ctx.progress.task("training", recipe.total_steps(arm.kept)) as task:
         fitted = fit(
             found.network,
@@ -291,7 +296,7 @@ def run(ctx: Context) -> None:
             tokens=schedule,
             objective=_objective(config),
             annotate=annotator,
-            penalty=None if config.weights is None else penalty.create(config.weights.method, config.weights.strength),
+            penalty=pressing,
             masks=found.held,
             judge=judge,
             keep_epochs=config.keep_epochs,
@@ -305,6 +310,8 @@ def run(ctx: Context) -> None:
     )
     reports.tell(fitted, ctx.metrics, ctx.progress)
     save_network(network, ctx.out)
+    if pressing is not None and config.weights is not None and (scores := pressing.importance(network)):
+        trained_importance.write(ctx.out, config.weights.method, scores)
     preprocessing.save(ctx.out)
     for epoch, state in fitted.early.items():
         (ctx.out / "early").mkdir(exist_ok=True)

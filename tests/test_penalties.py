@@ -24,7 +24,7 @@ from sievit.stages.vision.loss_settings import Penalty as Settings
 from sievit.stages.vision.penalty import create
 from sievit.stages.vision.recipe import Recipe
 
-METHODS = ("group_lasso", "hoyer", "l1", "l2", "attention_log", "attention_entropy")
+METHODS = ("group_lasso", "hoyer", "movement", "l1", "l2", "attention_log", "attention_entropy")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ of the graph, so their scores are computed here by the same rules, on the same w
 
 - Taylor: |w * dL/dw| (Molchanov et al., CVPR 2019, eq. 8, first order), summed over the coupled weights.
 - L1: |w|, summed. Random: uniform.
+
+What a training hands on is a score for every weight: its share of a group's norm, or its movement.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from .regularisers import head_norms, unit_norms
 
 Weigh = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -54,6 +58,31 @@ def attention_scores(
     pair = (q + k).view(heads, qk)
     out = (value + columns).view(heads, v)
     return pair.sum(1) + out.sum(1), pair, out
+
+
+def head_shares(qkv: Tensor, proj: Tensor, heads: int, qk: int, v: int) -> tuple[Tensor, Tensor]:
+    """Of every weight of the two matrices, w^2 over the norm of its head: those of a head add up to its norm.
+
+    Shapes as in attention_scores.
+    """
+    norms = head_norms(qkv, proj, heads, qk, v)
+    widths = torch.tensor([qk, qk, v], device=norms.device)
+    of_rows = norms.repeat(3).repeat_interleave(widths.repeat_interleave(heads))
+    return qkv.square() / of_rows[:, None], proj.square() / norms.repeat_interleave(v)
+
+
+def unit_shares(fc1: Tensor, fc2: Tensor) -> tuple[Tensor, Tensor]:
+    """As head_shares, of MLP units. fc1 (U, C), fc2 (C, U)."""
+    norms = unit_norms(fc1, fc2)
+    return fc1.square() / norms[:, None], fc2.square() / norms
+
+
+def movement(weight: Tensor, gradient: Tensor, lr: float) -> Tensor:
+    """How far a plain gradient step moves each weight away from zero, to first order and times its size:
+    -lr * w * dL/dw (Sanh et al., "Movement Pruning", NeurIPS 2020, eq. 4, its scores accumulated over a training).
+    Below zero: the labels make the weight smaller.
+    """
+    return -lr * weight * gradient
 
 
 def random_like(scores: Tensor, generator: torch.Generator) -> Tensor:

@@ -54,6 +54,13 @@ def hoyer_square(norms: Tensor) -> Tensor:
     return ratio
 
 
+def kept_back(scores: Tensor) -> Tensor:
+    """How hard each group is pressed when scores say which matter: 2 * sigmoid(-score / mean |score|), from 2 for what
+    is pushed towards zero anyway to 0 for what grows; 1 for all while the scores are zero. scores (G,).
+    """
+    return 2 * torch.sigmoid(-scores / scores.abs().mean().clamp_min(1e-30))
+
+
 def l1(weights: Iterable[Tensor]) -> Tensor:
     """Sum of absolute values over all tensors, a scalar."""
     return torch.stack([weight.abs().sum() for weight in weights]).sum()

@@ -8,15 +8,18 @@ from pydantic import Field
 
 from .recipe import Settings
 
+HANDED_ON = ("group_lasso", "hoyer", "movement")  # penalties that tell prune what to cut
+
 
 class Penalty(Settings):
     """A penalty added to the loss."""
 
-    method: Literal["group_lasso", "hoyer", "l1", "l2", "attention_log", "attention_entropy"] = Field(
+    method: Literal["group_lasso", "hoyer", "movement", "l1", "l2", "attention_log", "attention_entropy"] = Field(
         "group_lasso",
         description="group_lasso: sum of group norms of heads and MLP units; hoyer: Hoyer-square of these norms, which "
-        "shrinks the small ones only; l1, l2: on the blocks' matrices; attention_log: mean log(1 + a^2) of the last "
-        "block, as published; attention_entropy: of the rows of all blocks, in nats",
+        "shrinks the small ones only; movement: group_lasso that presses least on what the labels make larger; l1, l2: "
+        "on the blocks' matrices; attention_log: mean log(1 + a^2) of the last block, as published; attention_entropy: "
+        "of the rows of all blocks, in nats",
     )
     strength: float = Field(1e-4, gt=0, description="its weight in the loss")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, cast
@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from ..methods import InvalidInput, regularisers
+from ..methods.importance import attention_scores, movement
 from .attention import Attention
+from .loss_settings import HANDED_ON
+from .masks import pool
 from .network import Network
+from .trained_importance import shares_of_norms
 from .vit import ViT
 
 # Method -> the blocks whose attention it looks at. Sparse-then-Prune's code overwrites the value of every block by
@@ -32,13 +36,45 @@ class Penalty(Protocol):
 
     def __call__(self, network: Network) -> Tensor: ...
 
+    def on_gradients(self, network: Network, lr: float) -> None:
+        """After the backward, before gradients are clipped. lr: of the step that comes."""
+
+    def importance(self, network: Network) -> dict[str, Tensor]:
+        """What it hands on to prune, of a network in whose training it was: a score for every weight of the blocks'
+        matrices; nothing where it tells nothing about heads and units.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold."""
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Undo state()."""
+
 
 def create(method: str, strength: float) -> Penalty:
     """The penalty of that name. strength: its weight in the loss."""
+    if method == "movement":
+        return Movement(strength)
     return AttentionPenalty(method, strength) if method in ATTENTION else WeightPenalty(method, strength)
 
 
-class WeightPenalty:
+class Stateless:
+    """What penalties have in common that look at the present weights only."""
+
+    def on_gradients(self, network: Network, lr: float) -> None:
+        return
+
+    def importance(self, network: Network) -> dict[str, Tensor]:
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        return
+
+
+class WeightPenalty(Stateless):
     """group_lasso and hoyer over all heads and all MLP units of all blocks, the groups that `prune` removes; l1 and l2
     over the matrices of all blocks.
     """
@@ -59,6 +95,9 @@ class WeightPenalty:
         weighted: Tensor = self.strength * total
         return weighted
 
+    def importance(self, network: Network) -> dict[str, Tensor]:
+        return shares_of_norms(network) if self.method in HANDED_ON else {}
+
     def _of(self, block: Any) -> Tensor:
         a, mlp = block.attn, block.mlp
         if self.method in ("l1", "l2"):
@@ -72,7 +111,65 @@ class WeightPenalty:
         return regularisers.group_lasso(heads, per_head) + regularisers.group_lasso(units, 2 * mlp.fc1.in_features)
 
 
-class AttentionPenalty:
+class Movement(Stateless):
+    """Group lasso whose groups are pressed the less the more the labels' gradients made them grow so far.
+
+    Movement pruning learns scores by gradients and a regulariser on the scores (Sanh et al. 2020; nncf's movement
+    sparsity, which ends in whole heads and units). Here the scores are added up beside the training, without masks, and
+    the regulariser is on the groups that prune removes.
+    """
+
+    of_weights = True
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+        self.scores: dict[str, Tensor] = {}
+
+    @contextmanager
+    def watch(self, network: Network) -> Iterator[None]:
+        yield
+
+    def __call__(self, network: Network) -> Tensor:
+        weights = pool(network)
+        scores = [self.scores.get(name) for name in weights]
+        total = network.body.patch_embed.proj.weight.new_zeros(())
+        for number, block in enumerate(network.blocks):
+            a, mlp = block.attn, block.mlp
+            heads = regularisers.head_norms(a.qkv.weight, a.proj.weight, a.heads, a.qk, a.v)
+            units = regularisers.unit_norms(mlp.fc1.weight, mlp.fc2.weight)
+            qkv, proj, fc1, fc2 = scores[4 * number : 4 * number + 4]
+            if qkv is not None and proj is not None and fc1 is not None and fc2 is not None:
+                of_heads = attention_scores(
+                    qkv, None, proj, None, heads=a.heads, qk=a.qk, v=a.v, weigh=lambda score, none: score
+                )[0]
+                heads = heads * regularisers.kept_back(of_heads)
+                units = units * regularisers.kept_back(fc1.sum(1) + fc2.sum(0))
+            per_head = 2 * (a.qk + a.v) * a.qkv.in_features
+            total = total + regularisers.group_lasso(heads, per_head)
+            total = total + regularisers.group_lasso(units, 2 * mlp.fc1.in_features)
+        weighted: Tensor = self.strength * total
+        return weighted
+
+    def on_gradients(self, network: Network, lr: float) -> None:
+        """Scores of the labels' gradients alone: what the penalty itself adds is taken off."""
+        weights = pool(network)
+        own = torch.autograd.grad(self(network), list(weights.values()))
+        for (name, weight), penalised in zip(weights.items(), own, strict=True):
+            assert weight.grad is not None, f"{name} has no gradient"
+            moved = movement(weight.detach(), weight.grad - penalised, lr)
+            self.scores[name] = moved if name not in self.scores else self.scores[name].add_(moved)
+
+    def importance(self, network: Network) -> dict[str, Tensor]:
+        return dict(self.scores)
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.scores)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self.scores = dict(tensors)
+
+
+class AttentionPenalty(Stateless):
     """attention_log of the last block, or attention_entropy as the mean over all blocks.
 
     The logits are computed a second time from queries and keys, since fused attention does not hand them out: of each

@@ -96,6 +96,8 @@ class Step:
             raise self._not_finite(batch, whole, length)
         if math.isfinite(length):
             self.masks.on_gradients(clock.now)
+            if self.penalty is not None:
+                self.penalty.on_gradients(self.network, self.lr)
             if self.recipe.clip is not None:
                 norm = get_total_norm(gradients) if self.masks.changes_gradients else norm
                 clip_grads_with_norm_(self.network.parameters(), self.recipe.clip, norm)
@@ -177,6 +179,8 @@ class Step:
         tensors |= {f"optimizer.{n}": t for n, t in flatten_optimizer(self.optimizer).items()}
         if self.ema is not None:
             tensors |= {f"ema.{n}": t for n, t in self.ema.module.body.state_dict().items()}
+        if self.penalty is not None:
+            tensors |= {f"penalty.{n}": t for n, t in self.penalty.state().items()}
         masks, mask_facts = self.masks.state()
         facts = {
             "taken": self.taken,
@@ -192,6 +196,9 @@ class Step:
         restore_optimizer(self.optimizer, having(tensors, "optimizer."))
         if self.ema is not None:
             self.ema.module.body.load_state_dict(having(tensors, "ema."))
+        if self.penalty is not None:
+            device = next(self.network.parameters()).device
+            self.penalty.restore({name: t.to(device) for name, t in having(tensors, "penalty.").items()})
         self.masks.restore(having(tensors, "mask."), facts["masks"])
         self.scaler.load_state_dict(facts["scaler"])
         self.taken, self.skipped, self.in_a_row = facts["taken"], facts["skipped"], facts["in_a_row"]
