@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from sievit.pipeline.errors import InputError, IntegrityError
 from sievit.pipeline.report import numbers
 from sievit.pipeline.report import page as report
 from sievit.pipeline.report.facts import collect
-from sievit.pipeline.report.steps import PAGE_BUDGET
+from sievit.pipeline.report.stages import deeds
+from sievit.pipeline.report.steps import PAGE_BUDGET, Step
 from sievit.pipeline.report.verdict import verdict
 
 VOID = {"meta", "link", "img", "br", "rect", "line", "circle", "input", "hr"}
@@ -308,6 +309,23 @@ def test_what_arms_share_stands_once(run: tuple[dict[str, Any], Shelf]) -> None:
     page, _ = written(record, shelf)
     pictures = sum(len(json.loads(p.read_text())["figures"]) for p in shelf.root.glob("*/*/manifest.json"))
     assert len(list(page.all("img"))) == pictures == 6
+
+
+def test_a_training_with_masks_tells_density_trials_and_rates() -> None:
+    density = {"global": 0.3, "weights": 331776}
+    masks: dict[str, Any] = {"method": "soup", "keep": 0.3, "density": density, "chosen": "magnitude"}
+    masks |= {"tried": {"soup": 0.5, "magnitude": 0.75}}
+    step = Step("train", (), "", "", "", "", "", "", {"metrics": {"masks": masks}}, None)
+    assert deeds(step) == (
+        "Weights by soup: 30.0% of 331,776 are not zero, asked 30.0%.",
+        "On the calibration split: soup 50.0%, magnitude 75.0%; taken: magnitude.",
+    )
+    rates = [{"keep": 1.0, "top1": 0.9}, {"keep": 0.3, "top1": 0.25}]
+    after = {"method": "magnitude", "density": density, "before": {"global": 0.3}, "rates": rates}
+    assert deeds(replace(step, stage="finetune", manifest={"metrics": {"masks": after}})) == (
+        "Weights by magnitude: 30.0% of 331,776 are not zero, 30.0% before.",
+        "Weights kept after training, and top-1 on the test split: 100%: 90.0%, 30.0%: 25.0%.",
+    )
 
 
 def test_each_stage_tells_what_was_asked_and_what_was_reached(run: tuple[dict[str, Any], Shelf]) -> None:

@@ -72,6 +72,7 @@ def _train(metrics: Mapping[str, Any]) -> list[str]:
             f"{count(number(pool, 'of'))} in each of {count(number(pool, 'passes'))} passes would have been "
             f"{count(number(pool, 'images_of_all'))} ({percent(number(pool, 'share'))})."
         )
+    said += _masks(mapping(metrics, "masks"))
     budget = mapping(metrics, "budget")
     if number(budget, "steps") is not None:
         allowed = f" of {big(number(budget, 'allowed'))} allowed" if number(budget, "allowed") is not None else ""
@@ -83,6 +84,25 @@ def _train(metrics: Mapping[str, Any]) -> list[str]:
         )
     if number(metrics, "parameters") is not None:
         said.append(f"{big(number(metrics, 'parameters'))} parameters, {big(number(metrics, 'macs'))} MACs an image.")
+    return said
+
+
+def _masks(masks: Mapping[str, Any]) -> list[str]:
+    """How many weights are not zero, what was tried for it, and what other fractions would have given."""
+    density = number(masks, "density", "global")
+    if density is None:
+        return []
+    asked = f", asked {percent(number(masks, 'keep'))}" if number(masks, "keep") is not None else ""
+    before = f", {percent(number(masks, 'before', 'global'))} before" if mapping(masks, "before") else ""
+    of = count(number(masks, "density", "weights"))
+    said = [f"Weights by {text(masks, 'method')}: {percent(density)} of {of} are not zero{asked}{before}."]
+    tried = mapping(masks, "tried")  # of essential it is a list of levels, which the figure shows
+    if tried:
+        answers = ", ".join(f"{name} {percent(number(tried, name))}" for name in tried)
+        said.append(f"On the calibration split: {answers}; taken: {text(masks, 'chosen')}.")
+    rates = [f"{percent(number(row, 'keep'))}: {percent(number(row, 'top1'))}" for row in listing(masks, "rates")]
+    if rates:
+        said.append(f"Weights kept after training, and top-1 on the test split: {', '.join(rates)}.")
     return said
 
 
