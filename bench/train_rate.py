@@ -323,12 +323,17 @@ def missed(shares: list[dict[str, Any]], rows: list[dict[str, Any]], clock: str,
     ]
 
 
-def show(shares: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+def show_shares(shares: list[dict[str, Any]]) -> None:
     print(f"{'loader, of a step':24} {'batch':>6} {'ms':>8} {'wall':>8} {'processor':>10}")
     for row in shares:
         wall, processor = row["wall"]["median"], row["processor"]["median"]
-        print(f"{row['images']:24} {row['batch']:>6} {row['loader_ms']:>8.1f} {wall:>8.2%} {processor:>10.2%}")
-    print(f"\n{'run':24} {'clock':10} {'images/s':>9} {'of timm, median (quartiles)':>30}")
+        print(
+            f"{row['images']:24} {row['batch']:>6} {row['loader_ms']:>8.1f} {wall:>8.2%} {processor:>10.2%}", flush=True
+        )
+
+
+def show_rates(rows: list[dict[str, Any]]) -> None:
+    print(f"{'run':24} {'clock':10} {'images/s':>9} {'of timm, median (quartiles)':>30}")
     for row in rows:
         ratio = row["ratio"]
         shown = f"{ratio['median']:.3f}x ({ratio['low']:.3f} to {ratio['high']:.3f})"
@@ -379,6 +384,7 @@ def main() -> int:
         for batch in options.batches
     ]
     shares = [loader_share(work, ticketed) for work in works for ticketed in (False, True)]
+    show_shares(shares)
     work, load = works[0], os.getloadavg()
     with tempfile.TemporaryDirectory() as temporary:
         folder = written(work, Path(temporary))
@@ -397,12 +403,12 @@ def main() -> int:
     clocks = ["wall", "processor"] if options.device == "cpu" else ["wall"]
     rows = [row for clock in clocks for row in rates(taken, work, clock)]
     side = "its parts in this process" if options.timm_train is None else f"{options.timm_train.name} as a process"
-    print(f"timm {timm.__version__}: {side}, {options.workers} workers; torch {torch.__version__}")
+    print(f"\ntimm {timm.__version__}: {side}, {options.workers} workers; torch {torch.__version__}")
     print(
         f"batch {work.batch}, {options.rounds} rounds of {work.steps} steps, {options.threads} threads; "
-        f"load {load[0]:.1f} to {os.getloadavg()[0]:.1f}\n"
+        f"load {load[0]:.1f} to {os.getloadavg()[0]:.1f}"
     )
-    show(shares, rows)
+    show_rates(rows)
     short = missed(shares, rows, options.clock, options.device)
     print("\n" + ("\n".join(f"missed: {one}" for one in short) or f"every bar is reached, by {options.clock} seconds"))
     raw = [{name: asdict(seconds) for name, seconds in one.items()} for one in taken]
