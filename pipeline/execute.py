@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import host, records
+from .energy import Meter
 from .errors import InputError, Interrupted, SievitError, Terminated
 from .manifest import FIGURES, canonical
 from .progress import Notebook
@@ -127,8 +128,9 @@ def execute(
     started, clock, cpu = records.now(), time.monotonic(), host.cpu_seconds()
     host.reset_peak_memory()
     with readable(node, setting, draft):
-        with host.EnergyMeter() as energy:
+        with Meter(setting.device) as meter:
             node.stage.run(context)
+            joules = meter.joules() or {}
         figures = _write_figures(context.figures, draft.out)
         return draft.commit(
             {
@@ -158,8 +160,8 @@ def execute(
                 "seconds": round(time.monotonic() - clock, 3),
                 "cpu_seconds": round(host.cpu_seconds() - cpu, 3),
                 "peak_memory_mb": max([host.peak_memory_mb(), *peaks]),
-                "energy_cpu_j": energy.cpu_j,
-                "energy_gpu_j": energy.gpu_j,
+                "energy_cpu_j": joules.get("cpu"),
+                "energy_gpu_j": joules.get("gpu"),
             }
         )
 

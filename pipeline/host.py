@@ -8,12 +8,11 @@ import re
 import resource
 import shlex
 import subprocess
-import threading
 from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from .manifest import sha256_of
 
@@ -40,7 +39,6 @@ LIBRARIES = (
 # CPU features that change which kernels ONNX Runtime and torch choose (x86, then Arm).
 _FLAGS = re.compile(r"avx.*|amx.*|f16c|fma|sse4_.|sha_ni|asimd.*|sve.*|i8mm|bf16|fphp")
 _GIT_TIMEOUT_S = 2.0
-_POWERCAP = Path("/sys/class/powercap")
 _SECRET_NAME = re.compile(r"(token|secret|passw|credential|api[-_]?key)", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
@@ -159,79 +157,6 @@ def peak_memory_mb() -> float:
         pass  # no /proc: the figure of the whole process is the best there is
     unit = 1 if platform.system() == "Darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
-
-
-class EnergyMeter:
-    """Joules that CPU packages and GPUs of this host took while it runs, whoever used them. A context; then `cpu_j` and
-    `gpu_j`, None where the host does not tell: RAPL is read from `powercap` (often by root alone), NVIDIA's counter
-    through NVML where nvidia-ml-py is installed.
-    """
-
-    def __init__(self, powercap: Path = _POWERCAP, every_s: float = 30.0) -> None:
-        """every_s: how often RAPL is read. Its counters begin again at a limit, after half an hour at full power."""
-        self.cpu_j: float | None = None
-        self.gpu_j: float | None = None
-        # Packages only: cores, caches and memory controllers below them (intel-rapl:0:0) are part of these.
-        zones = [path for path in sorted(powercap.glob("*-rapl:*")) if path.name.count(":") == 1]
-        self._packages = [zone for zone in zones if _microjoules(zone) is not None]
-        self._every_s, self._ended = every_s, threading.Event()
-
-    def __enter__(self) -> Self:
-        self._gpu_before = _gpu_millijoules()
-        self._last = [_microjoules(zone) for zone in self._packages]
-        self._sum = 0
-        if self._packages:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._packages:
-            self._ended.set()
-            self._thread.join()
-            self._read()
-            self.cpu_j = None if self._sum < 0 else round(self._sum / 1e6, 3)
-        after = _gpu_millijoules()
-        if self._gpu_before is not None and after is not None:
-            self.gpu_j = round((after - self._gpu_before) / 1e3, 3)
-
-    def _watch(self) -> None:
-        while not self._ended.wait(self._every_s):
-            self._read()
-
-    def _read(self) -> None:
-        for index, zone in enumerate(self._packages):
-            now, before = _microjoules(zone), self._last[index]
-            limit = _microjoules(zone, "max_energy_range_uj")
-            if now is None or before is None or (now < before and limit is None):
-                self._sum = -(2**63)  # a part of it is not known any more
-                return
-            self._sum += now - before + (limit + 1 if now < before and limit is not None else 0)
-            self._last[index] = now
-
-
-def _microjoules(zone: Path, name: str = "energy_uj") -> int | None:
-    try:
-        return int((zone / name).read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
-
-
-def _gpu_millijoules() -> int | None:
-    """What the GPUs that this process may see have taken since their driver was loaded."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        try:
-            devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-            return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(one) for one in devices) if devices else None
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return None
 
 
 def _cpu() -> tuple[str, list[str]]:

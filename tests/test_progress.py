@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import sys
-import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -227,85 +224,3 @@ def test_the_peak_of_memory_is_that_of_the_stage() -> None:
     host.reset_peak_memory()
     before = host.peak_memory_mb()
     assert 1 < before < peak - 200  # other tests of this process may hold what they like
-
-
-def powercap(root: Path, **zones: int) -> Path:
-    """A folder as the kernel's: a zone a package, with parts of it below that must not be counted twice."""
-    for number, energy in enumerate(zones.values()):
-        for name in (f"intel-rapl:{number}", f"intel-rapl:{number}:0"):
-            (root / name).mkdir(parents=True)
-            (root / name / "max_energy_range_uj").write_text("9999999\n")
-            (root / name / "energy_uj").write_text(f"{energy}\n")
-    (root / "intel-rapl").mkdir()
-    return root
-
-
-def test_energy_is_the_sum_over_packages_also_where_a_counter_began_again(tmp_path: Path) -> None:
-    folder = powercap(tmp_path, first=1_000_000, second=9_500_000)
-    with host.EnergyMeter(folder, every_s=60) as energy:
-        (folder / "intel-rapl:0" / "energy_uj").write_text("3500000")
-        (folder / "intel-rapl:1" / "energy_uj").write_text("500000")
-    assert energy.cpu_j == pytest.approx(2.5 + 1.0)
-
-
-def test_energy_counts_every_time_that_a_counter_begins_again(tmp_path: Path) -> None:
-    folder = powercap(tmp_path, only=0)
-    file = folder / "intel-rapl:0" / "energy_uj"
-    with host.EnergyMeter(folder, every_s=0.02) as energy:
-        for value in (6_000_000, 2_000_000, 8_000_000, 1_000_000):
-            file.with_name("next").write_text(str(value))
-            file.with_name("next").replace(file)
-            time.sleep(0.3)
-    assert energy.cpu_j == pytest.approx(21.0)
-
-
-@pytest.mark.parametrize("text", [None, "", "no number"])
-def test_energy_that_the_host_does_not_tell_is_none(tmp_path: Path, text: str | None) -> None:
-    folder = powercap(tmp_path, only=5)
-    file = folder / "intel-rapl:0" / "energy_uj"
-    file.unlink() if text is None else file.write_text(text)
-    with host.EnergyMeter(folder) as energy:
-        pass
-    assert energy.cpu_j is None
-    with host.EnergyMeter(tmp_path / "nowhere") as energy:
-        pass
-    assert energy.cpu_j is None
-    with host.EnergyMeter(powercap(tmp_path / "lost", only=5)) as energy:
-        (tmp_path / "lost" / "intel-rapl:0" / "energy_uj").unlink()  # a part of it is unknown, and so is the sum
-    assert energy.cpu_j is None
-
-
-class Nvml(types.ModuleType):
-    """A driver of two GPUs that each take 500 mJ between two questions."""
-
-    NVMLError = type("NVMLError", (Exception,), {})
-
-    def __init__(self, fails: bool = False) -> None:
-        super().__init__("pynvml")
-        self.fails, self.asked = fails, 0
-
-    def nvmlInit(self) -> None:
-        if self.fails:
-            raise self.NVMLError
-
-    def nvmlShutdown(self) -> None:
-        self.asked += 1
-
-    def nvmlDeviceGetCount(self) -> int:
-        return 2
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        return index
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:
-        return 1000 * handle + 500 * self.asked
-
-
-@pytest.mark.parametrize(("driver", "joules"), [(Nvml(), 1.0), (Nvml(fails=True), None), (None, None)])
-def test_energy_of_gpus_comes_from_their_counters(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Nvml | None, joules: float | None
-) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", driver)
-    with host.EnergyMeter(tmp_path) as energy:
-        pass
-    assert energy.gpu_j == joules
