@@ -1,20 +1,28 @@
-"""Cut heads, widths inside heads, MLP units and embedding channels until a stated share of MACs or parameters is left.
+"""Cut heads, widths inside heads, MLP units, embedding channels and whole blocks until a stated share of MACs or
+parameters is left: of a ViT, a DeiT, an LV-ViT or a Swin.
+
+Axes         heads    whole attention heads, in a Swin with their position biases
+             qk, v    the width of queries and keys, and that of values, inside the heads
+             mlp      hidden units of the MLPs
+             embed    embedding channels, through the whole network; in a Swin those of every stage
+             depth    whole blocks, never the last of a Swin's stage, nor one that drops tokens
+Each takes a number, how hard it is pressed relative to the others (0 leaves it alone), or with it the blocks that it is
+about:  axes: {mlp: 1.0, heads: {press: 0.5, blocks: [0, 1, 2]}, depth: {press: 1.0, spare: [0, 11]}}
 
 Importance   taylor   |w * dL/dw| summed over everything that goes together, gradients from fixed calibration images
              in eval mode
+             hessian  w^2 * (dL/dw)^2 likewise, a backward pass for every image
              l1       |w| likewise, no images needed
              trained  what the training before it handed on, no images needed: norms of heads and MLP units after
                       train.weights group_lasso or hoyer, movement scores after movement
              random   uniform, the control
-Ranking is isomorphic (Fang et al., ECCV 2024): only groups of the same topology compete. Torch-Pruning's dependency
-graph says what belongs together; one dial presses on all axes, each with its `axes` weight, and is bisected until the
-target is met; MLP and embedding widths are multiples of round_to, widths of heads of head_round_to, what rounding
-left over goes back to the MLPs. The smaller network is rebuilt from its architecture record and its weights are
-loaded strictly.
+Ranking is isomorphic (Fang et al., ECCV 2024): only groups of the same topology compete. One dial presses on all axes
+and is bisected until the target is met; MLP and embedding widths are multiples of round_to, widths of heads of
+head_round_to, what rounding left over goes back to the MLPs. The smaller network is rebuilt from its architecture
+record and its weights are loaded strictly.
 
-A Swin cannot be cut yet and is refused.
-
-Cutting embedding channels changes what the LayerNorms see: expect low accuracy until `finetune`.
+Cutting embedding channels changes what the LayerNorms see: expect low accuracy until `finetune`. Blocks are numbered
+from 0 in order of execution, and the blocks that are left get new numbers: `finetune.tokens.blocks` means those.
 
 reads    model; tickets (optional: their examples are the calibration images)
 writes   model.safetensors, architecture.json, preprocessing.json, plan.json (the kept indices)
@@ -26,7 +34,7 @@ fails    when nothing was cut, or when the axes that are on cannot reach the tar
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -41,12 +49,11 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from .methods.allocation import Kept
+    from .methods.allocation import Kept, Pressure, Scores
     from .vision.architecture import Architecture, SwinArchitecture
     from .vision.dataset import Splits
     from .vision.network import Network
     from .vision.preprocessing import Preprocessing
-    from .vision.vit import ViT
 
 
 class Target(Settings):
@@ -62,19 +69,44 @@ class Target(Settings):
         return self
 
 
-class Axes(Settings):
-    """How hard each axis is pressed, relative to the others: 0 leaves it alone."""
+class Press(Settings):
+    """How hard an axis is pressed, and in which blocks."""
 
-    heads: float = Field(1.0, ge=0, le=1, description="whole attention heads")
-    head_width: float = Field(0.5, ge=0, le=1, description="query/key and value width inside heads")
-    mlp: float = Field(1.0, ge=0, le=1, description="hidden units of the MLPs")
+    press: float = Field(ge=0, le=1, description="relative to the other axes; 0 leaves the axis alone")
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, min_length=1, description="the only blocks that it is about, numbered from 0; null: all"
+    )
+    spare: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="blocks that it leaves alone")
+
+    @model_validator(mode="after")
+    def _one_list(self) -> Press:
+        if self.blocks is not None and self.spare:
+            raise ValueError("spare: contradicts blocks, which names the only ones; give one of the two")
+        return self
+
+
+Pressed = Annotated[float, Field(ge=0, le=1)] | Press
+
+
+class Axes(Settings):
+    """How hard each axis is pressed, relative to the others: 0 leaves it alone; or {press: 1.0, blocks: [0, 1]}."""
+
+    heads: Pressed = Field(1.0, description="whole attention heads")
+    qk: Pressed = Field(0.5, description="width of queries and keys inside heads")
+    v: Pressed = Field(0.5, description="width of values inside heads")
+    mlp: Pressed = Field(1.0, description="hidden units of the MLPs")
     embed: float = Field(0.5, ge=0, le=1, description="embedding channels, through the whole network")
+    depth: Pressed = Field(0.0, description="whole blocks; at equal MACs they save more time than widths do")
+
+    def named(self) -> dict[str, Press]:
+        """Every axis in the long form."""
+        return {name: axis if isinstance(axis, Press) else Press(press=axis) for name, axis in self}
 
 
 class PruneConfig(Config):
     """Settings of the prune stage."""
 
-    importance: Literal["taylor", "l1", "trained", "random"] = Field(
+    importance: Literal["taylor", "hessian", "l1", "trained", "random"] = Field(
         "taylor", description="what decides which parts go first"
     )
     target: Target = Field(description="what must be left")
@@ -88,14 +120,14 @@ class PruneConfig(Config):
 
     @model_validator(mode="after")
     def _some_axis(self) -> PruneConfig:
-        if not (self.axes.heads or self.axes.head_width or self.axes.mlp or self.axes.embed):
+        if not any(axis.press for axis in self.axes.named().values()):
             raise ValueError("axes: every axis is 0, so nothing could be cut")
         return self
 
 
 def run(ctx: Context) -> None:
     """Gradients, scores, allocation, cut, then what was asked and what was reached."""
-    from .methods.allocation import Pressure, allocate
+    from .methods.allocation import allocate
     from .vision import figures
     from .vision.dataset import load_splits
     from .vision.device import open_device
@@ -109,11 +141,11 @@ def run(ctx: Context) -> None:
     device = open_device(ctx.device)
     splits = load_splits(ctx.data.model_dump(), ctx.base)
     source = ctx.inputs["model"].root
-    network, preprocessing = _vit(load_network(source)).to(device), load(source)
+    network, preprocessing = load_network(source).to(device), load(source)
     check(preprocessing, splits.train.classes, ctx.data.image_size, f"model {ctx.inputs['model'].ref}")
     before = network.architecture
 
-    if config.importance == "taylor":
+    if config.importance in ("taylor", "hessian"):
         _accumulate_gradients(ctx, network, splits, preprocessing, device)
     with ctx.progress.task("scoring and cutting", 2) as task:
         if config.importance == "trained":
@@ -121,7 +153,7 @@ def run(ctx: Context) -> None:
         else:
             scores = score(network, config.importance, ctx.seed)
         task.advance()
-        axes = Pressure(config.axes.heads, config.axes.head_width, config.axes.mlp, config.axes.embed)
+        axes = _pressure(ctx, before)
         cost, full = _cost(config, before)
         asked = config.target.macs or config.target.params or 0.0
         rounding = {"round_to": config.round_to, "head_round_to": config.head_round_to}
@@ -144,33 +176,47 @@ def run(ctx: Context) -> None:
         "reached": {"macs": after.macs() / before.macs(), "params": parameters["after"] / parameters["before"]},
         "before": {"macs": before.macs(), "parameters": parameters["before"]},
         "after": {"macs": after.macs(), "parameters": parameters["after"]},
-        "widths": {"before": _widths(before), "after": _widths(after), "embed": [before.embed, after.embed]},
+        "widths": {
+            "before": _widths(before),
+            "after": _widths(after, kept),
+            "embed": [list(before.streams), list(after.streams)],
+        },
         "top1_before_recovery": top1(smaller.to(device), splits.test, normalise, device),
     }
     kind, share = next(iter(ctx.metrics["asked"].items()))
     ctx.progress.note(f"asked for {share:.1%} of the {kind}, reached {ctx.metrics['reached'][kind]:.1%}")
     ctx.figure(
         "widths",
-        figures.widths(_widths(before), _widths(after)),
+        figures.widths(_widths(before), _widths(after, kept)),
         title="Widths by block",
-        caption=f"Embedding width {before.embed} before, {after.embed} after.",
+        caption=f"Embedding width {_in_words(before.streams)} before, {_in_words(after.streams)} after.",
     )
 
 
-def _vit(network: Network) -> ViT:
-    from .vision.vit import ViT
+def _pressure(ctx: Context, architecture: Architecture | SwinArchitecture) -> Pressure:
+    """The axes with the blocks that they are about. Raises: InvalidInput for a block that the network does not have."""
+    from .methods.allocation import Axis, Pressure
 
-    _check_family(network.architecture)
-    assert isinstance(network, ViT)
-    return network
+    depth = len(architecture.blocks)
+    _check_blocks(ctx.config, depth)
+    axes = {}
+    for name, axis in ctx.config.axes.named().items():
+        about = range(depth) if axis.blocks is None else axis.blocks
+        axes[name] = Axis(axis.press, None if name == "embed" else frozenset(about) - frozenset(axis.spare))
+    return Pressure(**axes)
 
 
-def _check_family(architecture: Architecture | SwinArchitecture) -> None:
+def _check_blocks(config: PruneConfig, depth: int, at: Callable[[str], str] = str) -> None:
     from .methods import InvalidInput
-    from .vision.architecture import SwinArchitecture
 
-    if isinstance(architecture, SwinArchitecture):
-        raise InvalidInput(f"{architecture.model} is a Swin, and prune cuts ViTs only", "leave it out: prune: null")
+    for name, axis in config.axes.named().items():
+        for field, blocks in (("blocks", axis.blocks or ()), ("spare", axis.spare)):
+            if blocks and max(blocks) >= depth:
+                raise InvalidInput(
+                    f"prune.axes.{name}.{field}: {list(blocks)} for a network of {depth} blocks",
+                    f"use numbers from 0 to {depth - 1}",
+                    field=at(f"axes.{name}.{field}"),
+                )
 
 
 def coherent(seen: Preflight) -> None:
@@ -191,7 +237,7 @@ def coherent(seen: Preflight) -> None:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a network that cannot be cut, and one without the importance that is asked for."""
+    """Refuse blocks that the network does not have, as far as it is known, and one without the importance asked for."""
     from .methods import InvalidInput
     from .vision.architecture import load_architecture
     from .vision.network import outline
@@ -199,15 +245,18 @@ def preflight(seen: Preflight) -> None:
 
     if "model" in seen.inputs:
         given = seen.inputs["model"]
-        _check_family(load_architecture(given.root / "architecture.json"))
+        architecture = load_architecture(given.root / "architecture.json")
         if seen.config.importance == "trained":
             try:
                 check_handed_on(given.root, f"model {given.ref}")
             except InvalidInput as error:
                 error.field = seen.at("importance")
                 raise
+    elif seen.reads["model"].reads.get("model") is None:  # a train: another prune before it may remove blocks
+        architecture = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
     else:
-        _check_family(outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args))
+        return
+    _check_blocks(seen.config, len(architecture.blocks), seen.at)
 
 
 def _accumulate_gradients(
@@ -247,20 +296,28 @@ def _calibration(ctx: Context, splits: Splits) -> tuple[np.ndarray, np.ndarray]:
     return splits.train.pixels(members), splits.train.labels[members]
 
 
-def _cost(config: PruneConfig, dense: Architecture) -> tuple[Callable[[Architecture], float], float]:
+def _cost(
+    config: PruneConfig, dense: Architecture | SwinArchitecture
+) -> tuple[Callable[[Architecture | SwinArchitecture], float], float]:
     """The cost function of the target, and its value for the dense network."""
     from .vision.network import rebuild
 
     if config.target.macs is not None:
         return (lambda a: float(a.macs())), float(dense.macs())
 
-    def parameters(architecture: Architecture) -> float:
+    def parameters(architecture: Architecture | SwinArchitecture) -> float:
         return float(rebuild(architecture, device="meta").parameter_count())
 
     return parameters, parameters(dense)
 
 
-def _unreachable(ctx: Context, scores: Any, axes: Any, before: Architecture, rounding: dict[str, int]) -> Exception:
+def _unreachable(
+    ctx: Context,
+    scores: Scores,
+    axes: Pressure,
+    before: Architecture | SwinArchitecture,
+    rounding: dict[str, int],
+) -> Exception:
     from .methods import InvalidInput
     from .methods.allocation import at_dial
     from .vision.surgery import kept_architecture
@@ -274,7 +331,7 @@ def _unreachable(ctx: Context, scores: Any, axes: Any, before: Architecture, rou
     )
 
 
-def _refuse_nothing(before: Architecture, after: Architecture) -> None:
+def _refuse_nothing(before: Architecture | SwinArchitecture, after: Architecture | SwinArchitecture) -> None:
     from .methods import InvalidInput
 
     if before == after:
@@ -284,24 +341,35 @@ def _refuse_nothing(before: Architecture, after: Architecture) -> None:
         )
 
 
-def _widths(architecture: Architecture) -> list[dict[str, int]]:
+def _widths(architecture: Architecture | SwinArchitecture, kept: Kept | None = None) -> list[dict[str, int]]:
+    """Of each block, under the numbers that the blocks had before anything was cut."""
+    numbers = range(len(architecture.blocks)) if kept is None else kept.left
     return [
-        {"block": i, "heads": b.heads, "qk": b.qk, "v": b.v, "mlp": b.mlp} for i, b in enumerate(architecture.blocks)
+        {"block": number, "heads": b.heads, "qk": b.qk, "v": b.v, "mlp": b.mlp}
+        for number, b in zip(numbers, architecture.blocks, strict=True)
     ]
+
+
+def _in_words(widths: tuple[int, ...]) -> str:
+    return ", ".join(map(str, widths))
 
 
 def _save_plan(ctx: Context, kept: Kept) -> None:
-    """The kept indices, for a reader who wants to check the cut against the masked network."""
+    """The kept indices, for a reader who wants to check the cut against the masked network; null: a block is gone."""
     blocks = [
-        {"heads": b.heads.tolist(), "qk": b.qk.tolist(), "v": b.v.tolist(), "mlp": b.mlp.tolist()} for b in kept.blocks
+        None
+        if b is None
+        else {"heads": b.heads.tolist(), "qk": b.qk.tolist(), "v": b.v.tolist(), "mlp": b.mlp.tolist()}
+        for b in kept.blocks
     ]
-    text = json.dumps({"schema": 1, "embed": kept.embed.tolist(), "blocks": blocks}, sort_keys=True)
+    embed = [channels.tolist() for channels in kept.embed]
+    text = json.dumps({"schema": 2, "embed": embed, "blocks": blocks}, sort_keys=True)
     (ctx.out / "plan.json").write_text(text + "\n", encoding="utf-8")
 
 
 STAGE = Stage(
     name="prune",
-    version=3,
+    version=4,
     config=PruneConfig,
     run=run,
     reads=(Reads("model", "model"), Reads("tickets", "tickets", optional=True)),

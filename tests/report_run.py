@@ -225,7 +225,7 @@ def prune_metrics() -> dict[str, Any]:
         "reached": {"macs": 0.481, "params": 0.467},
         "before": {"macs": 45_600_000, "parameters": 690_000},
         "after": {"macs": 21_900_000, "parameters": 322_000},
-        "widths": {"before": before, "after": after, "embed": [96, 80]},
+        "widths": {"before": before, "after": after, "embed": [[96], [80]]},
         "top1_before_recovery": 0.412,
     }
 

@@ -15,7 +15,7 @@ from tiny_vision import data, image_folder, images, network
 from torch import Tensor
 
 from sievit.stages.methods import InvalidInput
-from sievit.stages.methods.allocation import Pressure, allocate
+from sievit.stages.methods.allocation import Axis, Pressure, allocate
 from sievit.stages.methods.importance import attention_scores, head_shares, unit_shares
 from sievit.stages.methods.regularisers import head_norms, kept_back, unit_norms
 from sievit.stages.vision.dataset import Images, load_splits
@@ -137,11 +137,11 @@ def test_heads_and_units_that_do_nothing_go_first(splits: Images, tmp_path: Path
     trained(splits, net, penalty)
     write(tmp_path, method, penalty.importance(net))
     before = {name: weight.clone() for name, weight in net.body.state_dict().items()}
-    kept = kept_of(net, tmp_path, Pressure(1, 0, 0, 0), 0.94)
+    kept = kept_of(net, tmp_path, Pressure(heads=Axis(1.0)), 0.94)
     assert kept is not None
     gone = [(b, h) for b, k in enumerate(kept.blocks) for h in range(3) if h not in k.heads.tolist()]
     assert gone == HEADS
-    kept = kept_of(net, tmp_path, Pressure(0, 0, 1, 0), 0.86)
+    kept = kept_of(net, tmp_path, Pressure(mlp=Axis(1.0)), 0.86)
     assert kept is not None
     for block, units in UNITS:
         left = set(kept.blocks[block].mlp.tolist())
@@ -159,7 +159,7 @@ def test_scores_below_zero_rank_as_they_are(tmp_path: Path) -> None:
     for block, head, value in ((1, 2, -1e-3), (2, 0, -2e-3), (0, 0, 3e-3)):
         scores[f"blocks.{block}.attn.qkv.weight"].view(3, 48, 48)[:, head * 16 : head * 16 + 16] = value
     write(tmp_path, "movement", scores)
-    kept = kept_of(net, tmp_path, Pressure(1, 0, 0, 0), 0.94)
+    kept = kept_of(net, tmp_path, Pressure(heads=Axis(1.0)), 0.94)
     assert kept is not None
     assert [k.heads.tolist() for k in kept.blocks] == [[0, 1, 2], [0, 1], [1, 2]]
 

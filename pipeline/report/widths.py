@@ -24,12 +24,12 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """Per block: number and changes in the order of `columns`; the embedding width on its own."""
+    """Per block: number and changes in the order of `columns`; on their own the embedding widths, a Swin's by stage."""
 
     step: Step
     columns: tuple[str, ...]
     blocks: tuple[tuple[str, tuple[Change, ...]], ...]
-    embed: Change | None
+    embed: tuple[Change, ...]
 
 
 _WIDTHS = {"heads": "Heads", "qk": "Query and key width a head", "v": "Value width a head", "mlp": "MLP width"}
@@ -52,7 +52,11 @@ def widths(step: Step) -> Widths | None:
     )
 
 
-def _embed(pair: Sequence[Any]) -> Change | None:
+def _embed(pair: Sequence[Any]) -> tuple[Change, ...]:
+    """A pair of lists, a number for each stage, or of numbers."""
     if len(pair) != 2:
-        return None
-    return Change(number({"w": pair[0]}, "w"), number({"w": pair[1]}, "w"))
+        return ()
+    before, after = (one if isinstance(one, list) else [one] for one in pair)
+    return tuple(
+        Change(number({"w": old}, "w"), number({"w": new}, "w")) for old, new in zip(before, after, strict=False)
+    )

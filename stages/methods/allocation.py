@@ -1,15 +1,17 @@
-"""How much to cut where: from importance scores to the sets of kept heads, widths and channels that meet a target.
+"""How much to cut where: from importance scores to the sets of kept blocks, heads, widths and channels that meet a
+target.
 
 Isomorphic pruning (Fang et al., ECCV 2024): scores are ranked only among groups of the same computational topology
 (all MLP units of the network together, all heads together, ...), each layer's scores first divided by their mean.
 What we add: one dial for all axes, bisected until a stated cost is met, widths rounded to a multiple, and the slack
-of rounding given back to the MLPs.
+of rounding given back to the MLPs. Whole blocks are an axis too: they are ranked by their scores as they are, and what
+they would have kept does not compete with the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,25 +21,48 @@ MOST = 0.95  # the largest share that the dial may remove from an axis
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance of everything that can go, per block l: heads (H_l,), qk (H_l, D), v (H_l, D), mlp (U_l,); embed
-    (C,).
+    """Importance of everything that can go, per block l: heads (H_l,), qk (H_l, D), v (H_l, D), mlp (U_l,); embed, per
+    residual stream s (a ViT has one, a Swin one a stage): (C_s,); depth (L,), of whole blocks.
+
+    stage: of each block; one block of every stage must stay. fixed: blocks that must stay as a whole.
     """
 
     heads: Sequence[Tensor]
     qk: Sequence[Tensor]
     v: Sequence[Tensor]
     mlp: Sequence[Tensor]
-    embed: Tensor
+    embed: Sequence[Tensor]
+    depth: Tensor
+    stage: Sequence[int]
+    fixed: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How hard an axis is pressed relative to the dial, 0 leaves it alone and 1 removes the dial's share of it, and in
+    which blocks; None: in all.
+    """
+
+    press: float = 0.0
+    blocks: frozenset[int] | None = None
+
+    def touches(self, block: int) -> bool:
+        return self.press > 0 and (self.blocks is None or block in self.blocks)
+
+    def share(self, dial: float) -> float:
+        return min(MOST, dial * self.press)
 
 
 @dataclass(frozen=True)
 class Pressure:
-    """How hard each axis is pressed relative to the dial: 0 leaves it alone, 1 removes the dial's share of it."""
+    """Every axis. embed runs through all blocks, and its `blocks` are None."""
 
-    heads: float
-    head_width: float
-    mlp: float
-    embed: float
+    heads: Axis = Axis()
+    qk: Axis = Axis()
+    v: Axis = Axis()
+    mlp: Axis = Axis()
+    embed: Axis = Axis()
+    depth: Axis = Axis()
 
 
 @dataclass(frozen=True)
@@ -52,10 +77,17 @@ class KeptBlock:
 
 @dataclass(frozen=True)
 class Kept:
-    """What stays of the whole network; everything else goes."""
+    """What stays of the whole network; everything else goes. blocks: None for one that goes as a whole. embed: the
+    channels of every residual stream, ascending.
+    """
 
-    blocks: tuple[KeptBlock, ...]
-    embed: Tensor
+    blocks: tuple[KeptBlock | None, ...]
+    embed: tuple[Tensor, ...]
+
+    @property
+    def left(self) -> list[int]:
+        """The numbers of the blocks that stay."""
+        return [number for number, block in enumerate(self.blocks) if block is not None]
 
 
 def allocate(
@@ -87,32 +119,23 @@ def allocate(
     for _ in range(24):  # the widths are integers: 2^-24 is finer than any of them
         middle = (low + high) / 2
         low, high = (low, middle) if cost(at(middle)) <= target else (middle, high)
-    return _give_back(scores, at(high), cost, target, round_to) if pressure.mlp > 0 else at(high)
+    return _give_back(scores, at(high), cost, target, pressure.mlp, round_to)
 
 
 def at_dial(scores: Scores, dial: float, pressure: Pressure, *, round_to: int, head_round_to: int) -> Kept:
     """What stays at a dial position in [0, 1]."""
-    heads = _keep_heads(scores.heads, _share(dial, pressure.heads))
-    width_share = _share(dial, pressure.head_width)
-    qk_widths = _widths(scores.qk, heads, width_share, head_round_to)
-    v_widths = _widths(scores.v, heads, width_share, head_round_to)
-    mlp_sizes = [
-        _rounded(int(n), len(s), round_to)
-        for n, s in zip(_survivors(scores.mlp, _share(dial, pressure.mlp)), scores.mlp, strict=True)
-    ]
-    channels = len(scores.embed)
-    embed = _rounded(round((1 - _share(dial, pressure.embed)) * channels), channels, round_to)
-    blocks = tuple(
-        KeptBlock(h, _best(qk[h], qw), _best(v[h], vw), _best(mlp, size))
-        for h, qk, qw, v, vw, mlp, size in zip(
-            heads, scores.qk, qk_widths, scores.v, v_widths, scores.mlp, mlp_sizes, strict=True
-        )
-    )
-    return Kept(blocks, _best(scores.embed, embed))
-
-
-def _share(dial: float, pressure: float) -> float:
-    return min(MOST, dial * pressure)
+    left = _keep_blocks(scores, pressure.depth, dial)
+    heads = {i: _best(scores.heads[i], max(1, n)) for i, n in _counts(scores.heads, left, pressure.heads, dial).items()}
+    qk = _head_widths(scores.qk, heads, pressure.qk, dial, head_round_to)
+    v = _head_widths(scores.v, heads, pressure.v, dial, head_round_to)
+    mlp = {
+        i: _best(scores.mlp[i], _rounded(n, len(scores.mlp[i]), round_to))
+        for i, n in _counts(scores.mlp, left, pressure.mlp, dial).items()
+    }
+    blocks = [KeptBlock(heads[i], qk[i], v[i], mlp[i]) if i in left else None for i in range(len(scores.mlp))]
+    share = pressure.embed.share(dial)
+    embed = (_best(s, _rounded(round((1 - share) * len(s)), len(s), round_to)) for s in scores.embed)
+    return Kept(tuple(blocks), tuple(embed))
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
@@ -120,29 +143,46 @@ def _best(scores: Tensor, count: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
 
 
-def _relative(scores: Sequence[Tensor]) -> list[Tensor]:
-    """Each layer's scores over their mean, so that layers of different scale can be ranked together."""
-    return [s / s.mean().clamp_min(1e-30) for s in scores]
+def _relative(scores: Tensor) -> Tensor:
+    """A layer's scores over their mean, so that layers of different scale can be ranked together."""
+    return scores / scores.mean().clamp_min(1e-30)
 
 
-def _survivors(scores: Sequence[Tensor], share: float) -> list[int]:
-    """How many of each layer stay when `share` of all go, lowest first over all layers."""
-    flat = torch.cat([s.flatten() for s in _relative(scores)])
-    owner = torch.cat([torch.full((s.numel(),), i) for i, s in enumerate(scores)])
-    stay = flat.sort(descending=True, stable=True).indices[: round((1 - share) * len(flat))]
-    return torch.bincount(owner[stay], minlength=len(scores)).tolist()
+def _keep_blocks(scores: Scores, axis: Axis, dial: float) -> list[int]:
+    """The blocks that stay: the lowest scores go first, never the last of a stage; of equal ones the later goes."""
+    order = scores.depth.sort(descending=True, stable=True).indices.tolist()[::-1]
+    open_to = [i for i in order if axis.touches(i) and i not in scores.fixed]
+    left = list(range(len(order)))
+    wanted = round(axis.share(dial) * len(open_to))
+    for block in open_to:
+        if wanted and sum(scores.stage[i] == scores.stage[block] for i in left) > 1:
+            left.remove(block)
+            wanted -= 1
+    return left
 
 
-def _keep_heads(scores: Sequence[Tensor], share: float) -> list[Tensor]:
-    """Heads that stay in each block, at least one."""
-    return [_best(s, max(1, n)) for s, n in zip(scores, _survivors(scores, share), strict=True)]
+def _counts(scores: Sequence[Tensor], left: Sequence[int], axis: Axis, dial: float) -> dict[int, int]:
+    """How many of each remaining layer stay when the axis' share of all that it touches goes, lowest first."""
+    touched = [i for i in left if axis.touches(i)]
+    counts = {i: scores[i].numel() for i in left}
+    if touched:
+        flat = torch.cat([_relative(scores[i]).flatten() for i in touched])
+        owner = torch.cat([torch.full((scores[i].numel(),), n) for n, i in enumerate(touched)])
+        stay = flat.sort(descending=True, stable=True).indices[: round((1 - axis.share(dial)) * len(flat))]
+        counts |= zip(touched, torch.bincount(owner[stay], minlength=len(touched)).tolist(), strict=True)
+    return counts
 
 
-def _widths(scores: Sequence[Tensor], heads: Sequence[Tensor], share: float, multiple: int) -> list[int]:
-    """Width of the remaining heads of each block: equal within a block, since the heads are computed as one tensor."""
-    remaining = [s[h] for s, h in zip(scores, heads, strict=True)]
-    counts = _survivors(remaining, share)
-    return [_rounded(round(n / len(s)), s.shape[1], multiple) for n, s in zip(counts, remaining, strict=True)]
+def _head_widths(
+    scores: Sequence[Tensor], heads: dict[int, Tensor], axis: Axis, dial: float, multiple: int
+) -> dict[int, Tensor]:
+    """Positions kept in the remaining heads of each block: as many in every head of a block, since they are computed as
+    one tensor.
+    """
+    remaining = {i: scores[i][kept] for i, kept in heads.items()}
+    rows = [remaining.get(i, s) for i, s in enumerate(scores)]
+    counts = _counts(rows, list(heads), axis, dial)
+    return {i: _best(s, _rounded(round(counts[i] / len(s)), s.shape[1], multiple)) for i, s in remaining.items()}
 
 
 def _rounded(count: int, full: int, multiple: int) -> int:
@@ -152,28 +192,32 @@ def _rounded(count: int, full: int, multiple: int) -> int:
     return min(full, max(multiple, round(count / multiple) * multiple))
 
 
-def _give_back(scores: Scores, kept: Kept, cost: Callable[[Kept], float], target: float, round_to: int) -> Kept:
+def _give_back(
+    scores: Scores, kept: Kept, cost: Callable[[Kept], float], target: float, axis: Axis, round_to: int
+) -> Kept:
     """Spend what rounding left of the target: widen MLPs by one multiple at a time, the most important cut units
     first.
     """
-    relative = _relative(scores.mlp)
-    closed: set[int] = set()
+    closed = {i for i, block in enumerate(kept.blocks) if block is None or not axis.touches(i)}
     while True:
         offers = []
-        for i, (block, score) in enumerate(zip(kept.blocks, relative, strict=True)):
-            size = len(block.mlp)
-            if i not in closed and size < len(score):
-                ranked = score.sort(descending=True, stable=True).values
-                offers.append((-float(ranked[size : size + round_to].mean()), i))
+        for i, block in enumerate(kept.blocks):
+            if block is not None and i not in closed and len(block.mlp) < len(scores.mlp[i]):
+                ranked = _relative(scores.mlp[i]).sort(descending=True, stable=True).values
+                offers.append((-float(ranked[len(block.mlp) : len(block.mlp) + round_to].mean()), i))
         if not offers:
             return kept
         _, chosen = min(offers)
-        wider = list(kept.blocks)
-        block = wider[chosen]
-        size = min(len(scores.mlp[chosen]), len(block.mlp) + round_to)
-        wider[chosen] = KeptBlock(block.heads, block.qk, block.v, _best(scores.mlp[chosen], size))
-        candidate = Kept(tuple(wider), kept.embed)
+        candidate = _widened(kept, chosen, scores.mlp[chosen], round_to)
         if cost(candidate) <= target:
             kept = candidate
         else:
             closed.add(chosen)
+
+
+def _widened(kept: Kept, chosen: int, scores: Tensor, units: int) -> Kept:
+    blocks = list(kept.blocks)
+    block = blocks[chosen]
+    assert block is not None
+    blocks[chosen] = replace(block, mlp=_best(scores, min(len(scores), len(block.mlp) + units)))
+    return Kept(tuple(blocks), kept.embed)

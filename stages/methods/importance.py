@@ -1,10 +1,11 @@
-"""Importance of attention heads and of the widths inside them.
+"""Importance of attention heads, of the widths inside them and of whole blocks.
 
-Torch-Pruning scores the groups of its dependency graph (MLP units, embedding channels); the parts of a fused
-attention are not groups
-of the graph, so their scores are computed here by the same rules, on the same weights and gradients:
+Torch-Pruning scores what is cut as whole rows and columns (MLP units, embedding channels); the parts of a fused
+attention are no such groups, so their scores are computed here by the same rules, on the same weights and gradients:
 
 - Taylor: |w * dL/dw| (Molchanov et al., CVPR 2019, eq. 8, first order), summed over the coupled weights.
+- Hessian: w^2 * E[(dL/dw)^2], summed: what removal costs to second order at a minimum, with the squared gradients of
+  single images for the diagonal (LeCun et al., Optimal Brain Damage, NIPS 1989, eq. 5, without its factor of a half).
 - L1: |w|, summed. Random: uniform.
 
 What a training hands on is a score for every weight: its share of a group's norm, or its movement.
@@ -12,7 +13,7 @@ What a training hands on is a score for every weight: its share of a group's nor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ def taylor(weight: Tensor, gradient: Tensor | None) -> Tensor:
     if gradient is None:
         raise ValueError("Taylor importance needs gradients; run a backward pass on the calibration images first")
     return (weight * gradient).abs()
+
+
+def hessian(weight: Tensor, squares: Tensor | None) -> Tensor:
+    """w^2 times the mean squared gradient of single images, element by element."""
+    if squares is None:
+        raise ValueError("Hessian importance needs squared gradients of single calibration images")
+    return weight.square() * squares
 
 
 def magnitude(weight: Tensor, gradient: Tensor | None) -> Tensor:
@@ -83,6 +91,13 @@ def movement(weight: Tensor, gradient: Tensor, lr: float) -> Tensor:
     Below zero: the labels make the weight smaller.
     """
     return -lr * weight * gradient
+
+
+def block_score(matrices: Iterable[tuple[Tensor, Tensor | None]], weigh: Weigh) -> Tensor:
+    """Score of a whole block: with its matrices (and their gradients) go all of its heads and units, whose scores add
+    up.
+    """
+    return torch.stack([weigh(weight, gradient).sum() for weight, gradient in matrices]).sum()
 
 
 def random_like(scores: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,13 +2,15 @@
 it.
 
 It names the family, the timm model and its arguments, then states what a cut may have changed: the embedding width (of
-a Swin: of every stage), per block the heads, the query/key width, the value width, the softmax scale and the MLP width,
-and where the network drops tokens. A record without a family is a ViT's: there was no other when it was written.
+a Swin: of every stage), which of timm's blocks are there, in each the heads, the query/key width, the value width, the
+softmax scale and the MLP width, and where the network drops tokens. A record without a family is a ViT's, and blocks
+without a place are all of timm's: there was nothing else when it was written.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,13 +33,16 @@ Reduction = Literal["attention", "random", "tome"]
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """heads, width of a head's queries/keys and of its values, softmax scale, hidden units of the MLP."""
+    """heads, width of a head's queries/keys and of its values, softmax scale, hidden units of the MLP; place: its
+    number among timm's blocks, in a Swin among those of its stage (there an odd one is shifted).
+    """
 
     heads: int
     qk: int
     v: int
     scale: float
     mlp: int
+    place: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,26 @@ class Architecture:
     @property
     def patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def streams(self) -> tuple[int, ...]:
+        """Channels of each residual stream: a ViT has one."""
+        return (self.embed,)
+
+    @property
+    def stage_of(self) -> tuple[int, ...]:
+        """The stage of every block: a ViT has one."""
+        return (0,) * len(self.blocks)
+
+    def cut(self, blocks: Sequence[Block | None], streams: Sequence[int]) -> Architecture:
+        """With these blocks, None for one that is gone, and these channels. Blocks that drop tokens must stay."""
+        left = [number for number, block in enumerate(blocks) if block is not None]
+        return replace(
+            self,
+            embed=streams[0],
+            blocks=tuple(block for block in blocks if block is not None),
+            tokens=tuple(replace(drop, block=left.index(drop.block)) for drop in self.tokens),
+        )
 
     def widths(self) -> list[BlockWidths]:
         return _widths(self.blocks)
@@ -143,7 +168,7 @@ def _widths(blocks: tuple[Block, ...]) -> list[BlockWidths]:
 
 @dataclass(frozen=True, slots=True)
 class SwinStage:
-    """Channels, tokens a side of a window at the recorded image size, and blocks; every second block is shifted."""
+    """Channels, tokens a side of a window at the recorded image size, and blocks; those of odd place are shifted."""
 
     dim: int
     window: int
@@ -178,6 +203,25 @@ class SwinArchitecture:
     @property
     def blocks(self) -> tuple[Block, ...]:
         return tuple(block for stage in self.stages for block in stage.blocks)
+
+    @property
+    def streams(self) -> tuple[int, ...]:
+        """Channels of each residual stream: one a stage."""
+        return tuple(stage.dim for stage in self.stages)
+
+    @property
+    def stage_of(self) -> tuple[int, ...]:
+        """The stage of every block."""
+        return tuple(number for number, stage in enumerate(self.stages) for _ in stage.blocks)
+
+    def cut(self, blocks: Sequence[Block | None], streams: Sequence[int]) -> SwinArchitecture:
+        """With these blocks, None for one that is gone, and these channels by stage."""
+        left: list[list[Block]] = [[] for _ in self.stages]
+        for number, block in zip(self.stage_of, blocks, strict=True):
+            if block is not None:
+                left[number].append(block)
+        stages = zip(self.stages, left, streams, strict=True)
+        return replace(self, stages=tuple(replace(old, dim=dim, blocks=tuple(own)) for old, own, dim in stages))
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -236,7 +280,7 @@ def load_architecture(path: Path) -> Architecture | SwinArchitecture:
 
 
 def _vit(raw: dict[str, Any], path: Path) -> Architecture:
-    raw["blocks"] = tuple(Block(**b) for b in raw["blocks"])
+    raw["blocks"] = _blocks(raw["blocks"])
     raw["tokens"] = tuple(TokenDrop(**t) for t in raw["tokens"])
     raw["grid"] = tuple(raw["grid"])
     architecture = Architecture(**raw)
@@ -248,12 +292,11 @@ def _vit(raw: dict[str, Any], path: Path) -> Architecture:
 
 
 def _swin(raw: dict[str, Any], path: Path) -> SwinArchitecture:
-    raw["stages"] = tuple(
-        SwinStage(**(stage | {"blocks": tuple(Block(**b) for b in stage["blocks"])})) for stage in raw["stages"]
-    )
+    raw["stages"] = tuple(SwinStage(**(stage | {"blocks": _blocks(stage["blocks"])})) for stage in raw["stages"])
     raw["grid"] = tuple(raw["grid"])
     architecture = SwinArchitecture(**raw)
-    _check_widths(architecture.blocks, path)
+    for stage in architecture.stages:
+        _check_widths(stage.blocks, path)
     if min(architecture.classes, architecture.patch, *(min(s.dim, s.window) for s in architecture.stages)) < 1:
         raise InvalidInput(f"{path}: classes, patch, dim and window must be at least 1")
     if architecture.levels() is None:
@@ -263,10 +306,17 @@ def _swin(raw: dict[str, Any], path: Path) -> SwinArchitecture:
     return architecture
 
 
+def _blocks(raw: Sequence[dict[str, Any]]) -> tuple[Block, ...]:
+    return tuple(Block(**({"place": number} | block)) for number, block in enumerate(raw))
+
+
 def _check_widths(blocks: tuple[Block, ...], path: Path) -> None:
     """Widths that no network can have are refused before timm sees them."""
     if not blocks:
-        raise InvalidInput(f"{path}: there must be at least one block")
+        raise InvalidInput(f"{path}: there must be at least one block, in every stage of a Swin")
+    places = [block.place for block in blocks]
+    if places[0] < 0 or sorted(set(places)) != places:
+        raise InvalidInput(f"{path}: places {places} of blocks do not rise from 0 or more")
     for index, block in enumerate(blocks):
         if min(block.heads, block.qk, block.v, block.mlp) < 1 or not block.scale > 0:
             raise InvalidInput(f"{path}: block {index} has an impossible width: {block}")

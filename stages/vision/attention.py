@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ..methods import InvalidInput
 from ..methods.attention_connections import Mode, weigh
 from ..methods.token_reduction import column_attention, prefix_attention
+from .layers import HeadWidths
 from .window_attention import CosineWindowAttention, WindowAttention
 
 
-class Attention(nn.Module):
+class Attention(HeadWidths, nn.Module):
     """(B, T, C) -> (B, T, C).
 
     heads: H. qk, v: width of one head's queries/keys and values. scale: softmax(scale * q k^T).

@@ -121,13 +121,18 @@ def tickets(pixels: np.ndarray, ranks: np.ndarray, kept: int, grid: tuple[int, i
 
 
 def widths(before: Sequence[Mapping[str, int]], after: Sequence[Mapping[str, int]]) -> str:
-    """Attention width (heads x value width) and MLP width by block, before and after the cut."""
+    """Attention width (heads x value width) and MLP width by block, before and after the cut; a block that is gone has
+    no bar.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.6))
     places = np.arange(len(before))
-    attention = [[b["heads"] * b["v"] for b in blocks] for blocks in (before, after)]
-    mlp = [[b["mlp"] for b in blocks] for blocks in (before, after)]
+    left = {b["block"]: b for b in after}
+    gone = {"heads": 0, "v": 0, "mlp": 0}
+    both = (before, [left.get(b["block"], gone) for b in before])
+    attention = [[b["heads"] * b["v"] for b in blocks] for blocks in both]
+    mlp = [[b["mlp"] for b in blocks] for blocks in both]
     panels = (("attention width (heads × value width)", attention), ("MLP width", mlp))
     for number, (title, (old, new)) in enumerate(panels):
         axes = figure.add_subplot(1, 2, number + 1)

@@ -17,6 +17,7 @@ from typing import Any, overload
 
 import timm
 import torch
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import swin_transformer, swin_transformer_v2, vision_transformer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -93,24 +94,50 @@ def rebuild(architecture: Architecture | SwinArchitecture, *, drop_path: float =
             dense = _of_family(timm.create_model(name, pretrained=False, **kwargs), name, args, classes, size)
         except RuntimeError as error:
             raise InvalidInput(f"architecture names the model {name!r}: {error}") from error
-        if len(dense.architecture.blocks) != len(architecture.blocks):
-            raise InvalidInput(
-                f"architecture has {len(architecture.blocks)} blocks, {name} has {len(dense.architecture.blocks)}"
-            )
+        _check_record(dense.architecture, architecture)
         match dense, architecture:
             case ViT(), Architecture():
                 if dense.architecture != replace(architecture, tokens=()):
                     vit.resize(dense.body, architecture)
-                return ViT(dense.body, architecture)
-            case Swin(), SwinArchitecture() if dense.architecture == architecture:
-                return dense
-    raise InvalidInput(f"the architecture record is not that of {name}: {_first_difference(dense, architecture)}")
+                network: Network = ViT(dense.body, architecture)
+            case Swin(), SwinArchitecture():
+                if dense.architecture != architecture:
+                    swin.resize(dense.body, architecture)
+                network = Swin(dense.body, architecture)
+        if len(architecture.blocks) < len(dense.architecture.blocks):
+            _set_drop_path(network, drop_path)
+    return network
 
 
-def _first_difference(dense: Network, architecture: Architecture | SwinArchitecture) -> str:
-    have, stated = dense.architecture.as_json(), architecture.as_json()
-    field = next(name for name in have if have[name] != stated.get(name))
-    return f"{field} {stated.get(field)} for {have[field]}"
+def _check_record(dense: Architecture | SwinArchitecture, architecture: Architecture | SwinArchitecture) -> None:
+    """What a cut cannot have changed must be as timm makes it, and every block must be one of its blocks."""
+    have, stated = _uncut(dense), _uncut(architecture)
+    for field, value in have.items():
+        if stated.get(field) != value:
+            raise InvalidInput(
+                f"the architecture record is not that of {dense.model}: {field} {stated.get(field)} for {value}"
+            )
+    places = [(stage, block.place) for stage, block in zip(architecture.stage_of, architecture.blocks, strict=True)]
+    known = [(stage, block.place) for stage, block in zip(dense.stage_of, dense.blocks, strict=True)]
+    beyond = [place for place in places if place not in known]
+    if beyond:
+        raise InvalidInput(
+            f"architecture names block {beyond[0][1]} of stage {beyond[0][0]}, {dense.model} has {len(known)} blocks"
+        )
+
+
+def _uncut(architecture: Architecture | SwinArchitecture) -> dict[str, Any]:
+    """The facts of a record that no cut and no token reduction changes."""
+    facts = {name: value for name, value in architecture.as_json().items() if name not in ("embed", "blocks", "tokens")}
+    if isinstance(architecture, SwinArchitecture):
+        facts |= {"stages": len(architecture.stages), "windows": architecture.windows}
+    return facts
+
+
+def _set_drop_path(network: Network, rate: float) -> None:
+    """Stochastic depth over the blocks that are left, as timm gives it to all: 0 at the first, `rate` at the last."""
+    for block, own in zip(network.blocks, calculate_drop_path_rates(rate, len(network.blocks)), strict=True):
+        block.drop_path1, block.drop_path2 = (DropPath(own) if own > 0 else nn.Identity() for _ in range(2))
 
 
 def _of_family(body: nn.Module, name: str, args: dict[str, Any], classes: int, image_size: int) -> Network:

@@ -1,14 +1,13 @@
 """From a set of kept indices to a smaller network with the same outputs as the masked one.
 
-Torch-Pruning's dependency graph knows which parameters share the embedding width and the MLP widths: it scores these
-groups and cuts them. The parts of a fused attention are cut here by index. The result is a clean network rebuilt from
-its architecture record, into which the cut weights are loaded strictly, so a width that the record and the weights
+What goes together stands in coupling.py; Torch-Pruning's group importance scores the rows and columns, and
+methods.importance the parts of a fused attention by the same rules. A cut indexes the tensors of the body and loads
+them strictly into a clean network rebuilt from its architecture record, so a width that the record and the weights
 disagree on cannot pass.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -19,158 +18,156 @@ from torch import Tensor, nn
 
 from ..methods import InvalidInput, importance
 from ..methods.allocation import Kept, KeptBlock, Scores
-from .architecture import Architecture
-from .attention import Attention, set_fused
-from .network import rebuild
-from .vit import ViT
+from . import coupling
+from .architecture import Architecture, Block, SwinArchitecture
+from .coupling import Member
+from .network import Network, rebuild
 
-Importance = Literal["taylor", "l1", "random"]
+Importance = Literal["taylor", "hessian", "l1", "random"]
 
 
-def score(network: ViT, method: Importance, seed: int) -> Scores:
-    """Importance of all that can go. Taylor reads the gradients that the caller has accumulated (loss.backward()).
+def score(network: Network, method: Importance, seed: int) -> Scores:
+    """Importance of all that can go. Taylor reads the gradients that the caller has accumulated (loss.backward());
+    Hessian expects the mean squared gradients of single images in their place.
 
-    Scores of MLP units and embedding channels come from Torch-Pruning's groups (GroupTaylorImportance,
-    GroupMagnitudeImportance with p=1, or random); those of heads and head widths from methods.importance by the same
-    rule.
+    Scores of MLP units and embedding channels come from Torch-Pruning (GroupTaylorImportance, GroupHessianImportance,
+    GroupMagnitudeImportance with p=1, or random); those of heads, of widths inside heads and of blocks from
+    methods.importance by the same rule.
     """
-    graph = _graph(network)
-    scorer: Any = None
-    if method == "taylor":
-        scorer = tp.importance.GroupTaylorImportance()
-    elif method == "l1":
-        scorer = tp.importance.GroupMagnitudeImportance(p=1)
     generator = torch.Generator().manual_seed(seed)
+    weigh, scorer = _rule(method)
 
-    def of_group(layer: nn.Module, function: Any, size: int) -> Tensor:
+    def of_members(members: Sequence[Member]) -> Tensor:
+        group = _group(network.body, members)
         if scorer is None:
-            return torch.rand(size, generator=generator)
-        group = graph.get_pruning_group(layer, function, idxs=list(range(size)))
+            return torch.rand(len(group[0].idxs), generator=generator)
         return cast(Tensor, scorer(group)).float().cpu()
 
-    weigh = importance.taylor if method == "taylor" else importance.magnitude
-    heads, qk, v, mlp = [], [], [], []
-    for block in network.body.blocks:
-        a: Attention = block.attn
-        h, q, o = importance.attention_scores(
-            a.qkv.weight.detach(), a.qkv.weight.grad, a.proj.weight.detach(), a.proj.weight.grad,
-            heads=a.heads, qk=a.qk, v=a.v, weigh=weigh,
-        )  # fmt: skip
+    heads: list[Tensor] = []
+    qk: list[Tensor] = []
+    v: list[Tensor] = []
+    depth: list[Tensor] = []
+    mlp = []
+    for name, block in zip(coupling.block_names(network), network.blocks, strict=True):
+        a = block.attn
+        matrices = [(m.weight.detach(), m.weight.grad) for m in (a.qkv, a.proj, block.mlp.fc1, block.mlp.fc2)]
+        of_heads = importance.attention_scores(*matrices[0], *matrices[1], heads=a.heads, qk=a.qk, v=a.v, weigh=weigh)
+        parts = [*of_heads, importance.block_score(matrices, weigh)]
         if method == "random":
-            h, q, o = (importance.random_like(part, generator) for part in (h, q, o))
-        heads.append(h.cpu())
-        qk.append(q.cpu())
-        v.append(o.cpu())
-        mlp.append(of_group(block.mlp.fc1, tp.prune_linear_out_channels, block.mlp.fc1.out_features))
-    conv = network.body.patch_embed.proj
-    return Scores(heads, qk, v, mlp, of_group(conv, tp.prune_conv_out_channels, conv.out_channels))
+            parts = [importance.random_like(part, generator) for part in parts]
+        for scores, part in zip((heads, qk, v, depth), parts, strict=True):
+            scores.append(part.float().cpu())
+        mlp.append(of_members(coupling.hidden_units(name)))
+    embed = [of_members(members) for members in coupling.streams(network)]
+    architecture = network.architecture
+    fixed = frozenset(drop.block for drop in architecture.tokens)  # without it, no attention would say which stay
+    return Scores(heads, qk, v, mlp, embed, torch.stack(depth), architecture.stage_of, fixed)
 
 
-def kept_architecture(architecture: Architecture, kept: Kept) -> Architecture:
+def _rule(method: Importance) -> tuple[importance.Weigh, Any]:
+    """How single weights are weighed, here and in Torch-Pruning."""
+    match method:
+        case "taylor":
+            return importance.taylor, tp.importance.GroupTaylorImportance()
+        case "hessian":
+            return importance.hessian, tp.importance.GroupHessianImportance()
+        case "l1":
+            return importance.magnitude, tp.importance.GroupMagnitudeImportance(p=1)
+        case "random":
+            return importance.magnitude, None
+
+
+def _group(body: nn.Module, members: Sequence[Member]) -> Any:
+    """Members as a group of Torch-Pruning, which scores the weights of layers and norms among them."""
+    group = tp.dependency.Group()
+    for member in members:
+        layer, _, parameter = member.name.rpartition(".")
+        module = body.get_submodule(layer)
+        if parameter != "weight":
+            continue
+        match module:
+            case nn.Linear():
+                function = tp.prune_linear_in_channels if member.dim else tp.prune_linear_out_channels
+            case nn.Conv2d():
+                function = tp.prune_conv_out_channels
+            case _:
+                function = tp.prune_layernorm_out_channels
+        node = tp.dependency.Node(module, None)
+        size = module.get_parameter(parameter).shape[member.dim]
+        group.add_dep(tp.dependency.Dependency(function, function, node, node), list(range(size)))
+        group[-1].root_idxs = [index % (size // member.copies) for index in range(size)]
+    return group
+
+
+def kept_architecture(architecture: Architecture | SwinArchitecture, kept: Kept) -> Architecture | SwinArchitecture:
     """The record of the network that cut() would make."""
-    blocks = tuple(
-        replace(b, heads=len(k.heads), qk=k.qk.shape[1], v=k.v.shape[1], mlp=len(k.mlp))
+    blocks = [
+        None if k is None else replace(b, heads=len(k.heads), qk=k.qk.shape[1], v=k.v.shape[1], mlp=len(k.mlp))
         for b, k in zip(architecture.blocks, kept.blocks, strict=True)
-    )
-    return replace(architecture, embed=len(kept.embed), blocks=blocks)
+    ]
+    return architecture.cut(blocks, [len(channels) for channels in kept.embed])
 
 
-def cut(network: ViT, kept: Kept) -> ViT:
+def cut(network: Network, kept: Kept) -> Network:
     """A new network without what is not kept; the old one is left as it was. The softmax scale of every block stays
     the trained one.
     """
-    clone = ViT(copy.deepcopy(network.body), network.architecture).cpu()
-    for p in clone.parameters():
-        p.grad = None
-    for block, keep in zip(clone.body.blocks, kept.blocks, strict=True):
-        graph = _graph(clone)
-        removed = _complement(keep.mlp, block.mlp.fc1.out_features)
-        if removed:
-            _prune(graph.get_pruning_group(block.mlp.fc1, tp.prune_linear_out_channels, idxs=removed))
-        _cut_attention(block.attn, keep)
-    removed = _complement(kept.embed, clone.body.patch_embed.proj.out_channels)
-    if removed:
-        _prune(_graph(clone).get_pruning_group(clone.body.patch_embed.proj, tp.prune_conv_out_channels, idxs=removed))
+    state = {name: tensor.detach().cpu() for name, tensor in network.body.state_dict().items()}
+    for members, channels in zip(coupling.streams(network), kept.embed, strict=True):
+        _keep(state, members, channels)
+    names = coupling.block_names(network)
+    for name, block, own, keep in zip(names, network.blocks, network.architecture.blocks, kept.blocks, strict=True):
+        if keep is not None:
+            _keep(state, coupling.hidden_units(name), keep.mlp)
+            _cut_attention(state, f"{name}.attn", block.attn, own, keep)
     fresh = rebuild(kept_architecture(network.architecture, kept))
-    fresh.body.load_state_dict(clone.body.state_dict())
+    left = [name for name, keep in zip(names, kept.blocks, strict=True) if keep is not None]
+    fresh.body.load_state_dict(_renamed(state, names, dict(zip(left, coupling.block_names(fresh), strict=True))))
     return fresh.train(network.training)
 
 
-def _prune(group: Any) -> None:
-    """Cut a group of the graph, LayerNorms by our own hand.
+def _keep(state: dict[str, Tensor], members: Sequence[Member], kept: Tensor) -> None:
+    """Only the kept positions of an axis, in all copies of it."""
+    for member in members:
+        if member.name in state:
+            tensor = state[member.name]
+            step = tensor.shape[member.dim] // member.copies
+            index = (torch.arange(member.copies)[:, None] * step + kept).flatten()
+            state[member.name] = tensor.index_select(member.dim, index)
 
-    Torch-Pruning 1.6 keeps the channels of a LayerNorm in the order in which a Python set gives them (it sorts a tensor
-    and drops the result). Where few channels stay, that is not their order, and weights would land on other channels.
+
+def _cut_attention(state: dict[str, Tensor], name: str, attention: Any, own: Block, keep: KeptBlock) -> None:
+    """Keep rows of q and k (the same positions of both), rows of v and the matching columns of proj; of what belongs to
+    a head as a whole, its position biases and its learned scale.
     """
-    norms = []
-    for dependency, removed in group:
-        norm = dependency.target.module
-        if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:
-            kept = _complement(torch.tensor(removed), norm.normalized_shape[-1])
-            norms.append((norm, {n: p.detach()[kept].clone() for n, p in norm.named_parameters()}))
-    group.prune()
-    for norm, parameters in norms:
-        for name, values in parameters.items():
-            setattr(norm, name, nn.Parameter(values))
-
-
-def _complement(indices: Tensor, size: int) -> list[int]:
-    """The numbers below `size` that are not among `indices`, ascending."""
-    mask = torch.ones(size, dtype=torch.bool)
-    mask[indices] = False
-    return [int(i) for i in mask.nonzero().flatten()]
-
-
-def _cut_attention(attention: Attention, keep: KeptBlock) -> None:
-    """Keep rows of q and k (the same positions of both), rows of v and the matching columns of proj."""
-    if not isinstance(attention.q_norm, nn.Identity) and keep.qk.shape[1] != attention.qk:
+    if keep.qk.shape[1] != own.qk and not isinstance(getattr(attention, "q_norm", nn.Identity()), nn.Identity):
         raise InvalidInput(
-            "prune.axes.head_width: heads with normalised queries and keys cannot lose width, their norm spans "
-            "the head",
-            "set prune.axes.head_width: 0",
+            "prune.axes.qk: heads with normalised queries and keys cannot lose width, their norm spans the head",
+            "set prune.axes.qk: 0",
         )
-    query = (keep.heads[:, None] * attention.qk + keep.qk).flatten()
-    value = (keep.heads[:, None] * attention.v + keep.v).flatten()
-    queries, values = attention.heads * attention.qk, attention.heads * attention.v
+    query = (keep.heads[:, None] * own.qk + keep.qk).flatten()
+    value = (keep.heads[:, None] * own.v + keep.v).flatten()
+    queries = own.heads * own.qk
     rows = torch.cat([query, queries + query, 2 * queries + value])
-    assert 2 * queries + values == attention.qkv.out_features
-    attention.qkv = _linear(attention.qkv, attention.qkv.weight[rows], rows)
-    attention.proj = _linear(attention.proj, attention.proj.weight[:, value], None)
-    attention.heads, attention.qk, attention.v = len(keep.heads), keep.qk.shape[1], keep.v.shape[1]
+    along = {"qkv.weight": (0, rows), "qkv.bias": (0, rows), "proj.weight": (1, value)}
+    along |= {"q_bias": (0, query), "v_bias": (0, value)}
+    along |= {
+        "relative_position_bias_table": (1, keep.heads),
+        "cpb_mlp.2.weight": (0, keep.heads),
+        "logit_scale": (0, keep.heads),
+    }
+    for part, (dim, index) in along.items():
+        if f"{name}.{part}" in state:
+            state[f"{name}.{part}"] = state[f"{name}.{part}"].index_select(dim, index)
 
 
-def _linear(old: nn.Linear, weight: Tensor, rows: Tensor | None) -> nn.Linear:
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias=old.bias is not None)
-    new.weight = nn.Parameter(weight.detach().clone())
-    if old.bias is not None:
-        new.bias = nn.Parameter((old.bias if rows is None else old.bias[rows]).detach().clone())
-    return new
-
-
-def _graph(network: ViT) -> Any:
-    """The dependency graph of the body, raw parameters (tokens, position embedding, layer scales) included."""
-    body = network.body
-    raw: list[tuple[nn.Parameter, int]] = []
-    for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
-        parameter = getattr(body, name, None)
-        if isinstance(parameter, nn.Parameter):
-            raw.append((parameter, parameter.dim() - 1))
-    for block in body.blocks:
-        raw.extend((scale.gamma, 0) for scale in (block.ls1, block.ls2) if hasattr(scale, "gamma"))
-    size = network.architecture.image_size
-    example = torch.zeros(2, 3, size, size, device=body.patch_embed.proj.weight.device)
-    training = body.training
-    fused = [a.fused for a in network.attentions]
-    set_fused(body, False)  # plain products: what the graph's tracer knows
-    body.eval()
-    try:
-        dense = ViT(body, replace(network.architecture, tokens=()))
-        return tp.DependencyGraph().build_dependency(dense, example, unwrapped_parameters=raw, verbose=False)
-    finally:
-        body.train(training)
-        _restore(network.attentions, fused)
-
-
-def _restore(attentions: Sequence[Attention], fused: Sequence[bool]) -> None:
-    for attention, flag in zip(attentions, fused, strict=True):
-        attention.fused = flag
+def _renamed(state: dict[str, Tensor], names: Sequence[str], renamed: dict[str, str]) -> dict[str, Tensor]:
+    """Tensors of blocks that stay, under their new numbers, and of all that is in no block."""
+    moved = {}
+    for key, tensor in state.items():
+        block = next((name for name in names if key.startswith(f"{name}.")), None)
+        if block is None:
+            moved[key] = tensor
+        elif block in renamed:
+            moved[renamed[block] + key.removeprefix(block)] = tensor
+    return moved

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..methods import InvalidInput
 from ..methods.mosaic import blank, pack
 from ..methods.windows import Level, join, legal_squares, partition, pyramid, relative_index, shift_mask
+from . import layers
 from .architecture import Block, SwinArchitecture, SwinStage, TokenDrop
 from .window_attention import CosineWindowAttention, WindowAttention, from_timm
 
@@ -94,10 +95,10 @@ class Swin(nn.Module):
                 images, geometry = pack(images, kept, self.tickets.grid), self.packed
         body = self.body
         x = body.patch_embed.norm(body.patch_embed.proj(images).permute(0, 2, 3, 1))
-        for stage, windows in zip(body.layers, geometry, strict=True):
+        for stage, record, windows in zip(body.layers, self.architecture.stages, geometry, strict=True):
             x = self._merge(stage.downsample, x)
-            for number, block in enumerate(stage.blocks):
-                x = self._block(block, x, windows, shifted=number % 2 == 1)
+            for block, shape in zip(stage.blocks, record.blocks, strict=True):
+                x = self._block(block, x, windows, shifted=shape.place % 2 == 1)
         features: Tensor = body.norm(x)
         return features
 
@@ -287,7 +288,10 @@ def describe(body: Body, name: str, args: dict[str, Any], classes: int, image_si
         SwinStage(
             int(stage.blocks[0].norm1.normalized_shape[0]),
             window,
-            tuple(Block(b.attn.heads, b.attn.qk, b.attn.v, b.attn.scale, b.mlp.fc1.out_features) for b in stage.blocks),
+            tuple(
+                Block(b.attn.heads, b.attn.qk, b.attn.v, b.attn.scale, b.mlp.fc1.out_features, place)
+                for place, b in enumerate(stage.blocks)
+            ),
         )
         for stage, window in zip(body.layers, _windows(body), strict=True)
     )
@@ -302,3 +306,29 @@ def describe(body: Body, name: str, args: dict[str, Any], classes: int, image_si
         grid=(int(grid[0]), int(grid[1])),
         stages=stages,
     )
+
+
+def resize(body: Body, architecture: SwinArchitecture) -> None:
+    """Leave the blocks of the record, of its widths. The new layers are untrained: load a state dict next."""
+    first, last = architecture.streams[0], architecture.streams[-1]
+    body.patch_embed.proj = layers.conv(body.patch_embed.proj, first)
+    body.patch_embed.norm = layers.norm(body.patch_embed.norm, first)
+    entering = first
+    for number, (stage, record) in enumerate(zip(body.layers, architecture.stages, strict=True)):
+        width, merging = record.dim, stage.downsample
+        if not isinstance(merging, nn.Identity):
+            merging.reduction = layers.linear(merging.reduction, 4 * entering, width)
+            merging.norm = layers.norm(merging.norm, 4 * entering if architecture.generation == 1 else width)
+            merging.dim, merging.out_dim = entering, width
+        stage.blocks = nn.ModuleList([stage.blocks[shape.place] for shape in record.blocks])
+        stage.dim, stage.depth, entering = entering, len(record.blocks), width
+        body.feature_info[number]["num_chs"] = width
+        for block, shape in zip(stage.blocks, record.blocks, strict=True):
+            block.dim = width
+            block.attn.resize(width, shape.heads, shape.qk, shape.v)
+            block.mlp.fc1 = layers.linear(block.mlp.fc1, width, shape.mlp)
+            block.mlp.fc2 = layers.linear(block.mlp.fc2, shape.mlp, width)
+            block.norm1, block.norm2 = layers.norm(block.norm1, width), layers.norm(block.norm2, width)
+    body.norm = layers.norm(body.norm, last)
+    body.head.fc = nn.Linear(last, architecture.classes)
+    body.embed_dim, body.num_features, body.head_hidden_size = first, last, last

@@ -8,7 +8,6 @@ computes what timm computes.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -23,12 +22,14 @@ from ..methods import InvalidInput
 from ..methods.attention_connections import Connections, connect, narrow
 from ..methods.token_merging import merge, pool_weights, proportional
 from ..methods.token_reduction import fused_token, gather_tokens, keep_count, random_scores, top_tokens
+from . import layers
 from .architecture import Architecture, Block, Reduction, TokenDrop
 from .attention import Attention, from_timm
 from .embedding import embed
 from .lvvit import ConvStem, LVViT
 
 HEADS = ("head", "head_dist", "aux_head")
+TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")  # parameters whose last dimension is the embedding
 
 
 @dataclass
@@ -250,7 +251,10 @@ def adopt(body: VisionTransformer) -> VisionTransformer:
 
 def describe(body: VisionTransformer, name: str, args: dict[str, Any], classes: int, image_size: int) -> Architecture:
     """The architecture record of a network as it stands."""
-    blocks = tuple(Block(b.attn.heads, b.attn.qk, b.attn.v, b.attn.scale, b.mlp.fc1.out_features) for b in body.blocks)
+    blocks = tuple(
+        Block(b.attn.heads, b.attn.qk, b.attn.v, b.attn.scale, b.mlp.fc1.out_features, place)
+        for place, b in enumerate(body.blocks)
+    )
     grid = body.patch_embed.grid_size
     return Architecture(
         model=name,
@@ -269,17 +273,13 @@ def describe(body: VisionTransformer, name: str, args: dict[str, Any], classes: 
 
 
 def resize(body: VisionTransformer, architecture: Architecture) -> None:
-    """Give every layer the widths of the record. The new layers are untrained: load a state dict next."""
+    """Leave the blocks of the record, of its widths. The new layers are untrained: load a state dict next."""
     width = architecture.embed
-    conv = body.patch_embed.proj
-    body.patch_embed.proj = nn.Conv2d(
-        conv.in_channels,
-        width,
-        conv.kernel_size,
-        conv.stride,
-        bias=conv.bias is not None,
-    )
-    for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
+    body.blocks = nn.Sequential(*(body.blocks[shape.place] for shape in architecture.blocks))
+    body.feature_info = [{**body.feature_info[i], "num_chs": width} for i in range(len(body.blocks))]
+    body.patch_embed.norm = layers.norm(body.patch_embed.norm, width)
+    body.patch_embed.proj = layers.conv(body.patch_embed.proj, width)
+    for name in TOKENS:
         old = getattr(body, name, None)
         if old is not None:
             setattr(body, name, nn.Parameter(torch.zeros(*old.shape[:-1], width)))
@@ -289,34 +289,19 @@ def resize(body: VisionTransformer, architecture: Architecture) -> None:
             width, shape.heads, shape.qk, shape.v, shape.scale,
             qkv_bias=old.qkv.bias is not None, proj_bias=old.proj.bias is not None, dropout=old.dropout,
         )  # fmt: skip
-        new.q_norm, new.k_norm = _norm(old.q_norm, shape.qk), _norm(old.k_norm, shape.qk)
+        new.q_norm, new.k_norm = layers.norm(old.q_norm, shape.qk), layers.norm(old.k_norm, shape.qk)
         new.proj_drop = old.proj_drop
         block.attn = new
-        block.mlp.fc1 = nn.Linear(width, shape.mlp, bias=block.mlp.fc1.bias is not None)
-        block.mlp.fc2 = nn.Linear(shape.mlp, width, bias=block.mlp.fc2.bias is not None)
-        block.norm1, block.norm2 = _norm(block.norm1, width), _norm(block.norm2, width)
+        block.mlp.fc1 = layers.linear(block.mlp.fc1, width, shape.mlp)
+        block.mlp.fc2 = layers.linear(block.mlp.fc2, shape.mlp, width)
+        block.norm1, block.norm2 = layers.norm(block.norm1, width), layers.norm(block.norm2, width)
         block.ls1, block.ls2 = _scale(block.ls1, width), _scale(block.ls2, width)
     for name in ("norm_pre", "norm", "fc_norm"):
-        setattr(body, name, _norm(getattr(body, name), width))
+        setattr(body, name, layers.norm(getattr(body, name), width))
     for name in HEADS:
         if isinstance(getattr(body, name, None), nn.Linear):
             setattr(body, name, nn.Linear(width, architecture.classes))
     body.embed_dim = body.num_features = body.head_hidden_size = width
-
-
-def _norm(norm: nn.Module, width: int) -> nn.Module:
-    """A fresh norm of the same kind over `width` channels; Identity stays."""
-    if isinstance(norm, nn.Identity):
-        return norm
-    if isinstance(norm, nn.LayerNorm):
-        fresh = copy.copy(norm)  # timm's subclasses differ in their constructors; a copy keeps eps and flags
-        fresh._parameters = dict(norm._parameters)
-        fresh.normalized_shape = (width,)
-        if norm.elementwise_affine:
-            fresh.weight = nn.Parameter(torch.ones(width))
-            fresh.bias = nn.Parameter(torch.zeros(width)) if norm.bias is not None else None
-        return fresh
-    raise InvalidInput(f"norm of class {type(norm).__name__} cannot be cut", "use a ViT with LayerNorm")
 
 
 def _scale(scale: nn.Module, width: int) -> nn.Module:

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..methods import InvalidInput
+from . import layers
 
 LARGEST_SCALE = math.log(100)  # V2, section 3.3: the learned scale never exceeds 100
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(layers.HeadWidths, nn.Module):
     """V1. (B, W, A, C) -> (B, W, A, C): B images of W windows of A tokens.
 
     heads: H. qk, v: width of one head's queries/keys and values. scale: softmax(scale * q k^T + bias + mask).
@@ -44,6 +45,14 @@ class WindowAttention(nn.Module):
         self.register_buffer("fixed", None, persistent=False)
         self.fixed: Tensor | None
 
+    def resize(self, embed: int, heads: int, qk: int, v: int) -> None:
+        """Other widths, untrained."""
+        self.heads, self.qk, self.v = heads, qk, v
+        self.qkv = layers.linear(self.qkv, embed, heads * (2 * qk + v))
+        self.proj = layers.linear(self.proj, heads * v, embed)
+        table = self.relative_position_bias_table
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(len(table), heads))
+
     def biases(self, index: Tensor) -> Tensor:
         """(H, A, A) for the pairs of tokens of a window. index: (A, A), see methods.windows.relative_index."""
         return _of_pairs(self.relative_position_bias_table, index)
@@ -55,7 +64,7 @@ class WindowAttention(nn.Module):
         return _attend(self, q, k, v, self.scale, bias, mask)
 
 
-class CosineWindowAttention(nn.Module):
+class CosineWindowAttention(layers.HeadWidths, nn.Module):
     """V2, as WindowAttention otherwise. scale is 1: logit_scale, a weight, is what multiplies the cosines."""
 
     def __init__(self, theirs: Any) -> None:
@@ -74,6 +83,16 @@ class CosineWindowAttention(nn.Module):
         self.register_buffer("fixed", None, persistent=False)
         self.offsets: Tensor
         self.fixed: Tensor | None
+
+    def resize(self, embed: int, heads: int, qk: int, v: int) -> None:
+        """Other widths, untrained."""
+        self.heads, self.qk, self.v = heads, qk, v
+        self.qkv = layers.linear(self.qkv, embed, heads * (2 * qk + v))
+        self.proj = layers.linear(self.proj, heads * v, embed)
+        self.logit_scale = nn.Parameter(torch.zeros(heads, 1, 1))
+        self.cpb_mlp[-1] = layers.linear(self.cpb_mlp[-1], self.cpb_mlp[-1].in_features, heads)
+        if self.q_bias is not None:
+            self.q_bias, self.v_bias = nn.Parameter(torch.zeros(heads * qk)), nn.Parameter(torch.zeros(heads * v))
 
     def biases(self, index: Tensor) -> Tensor:
         """(H, A, A) for the pairs of tokens of a window. index: (A, A), see methods.windows.relative_index."""
