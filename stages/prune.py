@@ -24,7 +24,13 @@ record and its weights are loaded strictly.
 Cutting embedding channels changes what the LayerNorms see: expect low accuracy until `finetune`. Blocks are numbered
 from 0 in order of execution, and the blocks that are left get new numbers: `finetune.tokens.blocks` means those.
 
-reads    model; tickets (optional: their examples are the calibration images)
+Repair       ridge    what the removed MLP units and values of heads said is predicted from the kept ones, by ridge
+                      regression on the calibration images (no labels), and folded into the layer that reads them
+Without a train before it, it cuts the pretrained network of the model block: with repair and finetune: null a smaller
+network in minutes. The classes must then be those of the weights, in their order.
+
+reads    model (optional: else model.pretrained or model.weights); tickets (optional: their examples are the
+         calibration images)
 writes   model.safetensors, architecture.json, preprocessing.json, plan.json (the kept indices)
 fails    when nothing was cut, or when the axes that are on cannot reach the target (it says how far they reach)
 
@@ -38,15 +44,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
+from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage, Task
 
 from .vision.loss_settings import HANDED_ON
 from .vision.recipe import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    import numpy as np
     import torch
 
     from .methods.allocation import Kept, Pressure, Scores
@@ -54,6 +59,7 @@ if TYPE_CHECKING:
     from .vision.dataset import Splits
     from .vision.network import Network
     from .vision.preprocessing import Preprocessing
+    from .vision.training import Normaliser
 
 
 class Target(Settings):
@@ -115,8 +121,22 @@ class PruneConfig(Config):
     head_round_to: int = Field(
         8, ge=1, le=256, description="widths of heads are multiples of this; odd widths are slow"
     )
-    images: int = Field(512, ge=1, description="calibration images for the gradients (fewer if there are fewer)")
-    batch_size: int = Field(64, ge=1, description="images a backward pass")
+    repair: Literal["ridge"] | None = Field(
+        None, description="ridge: kept MLP units and values make up for removed ones, in closed form; null: no repair"
+    )
+    ridge: float = Field(
+        1e-3,
+        gt=0,
+        le=1,
+        description="strength of the repair's ridge, as a fraction of the mean variance of what is kept",
+    )
+    images: int = Field(512, ge=1, description="calibration images of gradients and repair (fewer if there are fewer)")
+    calibration: Literal["ticket", "split"] = Field(
+        "ticket",
+        description="where they are from, the same share of every class. ticket: examples that the ticket keeps, "
+        "without a ticket as split; split: the training split",
+    )
+    batch_size: int = Field(64, ge=1, description="images a pass; importance hessian passes them back one by one")
 
     @model_validator(mode="after")
     def _some_axis(self) -> PruneConfig:
@@ -132,24 +152,25 @@ def run(ctx: Context) -> None:
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
-    from .vision.preprocessing import check, load
+    from .vision.repair import ridge
     from .vision.surgery import cut, kept_architecture, score
     from .vision.trained_importance import judged
-    from .vision.weights import load_network, save_network
+    from .vision.weights import save_network
 
     config: PruneConfig = ctx.config
     device = open_device(ctx.device)
     splits = load_splits(ctx.data.model_dump(), ctx.base)
-    source = ctx.inputs["model"].root
-    network, preprocessing = load_network(source).to(device), load(source)
-    check(preprocessing, splits.train.classes, ctx.data.image_size, f"model {ctx.inputs['model'].ref}")
-    before = network.architecture
+    network, preprocessing = _given(ctx, splits)
+    network, normalise, before = network.to(device), preprocessing.normaliser(device), network.architecture
 
-    if config.importance in ("taylor", "hessian"):
-        _accumulate_gradients(ctx, network, splits, preprocessing, device)
+    calibration = _Calibration(ctx, splits, normalise, device)
+    if config.importance == "taylor":
+        calibration.gradients(network)
+    elif config.importance == "hessian":
+        calibration.squared_gradients(network)
     with ctx.progress.task("scoring and cutting", 2) as task:
         if config.importance == "trained":
-            scores = score(judged(network, source, f"model {ctx.inputs['model'].ref}"), "taylor", ctx.seed)
+            scores = score(judged(network, ctx.inputs["model"].root, f"model {ctx.inputs['model'].ref}"), "taylor", ctx.seed)
         else:
             scores = score(network, config.importance, ctx.seed)
         task.advance()
@@ -160,15 +181,19 @@ def run(ctx: Context) -> None:
         kept = allocate(scores, lambda k: cost(kept_architecture(before, k)), asked * full, axes, **rounding)
         if kept is None:
             raise _unreachable(ctx, scores, axes, before, rounding)
-        smaller = cut(network, kept)
+        _refuse_nothing(before, kept_architecture(before, kept))
+        network.zero_grad()
         task.advance()
+    whole = network
+    if config.repair == "ridge":
+        with ctx.progress.task("repair", calibration.images) as task:
+            whole, ctx.metrics["repair"] = ridge(network, kept, calibration.batches(task), config.ridge)
+    smaller = cut(whole, kept)
 
     after = smaller.architecture
-    _refuse_nothing(before, after)
     save_network(smaller, ctx.out)
     preprocessing.save(ctx.out)
     _save_plan(ctx, kept)
-    normalise = preprocessing.normaliser(device)
     parameters = {"before": network.parameter_count(), "after": smaller.parameter_count()}
     ctx.metrics |= {
         "importance": config.importance,
@@ -181,6 +206,7 @@ def run(ctx: Context) -> None:
             "after": _widths(after, kept),
             "embed": [list(before.streams), list(after.streams)],
         },
+        "top1_before_cut": top1(network, splits.test, normalise, device),
         "top1_before_recovery": top1(smaller.to(device), splits.test, normalise, device),
     }
     kind, share = next(iter(ctx.metrics["asked"].items()))
@@ -236,13 +262,40 @@ def coherent(seen: Preflight) -> None:
         )
 
 
+def idle(seen: Preflight) -> dict[str, str]:
+    """Settings without effect."""
+    found = {}
+    if seen.config.repair is None:
+        found["ridge"] = "repair is null"
+        if seen.config.importance in ("l1", "trained", "random"):
+            why = f"importance {seen.config.importance} looks at no images, and repair is null"
+            found |= dict.fromkeys(("images", "batch_size", "calibration"), why)
+    return found
+
+
 def preflight(seen: Preflight) -> None:
-    """Refuse blocks that the network does not have, as far as it is known, and one without the importance asked for."""
+    """Refuse a network that would be cut untrained, one without the importance that is asked for, and, as far as it is
+    known, blocks that it does not have.
+    """
     from .methods import InvalidInput
     from .vision.architecture import load_architecture
     from .vision.network import outline
     from .vision.trained_importance import check_handed_on
 
+    made = seen.reads.get("model")
+    alone = made is None and "model" not in seen.inputs
+    if alone and seen.config.importance == "trained":
+        raise InvalidInput(
+            f"{seen.at('importance')}: trained is what a training hands on, and no stage before it trains",
+            "put a train before it, or use taylor, hessian, l1 or random",
+            field=seen.at("importance"),
+        )
+    if alone and not (seen.model.pretrained or seen.model.weights is not None):
+        raise InvalidInput(
+            f"{seen.at('target')}: no stage before it writes a model, and the one of the model block is untrained",
+            "put train before it, or name weights: model.pretrained or model.weights",
+            field=seen.at("target"),
+        )
     if "model" in seen.inputs:
         given = seen.inputs["model"]
         architecture = load_architecture(given.root / "architecture.json")
@@ -252,48 +305,94 @@ def preflight(seen: Preflight) -> None:
             except InvalidInput as error:
                 error.field = seen.at("importance")
                 raise
-    elif seen.reads["model"].reads.get("model") is None:  # a train: another prune before it may remove blocks
+    elif made is None or not {"model", "start"} & {*made.reads, *made.inputs}:  # what was cut before may lack blocks
         architecture = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
     else:
         return
     _check_blocks(seen.config, len(architecture.blocks), seen.at)
 
 
-def _accumulate_gradients(
-    ctx: Context, network: Network, splits: Splits, preprocessing: Preprocessing, device: torch.device
-) -> None:
-    """dL/dw of the plain cross-entropy, summed over the calibration images: eval mode, no augmentation."""
-    import numpy as np
-    import torch
+def _given(ctx: Context, splits: Splits) -> tuple[Network, Preprocessing]:
+    """The model that it reads, else the pretrained one of the model block as it is."""
+    from .vision.network import create
+    from .vision.preprocessing import check, choose, load
+    from .vision.weights import load_network
 
-    config: PruneConfig = ctx.config
-    pixels, labels = _calibration(ctx, splits)
-    normalise = preprocessing.normaliser(device)
-    network.eval()
-    with ctx.progress.task("gradients", len(labels)) as task:
-        for start in range(0, len(labels), config.batch_size):
-            part = slice(start, start + config.batch_size)
-            views = (
-                torch.from_numpy(np.ascontiguousarray(pixels[part])).to(device).permute(0, 3, 1, 2).float().div_(255.0)
-            )
-            answers = network(normalise(views))
-            target = torch.from_numpy(labels[part]).to(device)
-            torch.nn.functional.cross_entropy(answers, target, reduction="sum").backward()
-            task.advance(len(target))
+    classes = splits.train.classes
+    if "model" in ctx.inputs:
+        source = ctx.inputs["model"].root
+        network, preprocessing = load_network(source), load(source)
+        check(preprocessing, classes, ctx.data.image_size, f"model {ctx.inputs['model'].ref}")
+        return network, preprocessing
+    network = create(
+        ctx.model.name,
+        classes=len(classes),
+        image_size=ctx.data.image_size,
+        args=dict(ctx.model.args),
+        pretrained=ctx.model.pretrained,
+        weights=None if ctx.model.weights is None else ctx.base / ctx.model.weights,
+        trained_head=True,
+    )
+    return network.eval(), choose(network, ctx.data, classes, pretrained=True)
 
 
-def _calibration(ctx: Context, splits: Splits) -> tuple[np.ndarray, np.ndarray]:
-    """Images for the gradients: of the ticket's examples, else of the training split; the same share of every class."""
-    import numpy as np
+class _Calibration:
+    """The images that gradients and repair see: of the ticket's examples or of the training split, the same share of
+    every class, in eval mode and without augmentation.
+    """
 
-    from .vision import tickets
-    from .vision.dataset import SPLIT_SEED, at_most
+    def __init__(self, ctx: Context, splits: Splits, normalise: Normaliser, device: torch.device) -> None:
+        import numpy as np
 
-    loaded = tickets.load(ctx.inputs["tickets"].root) if "tickets" in ctx.inputs else None
-    tickets.check(loaded, splits, None, 0.0)
-    members = np.arange(len(splits.train)) if loaded is None else loaded.kept
-    members = at_most(splits.train.labels, members, ctx.config.images, np.random.default_rng(SPLIT_SEED))
-    return splits.train.pixels(members), splits.train.labels[members]
+        from .vision import tickets
+        from .vision.dataset import SPLIT_SEED, at_most
+
+        self.ctx, self.normalise, self.device = ctx, normalise, device
+        loaded = tickets.load(ctx.inputs["tickets"].root) if "tickets" in ctx.inputs else None
+        tickets.check(loaded, splits, None, 0.0)
+        chosen = None if ctx.config.calibration == "split" else loaded
+        members = np.arange(len(splits.train)) if chosen is None else chosen.kept
+        members = at_most(splits.train.labels, members, ctx.config.images, np.random.default_rng(SPLIT_SEED))
+        self.pixels, self.labels = splits.train.pixels(members), splits.train.labels[members]
+        self.images = len(members)
+
+    def batches(self, task: Task, size: int | None = None) -> Iterator[torch.Tensor]:
+        """Normalised images (B, 3, S, S), the task advanced by each batch once it is used."""
+        import numpy as np
+        import torch
+
+        size = size or self.ctx.config.batch_size
+        for start in range(0, self.images, size):
+            part = np.ascontiguousarray(self.pixels[start : start + size])
+            yield self.normalise(torch.from_numpy(part).to(self.device).permute(0, 3, 1, 2).float().div_(255.0))
+            task.advance(len(part))
+
+    def gradients(self, network: Network, size: int | None = None, each: Callable[[], None] = lambda: None) -> None:
+        """dL/dw of the plain cross-entropy, summed over the images. each: called after every batch of `size`."""
+        import torch
+
+        network.eval()
+        seen = 0
+        with self.ctx.progress.task("gradients", self.images) as task:
+            for views in self.batches(task, size):
+                target = torch.from_numpy(self.labels[seen : seen + len(views)]).to(self.device)
+                torch.nn.functional.cross_entropy(network(views), target, reduction="sum").backward()
+                seen += len(views)
+                each()
+
+    def squared_gradients(self, network: Network) -> None:
+        """In the place of the gradients the mean over the images of each one's squared gradient."""
+        squares = {parameter: parameter.detach().new_zeros(parameter.shape) for parameter in network.parameters()}
+
+        def square() -> None:
+            for parameter, total in squares.items():
+                if parameter.grad is not None:
+                    total.addcmul_(parameter.grad, parameter.grad)
+                    parameter.grad = None
+
+        self.gradients(network, 1, square)
+        for parameter, total in squares.items():
+            parameter.grad = total / self.images
 
 
 def _cost(
@@ -372,11 +471,12 @@ STAGE = Stage(
     version=4,
     config=PruneConfig,
     run=run,
-    reads=(Reads("model", "model"), Reads("tickets", "tickets", optional=True)),
+    reads=(Reads("model", "model", optional=True), Reads("tickets", "tickets", optional=True)),
     writes="model",
     manual=__doc__,
     packages=("torch", "timm", "torch-pruning"),
-    uses=frozenset({"data", "seed", "device"}),
+    uses=frozenset({"data", "model", "seed", "device"}),
     coherent=coherent,
+    idle=idle,
     preflight=preflight,
 )

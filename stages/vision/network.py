@@ -43,11 +43,13 @@ def create(
     pretrained: bool = False,
     weights: Path | None = None,
     drop_path: float = 0.0,
+    trained_head: bool = False,
 ) -> Network:
     """A dense network from a timm name, with random or pretrained weights.
 
     Args:
         weights: a .safetensors file of that timm model; a head of another size is left random.
+        trained_head: refuse that; the weights must answer as many classes.
     Raises: InvalidInput for an unknown name, wrong arguments, or a family that cannot be cut.
     """
     if ":" not in name and timm.is_model(name):
@@ -66,8 +68,11 @@ def create(
         ) from error
     network = _of_family(body, name, args, classes, image_size)
     _check_grid(image_size, network.architecture.patch)
+    known = getattr(body, "pretrained_cfg", {}).get("num_classes")
+    if trained_head and weights is None and known != classes:
+        raise _random_head(f"model.name: the pretrained {name}", str(known), classes, "model.name")
     if weights is not None:
-        _load_local(network.body, weights)
+        _load_local(network.body, weights, classes if trained_head else None)
     return network
 
 
@@ -196,9 +201,17 @@ def _refused(name: str, args: dict[str, Any], error: Exception) -> InvalidInput:
     return InvalidInput(message, "they go to the model's class in timm as keyword arguments", field=field)
 
 
-def _load_local(body: nn.Module, path: Path) -> None:
+def _random_head(who: str, answers: str, classes: int, field: str) -> InvalidInput:
+    return InvalidInput(
+        f"{who} answers {answers} classes, this data has {classes}: its head would be random",
+        "train it on this data: put train before prune",
+        field=field,
+    )
+
+
+def _load_local(body: nn.Module, path: Path, classes: int | None) -> None:
     """A checkpoint of this timm model; other patch grids are resampled by timm, a head of another size is left
-    random.
+    random, where the number of classes does not have to fit.
     """
     if path.suffix != ".safetensors" or not path.is_file():
         raise InvalidInput(
@@ -215,6 +228,9 @@ def _load_local(body: nn.Module, path: Path) -> None:
     own = body.state_dict()
     for name in [f"{head}.{part}" for head in (*vit.HEADS, swin.HEAD) for part in ("weight", "bias")]:
         if name in own and (name not in loaded or loaded[name].shape != own[name].shape):
+            if classes is not None:
+                answers = str(len(loaded[name])) if name in loaded else "no"
+                raise _random_head(f"model.weights: {path}", answers, classes, "model.weights")
             loaded[name] = own[name]
     load_state(body, loaded, path)
 
