@@ -336,7 +336,9 @@ def _is_model(annotation: Any) -> bool:
 
 
 def _answers_to(model: type[BaseModel], step: str) -> bool:
-    """Whether pydantic's name for a member of a union, its class name or its tag, means this config."""
-    return model.__name__ == step or any(
+    """Whether pydantic's name for a member of a union, its class name or its tag, means this config. The name of a
+    class with validators stands within theirs: function-after[_one_list(), Press].
+    """
+    return step.rstrip("]").rpartition(" ")[2] == model.__name__ or any(
         get_origin(f.annotation) is Literal and step in get_args(f.annotation) for f in model.model_fields.values()
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -228,7 +230,7 @@ def test_taylor_finds_planted_dead_parts() -> None:
     assert torch.allclose(cut(net, dead)(x), net(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["taylor", "l1", "random"])
+@pytest.mark.parametrize("method", ["taylor", "hessian", "l1", "random"])
 def test_the_target_is_met_from_below_and_widths_are_multiples(method: Any) -> None:
     net = network()
     torch.nn.functional.cross_entropy(net(images(8)), torch.arange(8) % 5).backward()
@@ -242,6 +244,85 @@ def test_the_target_is_met_from_below_and_widths_are_multiples(method: Any) -> N
         assert smaller.macs() > (share - 0.06) * full
         assert smaller.embed % 8 == 0
         assert all(b.mlp % 8 == 0 and b.qk % 4 == 0 and b.v % 4 == 0 for b in smaller.blocks)
+
+
+@pytest.mark.parametrize("family", ["deit", *SWINS])
+def test_lists_of_blocks_are_kept_to(family: str) -> None:
+    net = of_family(family)
+    some = frozenset({1})
+    pressed = {name: Axis(1.0, some) for name in ("heads", "qk", "v", "mlp")}
+    kept = at_dial(score(net, "random", 0), 0.5, Pressure(**pressed), round_to=8, head_round_to=4)
+    after = kept_architecture(net.architecture, kept).blocks
+    for number, (before, now) in enumerate(zip(net.architecture.blocks, after, strict=True)):
+        if number in some:
+            assert now.heads <= before.heads and now.qk < before.qk and now.v < before.v and now.mlp < before.mlp
+        else:
+            assert now == before
+    gone = at_dial(score(net, "random", 0), 1.0, Pressure(depth=Axis(1.0, some)), round_to=8, head_round_to=4)
+    assert gone.left == [number for number in range(len(net.blocks)) if number != 1]
+
+
+def test_the_blocks_of_lowest_score_go_first_and_one_of_every_stage_stays() -> None:
+    scores = score(swin(depths=[3, 3]), "random", 0)
+    scores = replace(scores, depth=torch.tensor([0.1, 0.2, 0.3, 5.0, 4.0, 6.0]))
+    at = lambda dial: at_dial(scores, dial, AXES["depth"], round_to=8, head_round_to=4).left  # noqa: E731
+    assert at(0.0) == [0, 1, 2, 3, 4, 5]
+    assert at(1 / 3) == [2, 3, 4, 5]
+    assert at(0.5) == [2, 3, 5]
+    assert at(1.0) == [2, 5]
+
+
+@pytest.mark.parametrize("family", list(SWINS))
+def test_a_block_that_is_left_stays_shifted_or_not_as_it_was(family: str) -> None:
+    net, x = swin(family), images(2)
+    kept = kept_of(net, Pressure())
+    left = Kept((None, kept.blocks[1], None, kept.blocks[3]), kept.embed)
+    smaller = cut(net, left)
+    assert [block.place for block in smaller.architecture.blocks] == [1, 1]
+    assert torch.allclose(smaller(x), masked(net, left)(x), atol=1e-4)
+    assert smaller.architecture.macs() < net.architecture.macs()
+
+
+@pytest.mark.parametrize("family", ["deit", *SWINS])
+def test_a_second_cut_counts_from_the_blocks_that_the_first_has_left(family: str) -> None:
+    net, x = of_family(family), images(2)
+    first = cut(net, kept_of(net, AXES["all and depth"], 0.4))
+    again = kept_of(first, AXES["all"], 0.4, seed=3)
+    assert torch.allclose(cut(first, again)(x), masked(first, again)(x), atol=1e-4)
+    assert [b.place for b in cut(first, again).architecture.blocks] == [b.place for b in first.architecture.blocks]
+
+
+def test_stochastic_depth_rises_over_the_blocks_that_are_left() -> None:
+    net = network(depth=5)
+    kept = kept_of(net, Pressure())
+    smaller = cut(net, Kept((*kept.blocks[:2], None, kept.blocks[3], None), kept.embed))
+    rebuilt: Any = rebuild(smaller.architecture, drop_path=0.2)
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in rebuilt.blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2])
+    assert isinstance(rebuilt.blocks[0].drop_path2, nn.Identity)
+
+
+def test_a_block_that_drops_tokens_stays_and_drops_them_under_its_new_number() -> None:
+    net = network(depth=5)
+    dropping = net.with_tokens(drops_for(net.architecture, (3,), 0.5)).eval()
+    scores = score(dropping, "random", 0)
+    kept = at_dial(scores, 1.0, AXES["depth"], round_to=8, head_round_to=4)
+    assert kept.left == [3]
+    kept = Kept((None, *kept_of(dropping, Pressure()).blocks[1:]), kept.embed)
+    smaller = cut(dropping, kept)
+    assert [drop.block for drop in smaller.architecture.tokens] == [2]
+    assert torch.allclose(smaller(images(2)), masked(dropping, kept)(images(2)), atol=1e-5)
+
+
+def test_a_record_without_places_has_all_blocks_of_timm(tmp_path: Any) -> None:
+    net = network()
+    save_network(net, tmp_path)
+    path = tmp_path / "architecture.json"
+    record = json.loads(path.read_text())
+    for block in record["blocks"]:
+        del block["place"]
+    path.write_text(json.dumps(record))
+    assert load_network(tmp_path).architecture == net.architecture
 
 
 def test_a_target_beyond_the_axes_is_recognised() -> None:

@@ -538,7 +538,8 @@ def test_tickets_without_a_selector_are_about_the_proxy_s_patches(method: str, t
 @pytest.mark.slow
 def test_the_whole_chain_runs_for_both_generations(tmp_path: Path) -> None:
     image_folder(tmp_path / "images", per_class=24)
-    plan, store = planned(tmp_path, PIPELINE + REST + ARMS)
+    text = PIPELINE.replace("  finetune:", "  prune:     {target: {macs: 0.6}, images: 8}\n  finetune:")
+    plan, store = planned(tmp_path, text + REST + ARMS)
     run(plan, store, progress=Silent(), invalid_input=(InvalidInput,))
     found = manifests(tmp_path)
     for arm in ("main", "v2"):
