@@ -496,7 +496,7 @@ def test_an_epoch_counts_once_it_is_like_the_last(images: Images, more: dict[str
     assert fitted.best.epoch == first
 
 
-@pytest.mark.parametrize("after", [5, 19, 28])
+@pytest.mark.parametrize("after", [2, 7, 11])
 def test_early_stopping_survives_a_kill(images: Images, tmp_path: Path, after: int) -> None:
     """In the first pass, after the best one, and in the last before it stops."""
     answers = {1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5}
@@ -513,7 +513,7 @@ def test_early_stopping_survives_a_kill(images: Images, tmp_path: Path, after: i
     def tick(number: int, values: Any) -> None:
         nonlocal steps
         steps += number
-        if steps == after * len(images) // 8 // (len(images) // 8):
+        if steps == after:
             raise Killed
 
     expected = run()
