@@ -654,7 +654,7 @@ STAGE = Stage(
     reads=(Reads("tickets", "tickets", optional=True),),
     writes="model",
     manual=__doc__,
-    packages=("torch", "timm", "numpy"),
+    packages=("torch", "timm", "numpy", "nncf"),
     uses=frozenset({"data", "model", "seed", "device"}),
     references=_references,
     coherent=coherent,
