@@ -139,7 +139,7 @@ class PruneConfig(Config):
     batch_size: int = Field(
         16,
         ge=1,
-        description="images a pass: 16 of 224 px through a DeiT-B take 3 GB; importance hessian passes them back singly",
+        description="images a pass: 16 of 224 px through a DeiT-B take 3 GB; importance hessian takes them singly",
     )
 
     @model_validator(mode="after")
@@ -174,7 +174,8 @@ def run(ctx: Context) -> None:
         calibration.squared_gradients(network)
     with ctx.progress.task("scoring and cutting", 2) as task:
         if config.importance == "trained":
-            scores = score(judged(network, ctx.inputs["model"].root, f"model {ctx.inputs['model'].ref}"), "taylor", ctx.seed)
+            artifact = ctx.inputs["model"]
+            scores = score(judged(network, artifact.root, f"model {artifact.ref}"), "taylor", ctx.seed)
         else:
             scores = score(network, config.importance, ctx.seed)
         task.advance()
