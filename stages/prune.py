@@ -58,8 +58,7 @@ if TYPE_CHECKING:
     from .vision.architecture import Architecture, SwinArchitecture
     from .vision.dataset import Splits
     from .vision.network import Network
-    from .vision.preprocessing import Preprocessing
-    from .vision.training import Normaliser
+    from .vision.preprocessing import Normaliser, Preprocessing
 
 
 class Target(Settings):
