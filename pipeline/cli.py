@@ -20,6 +20,7 @@ from . import cli_run, cli_store, manual, options
 from .console import Console
 from .errors import InputError, Interrupted, SievitError, UsageError
 from .session import Session, input_error
+from .team import Elsewhere, Team
 
 if TYPE_CHECKING:
     from .stage import Stage
@@ -45,13 +46,14 @@ def build_app(
     console: Console | None = None,
     commands: Mapping[str, Callable[..., None]] = {},
     alone: str | None = None,
+    team: Team | None = None,
 ) -> typer.Typer:
     """The whole command line. `commands` stand in for the plain command of the stage that they are named after.
 
     alone: the one command that will be called. Typer looks at the signature of every command that it is told of, so the
-    others are left out; an unknown name leaves out none.
+    others are left out; an unknown name leaves out none. team: the processes that run the command.
     """
-    session = Session(tuple(stages), invalid_input, console or Console())
+    session = Session(tuple(stages), invalid_input, console or Console(), team or Team())
     app = typer.Typer(cls=manual.Group, context_settings={"obj": session}, rich_markup_mode=None, help=OVERVIEW)
     app.callback(invoke_without_command=True)(_sievit)
     found = list(_commands(stages, commands))
@@ -79,13 +81,14 @@ def execute(
     arguments: Sequence[str],
     *,
     commands: Mapping[str, Callable[..., None]] = {},
+    team: Team | None = None,
 ) -> int:
     """Run one command line and return its exit code. The one place where errors become text."""
     console = Console(json="--json" in arguments, debug="--debug" in arguments)
     _open_streams()
     try:
         alone = arguments[0] if arguments else None
-        app = build_app(stages, invalid_input, console=console, commands=commands, alone=alone)
+        app = build_app(stages, invalid_input, console=console, commands=commands, alone=alone, team=team)
         code = _invoke(app, invalid_input, arguments, console)
         sys.stdout.flush()
     except (OSError, SystemExit) as error:
@@ -115,6 +118,8 @@ def _invoke(
     try:
         command = typer.main.get_command(app)
         code = command.main(args=list(arguments), prog_name="sievit", standalone_mode=False)
+    except Elsewhere as ran:
+        return ran.code
     except SievitError as error:
         return console.close(error)
     except typer.TyperException as error:  # a wrong option, command or value

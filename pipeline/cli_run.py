@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
@@ -50,18 +50,22 @@ def run(
         raise UsageError("--only and --until exclude each other", hint="see: sievit run --help")
     planned = session.plan(pipeline, set_)
     began, began_at = time.monotonic(), records.now()
+    display = _display(session.console, quiet)
+    asked: _Asked = {"until": until, "only": (only,) if only else (), "arms": (arm,) if arm else (), "force": force}
+    if session.team.starts(planned.spec.launch):
+        nodes = runner.ahead(planned, place, progress=display, invalid_input=session.invalid_input, **asked)
+        if any(node.stage.shares for node in nodes):
+            session.start(planned)
     try:
         with results_only():
             record = runner.run(
                 planned,
                 place,
-                progress=_display(session.console, quiet),
+                progress=display,
                 invalid_input=session.invalid_input,
-                until=until,
-                only=(only,) if only else (),
-                arms=(arm,) if arm else (),
-                force=force,
                 wait_s=wait,
+                team=session.team,
+                **asked,
             )
     except SievitError:
         _report_of_failure(session, planned, place, began_at)
@@ -70,6 +74,15 @@ def run(
     session.console.result(document, views.outcome)
     if missed := records.missed_gates(record):
         raise missed
+
+
+class _Asked(TypedDict):
+    """Which part of a pipeline is asked for."""
+
+    until: str | None
+    only: tuple[str, ...]
+    arms: tuple[str, ...]
+    force: bool
 
 
 def _display(console: Console, quiet: bool) -> Display:
@@ -253,16 +266,22 @@ def run_stage(
     planned = session.plan(pipeline, overrides)
     require_arm(planned, arm)
     node = _node(planned, stage, arm)
+    override = _overridden(inputs)
+    if session.team.starts(planned.spec.launch) and stage.shares:
+        wrong = session.invalid_input
+        if runner.ahead_alone(planned, node, store, inputs_override=override, invalid_input=wrong, force=force):
+            session.start(planned)
     with results_only():
         record = runner.run_stage(
             planned,
             node,
             store,
             progress=_display(session.console, quiet),
-            inputs_override=_overridden(inputs),
+            inputs_override=override,
             force=force,
             invalid_input=session.invalid_input,
             wait_s=wait_s,
+            team=session.team,
         )
     found = record.node(node.arm, node.entry.name)
     document = {"run": record.id, **_stage(found), **_made(store.open(found.stage, str(found.key)))}

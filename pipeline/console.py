@@ -99,6 +99,24 @@ def results_only() -> Iterator[None]:
         os.close(kept)
 
 
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What libraries print in a process that does not speak for itself reaches nobody, in Python or below it."""
+    kept = {number: os.dup(number) for number in (STDOUT, STDERR)}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in kept:
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(nowhere)
+
+
 def _rich(stream: TextIO) -> RichConsole:
     from rich.console import Console as RichConsole
 

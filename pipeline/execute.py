@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,6 +26,7 @@ from .manifest import FIGURES, canonical
 from .progress import Notebook
 from .resolve import Inputs
 from .stage import Context, Figure, Part
+from .team import job, spent
 
 if TYPE_CHECKING:
     from .plan import Node, Plan
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .spec import ModelConfig
     from .stage import Config, Stage
     from .store import Artifact, Draft
+    from .team import Team
 
 _FIGURE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -75,6 +77,7 @@ class Setting:
     display: Display
     invalid_input: tuple[type[Exception], ...]
     command: Sequence[str]
+    team: Team
 
     @cached_property
     def command_line(self) -> str:
@@ -96,7 +99,7 @@ def execute(
     """Run the stage function in a draft and commit what it leaves. obtain: the artifact of a part of the work, and
     whether it was there.
     """
-    notebook = Notebook(setting.display)
+    notebook, launch, team = Notebook(setting.display), setting.plan.spec.launch, setting.team
     parts = Inputs()
     peaks: list[float] = []
 
@@ -106,6 +109,7 @@ def execute(
         entry = replace(node.entry, name=name, uses=stage.name, needs=(), config=config)
         artifact, cached = obtain(replace(node, stage=stage, entry=entry, inputs=(), model=model or node.model))
         parts.single[role] = artifact
+        setting.team.there(artifact, made=not cached)
         return Part(artifact, made=not cached)
 
     context = Context(
@@ -124,13 +128,18 @@ def execute(
         references=inputs.texts,
         progress=notebook,
         part=part,
+        sharding=launch.sharding,
     )
     started, clock, cpu = records.now(), time.monotonic(), host.cpu_seconds()
     host.reset_peak_memory()
     with readable(node, setting, draft):
+        told = partial(job, node, inputs, draft.work, context.base, setting.device, launch.sharding)
         with Meter(setting.device) as meter:
-            node.stage.run(context)
+            with team.at_work(node.stage, told, setting.device, _resume(node, setting)) as reports:
+                node.stage.run(context)
             joules = meter.joules() or {}
+        own = {"cpu_seconds": host.cpu_seconds() - cpu, "peak_memory_mb": max([host.peak_memory_mb(), *peaks])}
+        took = spent(reports, own)
         figures = _write_figures(context.figures, draft.out)
         return draft.commit(
             {
@@ -158,10 +167,16 @@ def execute(
                 "command": setting.command_line,
                 "started": started,
                 "seconds": round(time.monotonic() - clock, 3),
-                "cpu_seconds": round(host.cpu_seconds() - cpu, 3),
-                "peak_memory_mb": max([host.peak_memory_mb(), *peaks]),
+                "cpu_seconds": took["cpu_seconds"],
+                "peak_memory_mb": own["peak_memory_mb"],
                 "energy_cpu_j": joules.get("cpu"),
                 "energy_gpu_j": joules.get("gpu"),
+                "processes": {
+                    "count": team.size if node.stage.shares else 1,
+                    "nodes": team.nodes if node.stage.shares else 1,
+                    "sharding": launch.sharding if node.stage.shares and team.size > 1 else None,
+                    "peak_memory_mb": took["memory_mb"],
+                },
             }
         )
 
@@ -192,11 +207,7 @@ def _plain(values: dict[str, Any], name: str) -> dict[str, Any]:
 @contextmanager
 def readable(node: Node, setting: Setting, draft: Draft) -> Iterator[None]:
     """Turn whatever a stage raises into the error that its user reads, with arm and entry in it."""
-    at = f"{node.arm}/{node.entry.name}"
-    again = (
-        f"run the same command again (`{setting.command_line}`)" if setting.command else "run the same command again"
-    )
-    resume = f"{again}: finished stages are kept, and {at} goes on from its last checkpoint"
+    at, resume = f"{node.arm}/{node.entry.name}", _resume(node, setting)
     try:
         yield
     except SievitError as error:
@@ -218,6 +229,14 @@ def readable(node: Node, setting: Setting, draft: Draft) -> Iterator[None]:
         kind = type(error).__name__
         hint = "this is a fault of the stage rather than of your settings; --debug shows the traceback"
         raise SievitError(f"{at} failed with {kind}: {error}", where=at, hint=hint) from error
+
+
+def _resume(node: Node, setting: Setting) -> str:
+    again = (
+        f"run the same command again (`{setting.command_line}`)" if setting.command else "run the same command again"
+    )
+    at = f"{node.arm}/{node.entry.name}"
+    return f"{again}: finished stages are kept, and {at} goes on from its last checkpoint"
 
 
 def _disk_is_full(error: Exception) -> bool:

@@ -20,8 +20,10 @@ from .execute import Setting, Stop, execute, stoppable
 from .forecast import forecast
 from .manifest import sha256_of
 from .preflight import check_stages
+from .progress import Silent
 from .records import NodeRecord, RunRecord
 from .resolve import Facts, Inputs, Place, caveats, gather, place, sources
+from .team import Team
 
 if TYPE_CHECKING:
     from .plan import Node, Plan
@@ -42,6 +44,7 @@ def run(
     keep_going: bool = False,
     wait_s: float = 0.0,
     command: Sequence[str] | None = None,
+    team: Team | None = None,
 ) -> RunRecord:
     """Make what the plan asks for and is not there yet; return the record of the run.
 
@@ -52,6 +55,7 @@ def run(
     keep_going:    after a failure, go on with what does not depend on it; the first failure is raised at the end.
     wait_s:        how long to wait for another process that makes the same artifact.
     invalid_input: exceptions by which stages say that an input is wrong; they become InputError.
+    team:          the processes that share the work of stages; None: this one alone.
 
     SievitError and its kin: what failed. The record on the disk says how far the run came.
     """
@@ -59,17 +63,39 @@ def run(
     with stoppable():
         facts = Facts(plan, store, progress)
         asked = {place(node) for node in chosen}
-        ahead = forecast(plan, store, force=force, facts=facts)
-        will_run = [one.node for one in ahead if one.state in ("run", "unknown") and place(one.node) in asked]
-        check_stages(plan, will_run, store, invalid_input)
+        check_stages(plan, _will_run(plan, store, facts, asked, force), store, invalid_input)
         for note in caveats(plan):
             progress.note(note)
         with store.in_use():
-            pass_ = _Pass(plan, store, facts, progress, invalid_input, force, wait_s, command or sys.argv)
+            pass_ = _Pass(plan, store, facts, progress, invalid_input, force, wait_s, command or sys.argv, team)
             pass_.record.touched = asked
             with pass_.recorded(), progress.run(len(chosen)):
                 pass_.go_through(chosen, may_make=wanted if only else None, keep_going=keep_going)
     return pass_.record
+
+
+def ahead(
+    plan: Plan,
+    store: Store,
+    *,
+    progress: Display,
+    invalid_input: tuple[type[Exception], ...] = (),
+    until: str | None = None,
+    only: Sequence[str] = (),
+    arms: Sequence[str] = (),
+    force: bool = False,
+) -> list[Node]:
+    """The nodes that `run` would make, checked as it checks them."""
+    _, chosen = select(plan, until=until, only=only, arms=arms)
+    asked = {place(node) for node in chosen}
+    nodes = _will_run(plan, store, Facts(plan, store, progress), asked, force)
+    check_stages(plan, nodes, store, invalid_input)
+    return nodes
+
+
+def _will_run(plan: Plan, store: Store, facts: Facts, asked: Collection[Place], force: bool) -> list[Node]:
+    found = forecast(plan, store, force=force, facts=facts)
+    return [one.node for one in found if one.state in ("run", "unknown") and place(one.node) in asked]
 
 
 def run_stage(
@@ -83,6 +109,7 @@ def run_stage(
     force: bool = False,
     wait_s: float = 0.0,
     command: Sequence[str] | None = None,
+    team: Team | None = None,
 ) -> RunRecord:
     """Run one node by itself, on the newest artifacts of the stages before it.
 
@@ -95,15 +122,46 @@ def run_stage(
     """
     with stoppable():
         facts = Facts(plan, store, progress)
-        inputs = inputs_alone(plan, node, store, inputs_override or {}, progress)
-        if force or store.find(node.stage.name, keys.key_of(facts.material(node, inputs))) is None:
-            check_stages(plan, [node], store, invalid_input, inputs)
+        inputs, _ = _alone(plan, node, store, facts, inputs_override or {}, progress, invalid_input, force)
         with store.in_use():
-            pass_ = _Pass(plan, store, facts, progress, invalid_input, force, wait_s, command or sys.argv)
+            pass_ = _Pass(plan, store, facts, progress, invalid_input, force, wait_s, command or sys.argv, team)
             pass_.record.touched = {place(node)}
             with pass_.recorded(), progress.run(1):
                 pass_.make(1, node, inputs, may_make=True)
     return pass_.record
+
+
+def ahead_alone(
+    plan: Plan,
+    node: Node,
+    store: Store,
+    *,
+    inputs_override: Mapping[str, str] | None = None,
+    invalid_input: tuple[type[Exception], ...] = (),
+    force: bool = False,
+) -> bool:
+    """Whether `run_stage` would make something, checked as it checks it."""
+    silent = Silent()
+    facts = Facts(plan, store, silent)
+    return _alone(plan, node, store, facts, inputs_override or {}, silent, invalid_input, force)[1]
+
+
+def _alone(
+    plan: Plan,
+    node: Node,
+    store: Store,
+    facts: Facts,
+    override: Mapping[str, str],
+    progress: Display,
+    invalid_input: tuple[type[Exception], ...],
+    force: bool,
+) -> tuple[Inputs, bool]:
+    """(the inputs of a node that is run by itself, whether it has to be made)."""
+    inputs = inputs_alone(plan, node, store, override, progress)
+    missing = force or store.find(node.stage.name, keys.key_of(facts.material(node, inputs))) is None
+    if missing:
+        check_stages(plan, [node], store, invalid_input, inputs)
+    return inputs, missing
 
 
 def select(
@@ -156,6 +214,7 @@ class _Pass:
         force: bool,
         wait_s: float,
         command: Sequence[str],
+        team: Team | None,
     ) -> None:
         self.plan = plan
         self.store = store
@@ -163,7 +222,7 @@ class _Pass:
         self.force = force
         self.wait_s = wait_s
         self.facts = facts
-        self.setting = Setting(plan, self.facts.device, display, invalid_input, command)
+        self.setting = Setting(plan, self.facts.device, display, invalid_input, command, team or Team())
         self.made: dict[Place, Artifact] = {}
         self.record = _new_record(plan, self.facts, self.setting.command_line)
         self._verified: set[tuple[str, str, str]] = set()

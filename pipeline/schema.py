@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from .settings import DataConfig, GatesConfig, ModelConfig
+from .settings import DataConfig, GatesConfig, LaunchConfig, ModelConfig
 from .stage import JSON, Config, Stage
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -19,7 +19,7 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 def schema_of(stages: Sequence[Stage]) -> dict[str, JSON]:
     """A JSON schema (draft 2020-12) of the whole file, from the configs of these stages."""
-    configs: list[type[Config]] = [DataConfig, ModelConfig, GatesConfig, *(s.config for s in stages)]
+    configs: list[type[Config]] = [DataConfig, ModelConfig, GatesConfig, LaunchConfig, *(s.config for s in stages)]
     unique = list(dict.fromkeys(configs))
     refs, bundle = models_json_schema([(c, "validation") for c in unique], ref_template="#/$defs/{model}")
     definitions: dict[str, Any] = bundle["$defs"]
@@ -55,6 +55,7 @@ def schema_of(stages: Sequence[Stage]) -> dict[str, JSON]:
                 "description": "instead of seed: all arms under each of them",
             },
             "device": {"enum": ["auto", "cpu", "cuda"], "default": "auto"},
+            "launch": _or_null(_ref(names[LaunchConfig])),
             "data": _or_null(_ref(names[DataConfig])),
             "model": _or_null(_ref(names[ModelConfig])),
             "stages": {

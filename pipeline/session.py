@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
 from .console import Console
-from .diagnostics import suggest
+from .diagnostics import located, suggest
 from .errors import InputError, UsageError
+from .team import Elsewhere, Team
 
 if TYPE_CHECKING:
+    from .diagnostics import Span
     from .plan import Plan
+    from .spec import PipelineSpec
     from .stage import Stage
     from .store import Store
 
@@ -24,11 +27,14 @@ DEFAULT_STORE = Path("artifacts")
 
 @dataclass(frozen=True)
 class Session:
-    """One command line. invalid_input: what stages raise when what the user gave them is wrong."""
+    """One command line. invalid_input: what stages raise when what the user gave them is wrong. team: the processes
+    that run it.
+    """
 
     stages: tuple[Stage, ...]
     invalid_input: tuple[type[Exception], ...]
     console: Console
+    team: Team = field(default_factory=Team)
 
     def plan(self, pipeline: Path, overrides: Sequence[str] = ()) -> Plan:
         """The validated plan of a pipeline file. SpecError when it or an override is wrong; nothing is written."""
@@ -36,9 +42,41 @@ class Session:
         from .preflight import check_settings
         from .spec import load_pipeline
 
-        plan = make_plan(load_pipeline(pipeline, self.stages, overrides), self.stages)
+        spec = _of_processes(load_pipeline(pipeline, self.stages, overrides), self.team)
+        plan = make_plan(spec, self.stages)
         check_settings(plan, self.invalid_input)
         return plan
+
+    def start(self, plan: Plan) -> NoReturn:
+        """Run this command in the processes that a pipeline asks for. Raises: Elsewhere, when they have ended."""
+        from . import host
+
+        spec = plan.spec
+        try:
+            code = self.team.start(spec.launch, host.device(spec.device))
+        except self.invalid_input as error:
+            raise located(str(error), _launch_of(spec), str(getattr(error, "hint", ""))) from error
+        raise Elsewhere(code)
+
+
+def _of_processes(spec: PipelineSpec, team: Team) -> PipelineSpec:
+    """The pipeline as the processes run it that are there already. SpecError: it asks for another number."""
+    launch = spec.launch
+    if team.size == 1 or launch.total == team.size:
+        return spec
+    if launch.total == 1:
+        there = {"processes": team.size // team.nodes, "nodes": team.nodes}
+        return replace(spec, launch=launch.model_copy(update=there))
+    raise located(
+        f"launch asks for {launch.total} processes, and {team.size} were started",
+        _launch_of(spec),
+        "start as many as it says, or leave processes and nodes out to take those that there are",
+    )
+
+
+def _launch_of(spec: PipelineSpec) -> Span:
+    node = spec.root.mapping["launch"]
+    return node.keys.get("processes", spec.root.keys["launch"])
 
 
 def session_of(context: typer.Context) -> Session:

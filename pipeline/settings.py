@@ -1,4 +1,4 @@
-"""The sections of pipeline.yaml that belong to no stage: the images, the network to start from, and the gates."""
+"""The sections of pipeline.yaml that belong to no stage: the images, the network to start from, gates, processes."""
 
 from __future__ import annotations
 
@@ -85,3 +85,39 @@ class GatesConfig(Config):
 
     accuracy_drop: float | None = Field(default=None, ge=0, le=1, description="largest top-1 fraction lost")
     speedup: float | None = Field(default=None, gt=0, description="smallest ratio of the p50 latencies, dense / main")
+
+
+class LaunchConfig(Config):
+    """The processes that share the work of training, scoring and evaluation. Part of no key: whatever their number, a
+    step sees the same batch.
+    """
+
+    processes: int = Field(default=1, ge=1, le=1024, description="processes on each machine; on cuda one a GPU")
+    nodes: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="machines that share the folder of artifacts; each starts the same command",
+    )
+    rendezvous: Annotated[str, Field(pattern=r"^[^\s:/]+:\d{1,5}$")] | None = Field(
+        default=None, description="host:port on one of the machines that all of them reach; needed with nodes"
+    )
+    sharding: Literal["ddp", "fsdp2"] = Field(
+        default="ddp",
+        description="ddp: every process holds the whole network; fsdp2: weights and moments are divided among them",
+    )
+
+    @property
+    def total(self) -> int:
+        """Processes on all machines together."""
+        return self.processes * self.nodes
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if self.nodes > 1 and self.rendezvous is None:
+            raise ValueError("rendezvous: several nodes must know where to meet; give host:port of one of them")
+        if self.nodes == 1 and self.rendezvous is not None:
+            raise ValueError("rendezvous: has no effect on one machine; leave it out, or give nodes")
+        if self.sharding == "fsdp2" and self.total == 1:
+            raise ValueError("sharding: fsdp2 divides a network among processes, and there is one; give processes")
+        return self

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .store import Artifact
 
 Kind = Literal["tickets", "model", "onnx", "measurement", "evaluation"]
+Sharding = Literal["ddp", "fsdp2"]
 JSON = Any  # a value that json.dumps accepts
 
 
@@ -52,6 +53,7 @@ class Preflight:
     inputs: role -> an artifact that is there already: named as train@7, or handed to a stage command.
     base:   the folder of pipeline.yaml.
     device: "cpu" or "cuda", what it will compute on.
+    processes, sharding: of the file's launch block.
     """
 
     config: Any
@@ -61,6 +63,8 @@ class Preflight:
     arm: str
     entry: str
     base: Path
+    processes: int = 1
+    sharding: Sharding = "ddp"
     reads: Mapping[str, Preflight] = field(default_factory=dict)
     many: Mapping[str, Sequence[Preflight]] = field(default_factory=dict)
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
@@ -99,6 +103,7 @@ class Stage:
     packages: tuple[str, ...] = ()  # distributions whose version changes the numbers
     uses: frozenset[Literal["data", "model", "device", "host", "seed"]] = frozenset({"data", "seed", "device"})
     across_arms: bool = False  # stands once for the pipeline, reads the files of all arms
+    shares: bool = False  # its function can be run by several processes at once, each with a share of the images
     # Further inputs that a config field names, role -> the text of the field. The text is a stage of this pipeline, an
     # artifact reference (train@7), or "timm:<model name>", which the engine leaves to the stage.
     references: Callable[[Any], Mapping[str, str]] = lambda config: {}
@@ -184,6 +189,9 @@ class Context:
     work:  survives a kill; checkpoints go here, each written to a temporary name, synced, then renamed. Removed after
            commit.
     base:  the folder of pipeline.yaml; relative paths in the config are meant from there.
+
+    Where several processes run a function that shares its work, what the first of them leaves is kept: the others have
+    an `out` of their own that is thrown away, and may read `work` but never write it.
     """
 
     config: Any
@@ -204,6 +212,7 @@ class Context:
     ledger: dict[str, JSON] = field(default_factory=dict)  # what it cost; goes into the manifest
     figures: list[Figure] = field(default_factory=list)
     part: PartOf = _no_store
+    sharding: Sharding = "ddp"  # how several processes hold a network
 
     def figure(self, name: str, svg: str, *, title: str, caption: str = "") -> None:
         """Keep a picture (SVG text) with the artifact; the report shows it. Not part of the content digest."""

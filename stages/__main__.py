@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -15,9 +17,11 @@ from sievit.pipeline import options
 from sievit.pipeline.cli import execute
 from sievit.pipeline.cli_run import run_stage
 from sievit.pipeline.console import results_only
-from sievit.pipeline.errors import UsageError
+from sievit.pipeline.errors import Interrupted, SievitError, Terminated, UsageError
 from sievit.pipeline.progress import choose
 from sievit.pipeline.session import DEFAULT_PIPELINE, session_of, store_of
+from sievit.pipeline.settings import LaunchConfig
+from sievit.pipeline.team import Team, follow
 
 from . import benchmark, export, finetune, matrix, prune, quantize, ticket, train
 from .methods import InvalidInput
@@ -109,8 +113,42 @@ def measure(
 
 
 def main() -> int:
-    """The console script. Returns the exit code."""
-    return execute(STAGES, (InvalidInput,), sys.argv[1:], commands={"benchmark": measure})
+    """The console script. Returns the exit code.
+
+    Of several processes that torchrun has started the first is the engine, and the others follow it.
+    """
+    arguments = sys.argv[1:]
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        return _command(arguments, Team(start=partial(_start, arguments)))
+    if not arguments or arguments[0] not in ("run", *(stage.name for stage in STAGES)):
+        return 0 if int(os.environ["RANK"]) else _command(arguments, Team())
+
+    from .vision.team import Together
+
+    with Together() as channel:
+        if channel.rank:
+            return follow(channel, STAGES, (InvalidInput,))
+        team, code = Team(channel), SievitError.exit_code
+        try:
+            code = _command(arguments, team)
+        finally:
+            team.end(code)
+        return code
+
+
+def _command(arguments: list[str], team: Team) -> int:
+    return execute(STAGES, (InvalidInput,), arguments, commands={"benchmark": measure}, team=team)
+
+
+def _start(arguments: list[str], launch: LaunchConfig, device: str) -> int:
+    """Run the command in as many processes, on torch's launcher."""
+    from .vision.team import start
+
+    code, unsaid = start(arguments, launch.processes, launch.nodes, launch.rendezvous, device)
+    if unsaid:
+        kind = {Interrupted.exit_code: Interrupted, Terminated.exit_code: Terminated}.get(code, SievitError)
+        raise kind(unsaid, hint="run the same command again: it goes on from the last checkpoint")
+    return code
 
 
 if __name__ == "__main__":

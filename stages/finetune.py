@@ -28,7 +28,7 @@ from pydantic import Field, model_validator
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 from .vision.mask_settings import Hold
-from .vision.recipe import Recipe, Settings, StopEarly, check_stop
+from .vision.recipe import Recipe, Settings, StopEarly, check_processes, check_stop, looks_at_whole_tensors
 from .vision.token_settings import Tokens
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def run(ctx: Context) -> None:
             stop=config.stop_early,
             checkpoint=ctx.work / "training.safetensors",
             tick=lambda n, values: task.advance(n, **values),
+            sharding=ctx.sharding,
         )
     network = fitted.network
     reports.tell(fitted, ctx.metrics, ctx.progress)
@@ -150,11 +151,14 @@ def run(ctx: Context) -> None:
 
 
 def coherent(seen: Preflight) -> None:
-    """Refuse to hold zeros where nothing before this stage made any."""
+    """Refuse a batch that the processes cannot share, and to hold zeros where nothing before this stage made any."""
     from .methods import InvalidInput
 
+    check_processes(seen.config, seen.processes, seen.sharding, f"stages.{seen.entry}")
     if seen.config.masks is None:
         return
+    if seen.processes > 1 and seen.sharding == "fsdp2":
+        raise looks_at_whole_tensors(seen.at("masks"))
     made = seen.reads.get("model")
     while made is not None and not hasattr(made.config, "masks"):
         made = made.reads.get("model")  # prune hands on what it was given
@@ -282,6 +286,7 @@ STAGE = Stage(
     manual=__doc__,
     packages=("torch", "timm", "numpy"),
     uses=frozenset({"data", "seed", "device"}),
+    shares=True,
     references=_references,
     coherent=coherent,
     idle=idle,

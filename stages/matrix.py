@@ -340,5 +340,6 @@ STAGE = Stage(
     packages=("torch", "timm", "numpy", "scipy"),
     uses=frozenset({"data", "seed", "device"}),
     across_arms=True,
+    shares=True,
     coherent=_coherent,
 )

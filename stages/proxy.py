@@ -92,6 +92,7 @@ def run(ctx: Context) -> None:
             work=ctx.work,
             out=ctx.out,
             tick=lambda n, values: task.advance(n, **values),
+            sharding=ctx.sharding,
         )
     save_network(fitted.network, ctx.out)
     preprocessing.save(ctx.out)
@@ -114,4 +115,5 @@ STAGE = Stage(
     manual=__doc__,
     packages=("torch", "timm", "numpy"),
     uses=frozenset({"data", "model", "seed", "device"}),
+    shares=True,
 )

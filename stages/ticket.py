@@ -53,6 +53,7 @@ from sievit.pipeline.stage import Config, Context, Preflight, Stage
 from . import proxy
 from .proxy import Proxy
 from .vision.patch_settings import Patches, Selector
+from .vision.recipe import check_processes
 from .vision.scoring import Examples
 
 if TYPE_CHECKING:
@@ -312,6 +313,7 @@ class _Proxies:
                     normalise=preprocessing.normaliser(self.device),
                     checkpoint=self.ctx.work / "selector.safetensors",
                     tick=lambda n, values: task.advance(n, **values),
+                    sharding=self.ctx.sharding,
                 )
             dropping = fitted.network
             self.images += fitted.images
@@ -371,6 +373,13 @@ def _fine_print(cost: TicketCost, spent: float) -> str:
     if spent:
         text += f"; all of this stage, training included, pays after {spent / (cost.dense - cost.cached):.2g} epochs"
     return text
+
+
+def coherent(seen: Preflight) -> None:
+    """Refuse batches of proxies and selectors that the processes cannot share."""
+    config: TicketConfig = seen.config
+    if config.scored or (config.selected and (config.selector.source is None or config.selector.adaptation)):
+        check_processes(config.proxy, seen.processes, seen.sharding, seen.at("proxy"))
 
 
 def idle(seen: Preflight) -> dict[str, str]:
@@ -461,8 +470,10 @@ STAGE = Stage(
     manual=__doc__,
     packages=("torch", "timm", "numpy"),
     uses=frozenset({"data", "model", "seed", "device"}),
+    shares=True,
     references=_references,
     compare=_compare,
+    coherent=coherent,
     idle=idle,
     preflight=preflight,
 )

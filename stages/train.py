@@ -91,7 +91,7 @@ from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 from .vision.example_settings import ExamplePolicy, InfoBatch, Swap, check_examples
 from .vision.loss_settings import Penalty, TokenLabels
 from .vision.mask_settings import Essential, Hold, Magnitude, MaskSettings, Pattern, Soup, check_masks
-from .vision.recipe import Recipe, StopEarly, check_compile, check_stop
+from .vision.recipe import Recipe, StopEarly, check_compile, check_processes, check_stop, looks_at_whole_tensors
 from .vision.token_settings import Connected, Tokens, check_connected
 
 if TYPE_CHECKING:
@@ -303,6 +303,7 @@ def run(ctx: Context) -> None:
             stop=config.stop_early,
             checkpoint=ctx.work / "training.safetensors",
             tick=lambda n, values: task.advance(n, **values),
+            sharding=ctx.sharding,
         )
     network = fitted.network
     rates = mask_search.cut_after(
@@ -511,10 +512,16 @@ def _objective(config: TrainConfig) -> Objective:
 
 
 def coherent(seen: Preflight) -> None:
-    """Refuse cutmix on patch tickets that know one image, and a sweep on a network that knows nothing."""
+    """Refuse a batch that the processes cannot share, cutmix on patch tickets that know one image, and a sweep on a
+    network that knows nothing.
+    """
     from .methods import InvalidInput
 
     config: TrainConfig = seen.config
+    check_processes(config, seen.processes, seen.sharding, f"stages.{seen.entry}")
+    for name in ("masks", "weights") if seen.processes > 1 and seen.sharding == "fsdp2" else ():
+        if getattr(config, name) is not None:
+            raise looks_at_whole_tensors(seen.at(name))
     trained = seen.model.pretrained or seen.model.weights is not None or config.start is not None
     if isinstance(config.masks, Essential | Soup | Hold) and not trained:
         what = {"essential": "tries what", "soup": "joins masks of what", "hold": "keeps what"}[config.masks.method]
@@ -656,6 +663,7 @@ STAGE = Stage(
     manual=__doc__,
     packages=("torch", "timm", "numpy", "nncf"),
     uses=frozenset({"data", "model", "seed", "device"}),
+    shares=True,
     references=_references,
     coherent=coherent,
     idle=idle,

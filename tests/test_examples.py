@@ -325,12 +325,13 @@ def story(settings: Any, seed: int, log: list[list[int]]) -> list[dict[str, Any]
         ids = policy.begin(epoch).ids
         order = np.random.default_rng(epoch).permutation(ids)
         order = order[: len(order) // 2 * 2]
-        own, size = processes.part(order, BATCH)
-        for start in range(0, len(own), size):
-            batch = own[start : start + size]
+        for start in range(0, len(order), BATCH):
+            whole = order[start : start + BATCH]
+            rows = processes.share(len(whole))
+            batch = whole[rows.rows[: rows.own]]
             log.append(batch.tolist())
-            facts = [np.random.default_rng([i, epoch]).random(3) for i in batch.tolist()]
-            correct, losses, variance = (np.array([f[k] for f in facts], np.float32) for k in range(3))
+            facts = np.array([np.random.default_rng([i, epoch]).random(3) for i in batch.tolist()]).reshape(-1, 3)
+            correct, losses, variance = facts.astype(np.float32).T
             policy.observe(Seen(batch, correct > 0.4, losses, variance, 1.0))
         policy.end(epoch)
     return policy.history()
@@ -347,7 +348,7 @@ def in_a_process(number: int, folder: str, rank: int = 1) -> None:
             # The second process would draw otherwise: they agree only if the first one's decisions are all that counts.
             result[name] = {"history": story(ALL[name], SEED + rank, log), "log": log}
         with pytest.raises(InvalidInput, match="5 cannot be divided by 2"):
-            processes.part(np.arange(9), 5)
+            processes.check_batch(5)
         Path(folder, f"{rank}.json").write_text(json.dumps(result))
     finally:
         dist.destroy_process_group()

@@ -35,6 +35,7 @@ from sievit.stages.vision.loss_settings import TokenLabels
 from sievit.stages.vision.network import create
 from sievit.stages.vision.patches import Cached
 from sievit.stages.vision.preprocessing import Preprocessing
+from sievit.stages.vision.processes import share
 from sievit.stages.vision.recipe import Augmentation, Recipe
 from sievit.stages.vision.training import fit
 from sievit.stages.vision.weights import load_network, save_network
@@ -90,9 +91,9 @@ def test_a_ticket_of_all_patches_changes_nothing_in_the_loss() -> None:
     every = torch.arange(16).expand(4, -1)
     objective = _objective(TrainConfig(epochs=1, token_labels=TokenLabels(source="train@1", weight=0.7)))
     targets = soft(4, 5, seed=1)
-    whole = objective(net, Batch(x, targets, None, torch.arange(4), np.arange(4), None, 1.0, labels))
+    whole = objective(net, Batch(x, targets, None, torch.arange(4), np.arange(4), None, 1.0, share(4), 4, labels))
     ticketed = objective(
-        net, Batch(x, targets, every, torch.arange(4), np.arange(4), None, 1.0, labels_of(labels, every))
+        net, Batch(x, targets, every, torch.arange(4), np.arange(4), None, 1.0, share(4), 4, labels_of(labels, every))
     )
     of_class, of_patches = net(x)
     by_hand = -(targets * of_class.log_softmax(1)).sum(1).mean()

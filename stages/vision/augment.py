@@ -4,6 +4,9 @@ Shift, zoom and flip are one affine map per image, applied by one grid_sample; `
 the caller, which maps ranks through it. RandAugment is timm's, image by image on the CPU before that; its geometric
 operations would move patches without saying where, so with patch tickets only the colour operations are used. Mixup
 and cutmix are timm's.
+
+Draws are those of the whole batch, of which a process may compute some rows only: vectors of one draw for each image,
+or a seed for each where an image takes as many draws as it likes.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from timm.data.auto_augment import RandAugment, rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
+from .processes import Share
 from .recipe import Augmentation
 
 COLOUR_OPERATIONS = (
@@ -34,23 +38,31 @@ class Augmenter:
         self.size = size
         self.rand = None if settings.rand is None else _rand(settings.rand, size, colour_only)
 
-    def __call__(self, pixels: np.ndarray, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Args: pixels (B, S, S, 3) uint8; generator on the CPU.
+    def __call__(
+        self, pixels: np.ndarray, generator: torch.Generator, device: torch.device, share: Share | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Args: pixels (B, S, S, 3) uint8; generator on the CPU; share: which rows of a larger batch these are.
         Returns: views (B, 3, S, S) float32 in [0, 1]; theta (B, 2, 3), view to image coordinates in [-1, 1]."""
+        batch = len(pixels) if share is None else share.count
+        rows = torch.arange(batch) if share is None else torch.from_numpy(share.rows)
         if self.rand is not None:
-            # timm draws from Python's and numpy's global generators: seeded from ours, a resumed run draws the same.
-            seed = int(torch.randint(2**31, (1,), generator=generator))
-            random.seed(seed)
-            np.random.seed(seed)
-            pixels = np.stack([np.asarray(self.rand(Image.fromarray(image))) for image in pixels])
+            seeds = torch.randint(2**31, (batch,), generator=generator)[rows].tolist()
+            pixels = np.stack([self._rand(image, seed) for image, seed in zip(pixels, seeds, strict=True)])
         images = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2).float().div_(255.0)
-        theta = self._theta(len(pixels), generator)
+        theta = self._theta(batch, generator)[rows]
         if self.settings.shift or self.settings.flip or self.settings.zoom < 1:
             grid = torch.nn.functional.affine_grid(theta.to(device), list(images.shape), align_corners=False)
             images = torch.nn.functional.grid_sample(images, grid, mode="bilinear", align_corners=False)
         if self.settings.erase:
-            images = self._erase(images, generator)
+            images = self._erase(images, batch, rows, generator)
         return images, theta
+
+    def _rand(self, image: np.ndarray, seed: int) -> np.ndarray:
+        """timm draws from Python's and numpy's global generators: seeded from ours, a resumed run draws the same."""
+        assert self.rand is not None
+        random.seed(seed)
+        np.random.seed(seed)
+        return np.asarray(self.rand(Image.fromarray(image)))
 
     def _theta(self, batch: int, generator: torch.Generator) -> Tensor:
         """(B, 2, 3). A shift without zoom is a whole number of pixels, so that it moves pixels and does not blur
@@ -71,10 +83,11 @@ class Augmenter:
         theta[:, :, 2] = pixels * 2 / self.size + wander
         return theta
 
-    def _erase(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _erase(self, images: Tensor, batch: int, rows: Tensor, generator: torch.Generator) -> Tensor:
         """A box of noise over 2% to 20% of some images (Zhong et al. 2020)."""
-        for image in images:
-            draw = torch.rand(5, generator=generator).tolist()
+        draws = torch.rand(batch, 5, generator=generator)[rows].tolist()
+        seeds = torch.randint(2**31, (batch,), generator=generator)[rows].tolist()
+        for image, draw, seed in zip(images, draws, seeds, strict=True):
             if draw[0] >= self.settings.erase:
                 continue
             area = (0.02 + 0.18 * draw[1]) * self.size**2
@@ -82,7 +95,7 @@ class Augmenter:
             high = min(self.size, max(1, round((area * aspect) ** 0.5)))
             wide = min(self.size, max(1, round((area / aspect) ** 0.5)))
             top, left = int(draw[3] * (self.size - high + 1)), int(draw[4] * (self.size - wide + 1))
-            noise = torch.rand(image.shape[0], high, wide, generator=generator)
+            noise = torch.rand(image.shape[0], high, wide, generator=torch.Generator().manual_seed(seed))
             image[:, top : top + high, left : left + wide] = noise.to(image.device)
         return images
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..methods.patch_tickets import kept_patches
+from . import processes
 from .dataset import Images
 from .network import Network
 from .preprocessing import Normaliser
@@ -24,21 +27,26 @@ def logits(
     batch: int = 256,
 ) -> Tensor:
     """(M, K) float32 on the CPU, in the order of the split; with ranks (M, N), the best `patches` of each image
-    only.
+    only. Several processes share the work, and each gets all answers.
     """
     training = network.training
     network.eval()
-    parts, done = [], 0
-    for pixels in images.batches(np.arange(len(images)), batch):
-        views = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2).float().div_(255.0)
-        kept = None
-        if ranks is not None and patches is not None:
-            rows = torch.from_numpy(ranks[done : done + len(pixels)].astype(np.int64))
-            kept = kept_patches(rows, patches).to(device)
-        parts.append(network(normalise(views), kept).float().cpu())
-        done += len(pixels)
+    order, turns = processes.dealt(len(images), batch)
+
+    def answers() -> Iterator[np.ndarray]:
+        done = 0
+        for pixels in images.batches(order, batch):
+            views = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2).float().div_(255.0)
+            kept = None
+            if ranks is not None and patches is not None:
+                rows = torch.from_numpy(ranks[order[done : done + len(pixels)]].astype(np.int64))
+                kept = kept_patches(rows, patches).to(device)
+            yield network(normalise(views), kept).float().cpu().numpy()
+            done += len(pixels)
+
+    found = np.concatenate(list(processes.in_order(answers(), turns)))
     network.train(training)
-    return torch.cat(parts)
+    return torch.from_numpy(found.astype(np.float32))
 
 
 def top1(

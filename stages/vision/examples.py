@@ -45,6 +45,11 @@ class Seen:
     variance: np.ndarray  # float32, across patch tokens of the last block's attention; zeros unless asked for
     share: float  # part of each view that is the example's own; 1 unless mixed
 
+    def first(self, count: int) -> Seen:
+        """Of the first so many examples."""
+        ids, correct, losses, variance = self.ids, self.correct, self.losses, self.variance
+        return Seen(ids[:count], correct[:count], losses[:count], variance[:count], self.share)
+
 
 class Policy(Protocol):
     """What the loop knows of a policy.

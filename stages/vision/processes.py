@@ -1,41 +1,78 @@
-"""What several training processes tell each other about examples. In a single process nothing is sent.
+"""Several processes that work on one thing: which part of it is whose, and what they tell each other about it. In a
+single process nothing is sent.
 
-A pool of examples is one global pool: every process trains on its part of each batch, all of them see the statistics of
-all of them, and what the first one decides is what all of them do. (Tri-Level E-ViT's code draws and swaps on every
-GPU alone, so that each trains on another subset.) Gradients are not averaged here.
+A step of so many processes is the step of one: they draw alike for the whole batch, each computes its rows of it, and
+gradients are averaged so that every row counts the same. A pool of examples is one global pool: all processes see the
+statistics of all of them, and what the first one decides is what all of them do. (Tri-Level E-ViT's code draws and
+swaps on every GPU alone, so that each trains on another subset.) To look at a whole split, batches are dealt out, and
+what comes back is what one process would have seen, bit for bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..methods import InvalidInput
 
 
 def count() -> int:
-    """Processes that train together; 1 where torch.distributed is not in use."""
+    """Processes that work together; 1 where torch.distributed is not in use."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def part(order: np.ndarray, batch: int) -> tuple[np.ndarray, int]:
-    """This process's share of an epoch.
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if count() > 1 else 0
 
-    Args: order (n,), the whole epoch, the same in every process; batch: examples a step, all processes together.
-    Returns: the own examples in order, and how many of them a step takes. Every process gets as many steps: a last
-    batch with fewer examples than processes sits out.
-    Raises: InvalidInput for a batch that cannot be divided evenly.
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of a batch that this process computes. rows (n,): positions in the batch, ascending, at least one.
+    count: rows of the whole batch. own: those of `rows` that count; a process that gets none computes one for nothing,
+    since the others wait for its gradients. least: the fewest that any of the processes computes.
     """
-    processes = count()
-    if processes == 1:
-        return order, batch
-    if batch % processes:
-        raise InvalidInput(f"batch_size {batch} cannot be divided by {processes} processes", "take a multiple of it")
-    rank = dist.get_rank()
-    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
-    own = [one[rank::processes] for one in batches if len(one) >= processes]
-    return np.concatenate(own) if own else order[:0], batch // processes
+
+    rows: np.ndarray
+    count: int
+    own: int
+    least: int
+
+    @property
+    def scale(self) -> float:
+        """What a mean over the own rows is multiplied by, so that the mean over processes is that over the batch."""
+        return self.own * count() / self.count
+
+
+def share(batch: int, *, pairs: bool = False) -> Share:
+    """This process's rows of a batch. pairs: rows i and batch-1-i, which are mixed with each other, go together, so
+    that they are each other's mirror among the own rows too.
+    """
+    of = count()
+    every = [_dealt(batch, here, of, pairs) for here in range(of)]
+    least = max(1, min(len(rows) for rows in every))
+    rows = every[rank()]
+    return Share(rows if len(rows) else np.zeros(1, np.int64), batch, len(rows), least)
+
+
+def _dealt(batch: int, here: int, of: int, pairs: bool) -> np.ndarray:
+    if not pairs:
+        return np.arange(here, batch, of)
+    half = batch // 2
+    left = np.arange(here, half, of)
+    middle = [half] if batch % 2 and half % of == here else []
+    return np.concatenate([left, middle, batch - 1 - left[::-1]]).astype(np.int64)
+
+
+def check_batch(size: int) -> None:
+    """Raises: InvalidInput for a batch that cannot be divided evenly."""
+    if size % count():
+        raise InvalidInput(f"batch_size {size} cannot be divided by {count()} processes", "take a multiple of it")
 
 
 def gather(rows: np.ndarray) -> np.ndarray:
@@ -44,15 +81,40 @@ def gather(rows: np.ndarray) -> np.ndarray:
     if processes == 1:
         return rows
     device = _device()
-    length = torch.tensor([len(rows)], device=device)
+    length = torch.tensor(rows.shape, device=device)
     lengths = [torch.zeros_like(length) for _ in range(processes)]
     dist.all_gather(lengths, length)
-    sizes = [int(one) for one in lengths]
-    padded = torch.zeros(max(sizes), rows.shape[1], dtype=torch.float64, device=device)
-    padded[: len(rows)] = torch.from_numpy(rows)
+    sizes = [int(one[0]) for one in lengths]
+    # A process without rows may not know how wide they are.
+    padded = torch.zeros(max(sizes), max(int(one[1]) for one in lengths), dtype=torch.float64, device=device)
+    padded[: len(rows), : rows.shape[1]] = torch.from_numpy(rows)
     parts = [torch.zeros_like(padded) for _ in range(processes)]
     dist.all_gather(parts, padded)
     return np.concatenate([one[:size].cpu().numpy() for one, size in zip(parts, sizes, strict=True)])
+
+
+def dealt(images: int, batch: int) -> tuple[np.ndarray, int]:
+    """Whose turn it is when a split is looked at: batch k is for process k modulo their number.
+
+    Returns: positions (n,) of the own images in order, of which every `batch` are one turn; how many turns there are.
+    """
+    mine = [np.arange(start, min(start + batch, images)) for start in range(rank() * batch, images, batch * count())]
+    return np.concatenate([np.zeros(0, np.int64), *mine]), -(-images // (batch * count()))
+
+
+def in_order(answers: Iterator[np.ndarray], turns: int) -> Iterator[np.ndarray]:
+    """The answers (n, F) of all processes to what they were dealt, in the order of the split, a turn of all at once."""
+    for _ in range(turns):
+        own = next(answers, None)
+        yield gather(np.zeros((0, 0)) if own is None else own.astype(np.float64))
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over the processes of their values, of the same shape everywhere, on their device."""
+    if count() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
 
 
 def decided(values: np.ndarray) -> np.ndarray:
@@ -65,5 +127,14 @@ def decided(values: np.ndarray) -> np.ndarray:
     return result
 
 
+def check_alike(value: int, what: str) -> None:
+    """Raises: InvalidInput, in every process, when they do not all have the same value."""
+    if len(seen := np.unique(gather(np.array([[float(value)]])))) > 1:
+        raise InvalidInput(
+            f"the processes see {what} {', '.join(f'{one:g}' for one in seen)}",
+            "all nodes must share the folder of artifacts",
+        )
+
+
 def _device() -> torch.device:
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    return torch.device("cpu" if "gloo" in dist.get_backend_config() else "cuda")

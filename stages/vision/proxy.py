@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from ..methods import InvalidInput
 from ..methods.example_scores import class_distances, el2n, entropy, forgetting, grand, margin
+from . import processes
 from .batches import Pool
 from .dataset import Images
 from .network import Network
@@ -44,16 +46,21 @@ def train_proxy(
     work: Path,
     out: Path,
     tick: Tick,
+    sharding: Literal["ddp", "fsdp2"] = "ddp",
 ) -> Fitted:
     """Train, look at every image after each epoch, leave the statistics in `out`. `work` survives a kill: a run that
-    goes on from there ends with the same files.
+    goes on from there ends with the same files. Of several processes the first leaves them.
     """
     epochs = math.ceil(recipe.total_steps(len(train)) / math.ceil(len(train) / recipe.batch_size))
-    rows = {name: _rows(work / f"{name}.npy", (epochs, len(train)), kind) for name, kind in KINDS.items()}
+    writes = processes.rank() == 0
+    rows = {name: _rows(work / f"{name}.npy", (epochs, len(train)), kind) for name, kind in KINDS.items() if writes}
 
     def remember(epoch: int, current: Network) -> None:
         spool = work / "features.npy" if epoch == epochs else None
-        _look(current, train, normalise, device, {name: array[epoch - 1] for name, array in rows.items()}, spool)
+        seen = {name: array[epoch - 1] for name, array in rows.items()}
+        _look(current, train, normalise, device, seen, spool)
+        if not writes:
+            return
         for array in rows.values():
             array.flush()  # the checkpoint that says this epoch is done must not be ahead of them
         if spool is not None:
@@ -71,7 +78,10 @@ def train_proxy(
         after_epoch=remember,
         checkpoint=work / "proxy.safetensors",
         tick=tick,
+        sharding=sharding,
     )
+    if not writes:
+        return fitted
     for name in (*KINDS, "distance"):
         shutil.copyfile(work / f"{name}.npy", out / f"{name}.npy")
     return fitted
@@ -110,31 +120,51 @@ def _look(
     spool: Path | None,
     batch: int = 256,
 ) -> None:
-    """One pass over all images: fills the rows (M,), and with `spool` a file of features (M, C)."""
+    """One pass over all images, which several processes share: fills the rows (M,), and with `spool` a file of features
+    (M, C), where there are rows.
+    """
     training = network.training
     network.eval()
-    features: np.ndarray | None = None
-    for start, (logits, inputs) in zip(
-        range(0, len(images), batch), _answers(network, images, normalise, device, batch), strict=True
-    ):
-        here = slice(start, start + len(logits))
-        labels = torch.from_numpy(images.labels[here]).to(device)
-        probabilities = logits.float().softmax(1)
-        rows["correct"][here] = (logits.argmax(1) == labels).cpu().numpy()
-        rows["el2n"][here] = el2n(probabilities, labels).cpu().numpy()
-        rows["grand"][here] = grand(probabilities, labels, inputs.float()).cpu().numpy()
-        rows["margin"][here] = margin(probabilities).cpu().numpy()
-        rows["entropy"][here] = entropy(probabilities).cpu().numpy()
-        if spool is not None:
+    order, turns = processes.dealt(len(images), batch)
+
+    def statistics() -> Iterator[np.ndarray]:
+        done = 0
+        for logits, inputs in _answers(network, images, normalise, device, order, batch):
+            labels = torch.from_numpy(images.labels[order[done : done + len(logits)]]).to(device)
+            yield _statistics(logits, inputs, labels, features=spool is not None).cpu().numpy()
+            done += len(logits)
+
+    features, start = None, 0
+    for found in processes.in_order(statistics(), turns):
+        here = slice(start, start + len(found))
+        start += len(found)
+        for name, column in zip(rows, found.T, strict=False):
+            rows[name][here] = column
+        if spool is not None and rows:
+            read = found[:, len(KINDS) :]
             if features is None:
-                shape = (len(images), inputs.shape[2])
+                shape = (len(images), read.shape[1])
                 features = np.lib.format.open_memmap(spool, mode="w+", dtype=np.float32, shape=shape)
-            features[here] = inputs.float().mean(1).cpu().numpy()
+            features[here] = read
     network.train(training)
 
 
+def _statistics(logits: Tensor, inputs: Tensor, labels: Tensor, *, features: bool) -> Tensor:
+    """(B, as many as KINDS, in its order, and with `features` C more)."""
+    probabilities = logits.float().softmax(1)
+    columns = [
+        (logits.argmax(1) == labels).float(),
+        el2n(probabilities, labels),
+        grand(probabilities, labels, inputs.float()),
+        margin(probabilities),
+        entropy(probabilities),
+    ]
+    found = torch.stack([column.float() for column in columns], 1)
+    return torch.cat([found, inputs.float().mean(1)], 1) if features else found
+
+
 def _answers(
-    network: Network, images: Images, normalise: Normaliser, device: torch.device, batch: int
+    network: Network, images: Images, normalise: Normaliser, device: torch.device, order: np.ndarray, batch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batch by batch the logits (B, K) and what the last linear layers read, (B, H, C): two of them in a distilled
     DeiT, whose logits are the mean of both. A head that answers for every patch (LV-ViT's) is left out.
@@ -144,7 +174,7 @@ def _answers(
     read: list[Tensor] = []
     hooks = [head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])) for head in heads]
     try:
-        for pixels in images.batches(np.arange(len(images)), batch):
+        for pixels in images.batches(order, batch):
             views = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2).float().div_(255.0)
             read.clear()
             logits = network(normalise(views))

@@ -21,6 +21,7 @@ from ..methods.patch_tickets import (
     ranks_from_scores,
     saliency,
 )
+from . import processes
 from .dataset import Images, Splits
 from .preprocessing import Normaliser
 from .vit import ViT
@@ -71,8 +72,11 @@ def ranker(method: str, grid: tuple[int, int], selector: ByAttention | None) -> 
 
 @torch.inference_mode()
 def table(rank: Ranker, images: Images, device: torch.device, order: np.ndarray, batch: int = 256) -> np.ndarray:
-    """(m, N) ranks of these m images of a split, plain."""
-    return torch.cat([rank(_views(pixels).to(device)).cpu() for pixels in images.batches(order, batch)]).numpy()
+    """(m, N) ranks of these m images of a split, plain. Several processes share the work, and each gets all ranks."""
+    own, turns = processes.dealt(len(order), batch)
+    answers = (rank(_views(pixels).to(device)).cpu().numpy() for pixels in images.batches(order[own], batch))
+    # Ranks are below 2**16: kept small while they come in.
+    return np.concatenate([ranks.astype(np.int32) for ranks in processes.in_order(answers, turns)]).astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..methods import InvalidInput
+
 # The sections of a RandAugment text after the first, which is "rand" (timm.data.auto_augment.rand_augment_transform).
 RAND_SECTION = re.compile(
     r"m\d+ | n[1-9]\d* | p(0\.\d+|1(\.0*)?) | mstd\d+(\.\d*)? | mmax\d+ | inc[01] | t(weights|3aw?)", re.VERBOSE
@@ -194,3 +196,52 @@ def check_compile(recipe: Recipe, looks: str | None) -> None:
     """
     if recipe.compile and looks is not None:
         raise ValueError(f"compile: {looks} looks into the forward, which a compiled one does not show; leave one out")
+
+
+def check_processes(recipe: Recipe, processes: int, sharding: str, at: str) -> None:
+    """Refuse a batch that so many processes cannot share, and what does not go with a network in parts.
+
+    at: where the recipe stands in pipeline.yaml. Raises: InvalidInput.
+    """
+    size = recipe.batch_size
+    if size < processes:
+        raise InvalidInput(
+            f"{at}.batch_size: there are more processes ({processes}) than images in a batch ({size})",
+            "raise it to a multiple of launch.processes times nodes, or start fewer",
+            field=f"{at}.batch_size",
+        )
+    if size % processes:
+        raise InvalidInput(
+            f"{at}.batch_size: {size} images cannot be divided evenly among {processes} processes",
+            f"take a multiple of {processes}, such as {size - size % processes}",
+            field=f"{at}.batch_size",
+        )
+    if (recipe.mixup or recipe.cutmix) and size < 2 * processes:
+        raise InvalidInput(
+            f"{at}.batch_size: images are mixed in pairs, and {size} make {size // 2} for {processes} processes",
+            f"take {2 * processes} or more",
+            field=f"{at}.batch_size",
+        )
+    if processes > 1 and recipe.compile:
+        raise InvalidInput(
+            f"{at}.compile: the network of one process is compiled, and there are {processes}",
+            "set compile: false, or start one process",
+            field=f"{at}.compile",
+        )
+    if processes > 1 and sharding == "fsdp2" and recipe.ema is not None:
+        raise looks_at_whole_tensors(f"{at}.ema")
+    if processes > 1 and sharding == "fsdp2" and recipe.precision == "fp16":
+        raise InvalidInput(
+            f"{at}.precision: an overflow is seen in whole gradients, and fsdp2 leaves each process a part",
+            "use precision: bf16 or fp32, or launch.sharding: ddp",
+            field=f"{at}.precision",
+        )
+
+
+def looks_at_whole_tensors(at: str) -> InvalidInput:
+    """The refusal of a setting that does not go with a network in parts. at: where it stands in pipeline.yaml."""
+    return InvalidInput(
+        f"{at}: looks at whole tensors, and fsdp2 leaves each process a part of them",
+        "leave it out, or use launch.sharding: ddp",
+        field=at,
+    )

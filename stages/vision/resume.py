@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .tensors import read_tensors, write_tensors
+from .tensors import read_tensors
 
 
 class Part(Protocol):
@@ -23,14 +23,14 @@ class Part(Protocol):
         """Undo state()."""
 
 
-def save(path: Path, parts: Mapping[str, Part]) -> None:
-    """All parts in one file; their names hold no dot. A kill leaves the old file or the new one."""
+def state(parts: Mapping[str, Part]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of all parts, for one file; names of parts hold no dot."""
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
     for name, part in parts.items():
         own, facts[name] = part.state()
         tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
-    write_tensors(path, tensors, facts)
+    return tensors, facts
 
 
 def restore(path: Path, parts: Mapping[str, Part]) -> None:

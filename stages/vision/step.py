@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..methods import InvalidInput
-from . import schedule
+from . import processes, schedule
 from .batches import Batch
 from .clock import Clock
 from .examples import Policy, Watch
@@ -26,7 +27,8 @@ from .objective import Objective
 from .penalty import Penalty
 from .recipe import Recipe
 from .resume import having
-from .tensors import flatten_optimizer, restore_optimizer
+from .sharding import Copies, Parted, Whole
+from .tensors import flatten_optimizer, full, restore_optimizer
 
 # torch's scale begins at 2^16: when it has been halved so often, it is not the scale that is too large.
 MOST_SKIPPED = 24
@@ -48,14 +50,18 @@ class Step:
         objective: Objective,
         penalty: Penalty | None = None,
         masks: Applied | None = None,
+        shards: bool = False,
     ) -> None:
-        """Args: network: on its device; total: nominal steps of the run (clock.py)."""
+        """Args: network: on its device; total: nominal steps of the run (clock.py); shards: several processes hold a
+        part of it each."""
         self.network, self.recipe, self.policy = network, recipe, policy
+        parted = shards and processes.count() > 1
+        self.copies: Copies = Parted(network) if parted else Whole(network)
         self.objective, self.penalty = objective, penalty
         self.watch = Watch(network, attention=policy.attention) if policy.watches else None
         self.taken = self.skipped = self.in_a_row = 0
         device = next(network.parameters()).device
-        self.forward = Precise(network, recipe, device)
+        self.forward = Precise(self.copies.trained, recipe, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         # timm's optimiser factory leaves biases, norms and tokens without weight decay.
         self.optimizer = create_optimizer_v2(
@@ -70,9 +76,14 @@ class Step:
         self.masks = apply_masks(masks, network, self.optimizer, self.ema, total, seed)
 
     @property
+    def raw(self) -> Network:
+        """The network as it stands, whole, to look at."""
+        return self.copies.whole()
+
+    @property
     def kept(self) -> Network:
         """The network that would be handed on now."""
-        return self.network if self.ema is None else self.ema.module
+        return self.raw if self.ema is None else self.ema.module
 
     @property
     def lr(self) -> float:
@@ -90,8 +101,9 @@ class Step:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         norm = get_total_norm(gradients)
+        of_all = processes.total(torch.stack([loss, total]))
         # The one time in a step that the host waits for the device.
-        value, whole, length = torch.stack([loss, total, norm.to(loss)]).tolist()
+        value, whole, length = torch.cat([of_all, full(norm).to(loss).view(1)]).tolist()
         if not math.isfinite(whole) or (not math.isfinite(length) and not self.scaler.is_enabled()):
             raise self._not_finite(batch, whole, length)
         if math.isfinite(length):
@@ -115,18 +127,21 @@ class Step:
         return float(value)
 
     def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Gradients of the whole batch, a part at a time. Returns: the mean loss, and with the penalty, both ()."""
+        """Gradients of the whole batch, a part at a time, the mean of those of all processes. Returns: what the rows of
+        this one add to the mean loss, and with the penalty, both ().
+        """
         self.optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(batch.draws)  # dropout and stochastic depth draw from the global generators
         losses, totals = [], []
-        for number, part in enumerate(batch.parts(self.recipe.accumulate)):
-            share = len(part.images) / len(batch.images)
-            with compiling() if self.recipe.compile else nullcontext():
+        parts = list(batch.parts(self.recipe.accumulate))
+        for number, part in enumerate(parts):
+            share = len(part.images) / len(batch.images) * batch.rows.scale
+            with compiling() if self.recipe.compile else nullcontext(), self.copies.part(part.rows, number, len(parts)):
                 loss, total = self._forward(part, share, first=number == 0)
                 self.scaler.scale(total).backward()
             losses.append(loss.detach())
             totals.append(total.detach())
-        return torch.stack(losses).sum(), torch.stack(totals).sum()
+        return torch.stack(losses).sum() / processes.count(), torch.stack(totals).sum() / processes.count()
 
     def _forward(self, part: Batch, share: float, *, first: bool) -> tuple[Tensor, Tensor]:
         """What a part of a batch adds to the mean loss of the whole, and to the loss with the penalty."""
@@ -136,10 +151,12 @@ class Step:
         loss = each if part.weights is None else each * part.weights
         loss = loss.mean() * share
         if self.watch is not None:
-            self.policy.observe(self.watch.seen(part.ids, part.clean, each, part.share))
+            seen = self.watch.seen(part.ids, part.clean, each, part.share)
+            self.policy.observe(seen.first(part.rows.own))
         if penalty is None or (penalty.of_weights and not first):
             return loss, loss
-        return loss, loss + penalty(self.network) * (1 if penalty.of_weights else share)
+        # A penalty of the weights counts once in a step, whatever part of it this is.
+        return loss, loss + penalty(self.network) * (part.rows.scale if penalty.of_weights else share)
 
     def _skip(self) -> None:
         """Leave the step out. A scale that is too high comes down by half each time."""
@@ -162,7 +179,7 @@ class Step:
                 self.objective(self.forward.eager, part)
 
         what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
-        layer, parameter = first_not_finite(self.network, again), gradient_not_finite(self.network)
+        layer, parameter = self._first(first_not_finite(self.network, again)), gradient_not_finite(self.network)
         if layer is not None:
             where = f"{layer} is the first layer whose output is not finite"
         elif parameter is not None and math.isfinite(total):
@@ -174,8 +191,15 @@ class Step:
             remedy = f"use precision: bf16 or fp32; or {remedy}"
         return InvalidInput(f"{what} at step {self.taken + 1}: {where}", remedy)
 
+    def _first(self, layer: str | None) -> str | None:
+        """Of the layers that the processes found, each in its own rows, that of the first which found one."""
+        names = [name for name, _ in self.network.named_modules()]
+        found = processes.gather(np.array([[-1.0 if layer is None else names.index(layer)]])).ravel()
+        return next((names[int(number)] for number in found if number >= 0), None)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {f"model.{n}": t for n, t in self.network.body.state_dict().items()}
+        """Of several processes that hold a part each, all of them must ask for it at once."""
+        tensors = {f"model.{n}": t for n, t in self.raw.body.state_dict().items()}
         tensors |= {f"optimizer.{n}": t for n, t in flatten_optimizer(self.optimizer).items()}
         if self.ema is not None:
             tensors |= {f"ema.{n}": t for n, t in self.ema.module.body.state_dict().items()}
@@ -192,7 +216,7 @@ class Step:
         return tensors | {f"mask.{n}": t for n, t in masks.items()}, facts
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self.network.body.load_state_dict(having(tensors, "model."))
+        self.copies.load(having(tensors, "model."))
         restore_optimizer(self.optimizer, having(tensors, "optimizer."))
         if self.ema is not None:
             self.ema.module.body.load_state_dict(having(tensors, "ema."))

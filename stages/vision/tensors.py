@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,19 +57,37 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> 
     module.load_state_dict(dict(tensors))
 
 
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, also of one that processes hold a part each of; all of them then ask at once."""
+    gather = getattr(tensor, "full_tensor", None)  # of torch's DTensor
+    return tensor if gather is None else cast(Tensor, gather())
+
+
+def like(whole: Tensor, reference: Tensor) -> Tensor:
+    """Undo full: this process's part, if the reference is one of a tensor of that shape."""
+    if not hasattr(reference, "full_tensor") or whole.shape != reference.shape:
+        return whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(reference, DTensor)
+    there = whole.to(reference.device)
+    return distribute_tensor(there, reference.device_mesh, reference.placements, src_data_rank=None)
+
+
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's moments as named tensors; scalars become 0-d tensors."""
+    """An optimiser's moments as named tensors, whole also where processes hold a part each; scalars as 0-d ones."""
     flat = {}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
-            flat[f"{index}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+            flat[f"{index}.{name}"] = full(value) if isinstance(value, Tensor) else torch.tensor(value)
     return flat
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
     """Undo flatten_optimizer on an optimiser built the same way."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in flat.items():
         index, _, field = name.partition(".")
-        state.setdefault(int(index), {})[field] = value
+        state.setdefault(int(index), {})[field] = like(value, weights[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from .preprocessing import Normaliser
 from .recipe import Recipe, StopEarly
 from .resume import having
 from .step import Step
+from .tensors import write_tensors
 from .token_schedule import TokenSchedule
 
 Tick = Callable[[int, Mapping[str, float]], None]
@@ -95,8 +97,13 @@ def fit(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 20.0,
     tick: Tick = lambda steps, values: None,
+    sharding: Literal["ddp", "fsdp2"] = "ddp",
 ) -> Fitted:
-    """Train in place and return what is kept.
+    """Train and return what is kept: the network given, but for an average and for one that is held in parts.
+
+    Several processes (processes.py) call it alike and get the same; the first alone writes the checkpoint. They train
+    to the numbers of one process, but for rounding and for what networks draw: dropout and stochastic depth are each
+    process's own.
 
     Args:
         finish: share of the schedule at the end that sees whole images although the pool has patch tickets.
@@ -115,11 +122,10 @@ def fit(
         checkpoint: a file to resume from if it is there, and to write to at least every checkpoint_seconds and at
             each epoch's end.
         tick: called after each step with the nominal steps gone since the last (clock.py) and with values to show.
-    Raises: InvalidInput when the loss is not finite, with the step; in several processes, whose gradients nothing
-    averages yet.
+        sharding: how several processes hold the network: ddp, each the whole of it; fsdp2, a part of it each.
+    Raises: InvalidInput when the loss is not finite, with the step; for a batch that cannot be divided among the
+    processes.
     """
-    if processes.count() > 1:
-        raise InvalidInput("training in several processes is not possible yet", "run one process")
     network.to(device)
     policy = policy or Everything(pool.members)
     clock = Clock(math.ceil(policy.size / recipe.batch_size), recipe.total_steps(policy.size))
@@ -135,7 +141,15 @@ def fit(
         whole_from=round((1 - finish) * clock.total),
     )
     step = Step(
-        network, recipe, clock.total, seed=seed, policy=policy, objective=objective, penalty=penalty, masks=masks
+        network,
+        recipe,
+        clock.total,
+        seed=seed,
+        policy=policy,
+        objective=objective,
+        penalty=penalty,
+        masks=masks,
+        shards=sharding == "fsdp2",
     )
     counts_from = max(
         batches.whole_from if pool.patches is not None and finish else 0,
@@ -145,6 +159,7 @@ def fit(
     run = _Run(step, clock, policy, tokens, checkpoint, None if stop is None else Stopping(stop, counts_from))
     start_peak(device)
     run.resume()
+    processes.check_alike(step.taken, "checkpoints at steps")
     earlier = run.tally.seconds
     network.train()
     while not (clock.done or run.stopped):
@@ -153,7 +168,7 @@ def fit(
             run.advance(batch)
             tick(int(clock.now) - gone, {"loss": run.tally.loss})
             # Not at an epoch's last step: what ends the epoch has not been done yet and would be lost.
-            if clock.within and run.unsaved_seconds > checkpoint_seconds:
+            if clock.within and run.due(checkpoint_seconds):
                 run.save()
         run.end_epoch(judge, after_epoch, keep_epochs)
         run.save()
@@ -201,7 +216,7 @@ class _Tally:
         return self.losses / max(1, self.counted)
 
     def add(self, batch: Batch, loss: float, network: Network) -> None:
-        images, kept = len(batch.images), None if batch.kept is None else batch.kept.shape[1]
+        images, kept = batch.rows.count, None if batch.kept is None else batch.kept.shape[1]
         tokens, macs = network.ticket_cost(kept)
         self.images += images
         self.ticketed += 0 if kept is None else images
@@ -209,7 +224,7 @@ class _Tally:
         self.macs += images * macs
         # With weights, an estimate of the mean over all examples: those that count more stand for those left out.
         self.losses += loss * images
-        self.counted += images if batch.weights is None else float(batch.weights.sum())
+        self.counted += batch.counted
 
 
 class Stopping:
@@ -267,9 +282,11 @@ class _Run:
     def seconds(self) -> float:
         return self.tally.seconds + time.monotonic() - self.begun
 
-    @property
-    def unsaved_seconds(self) -> float:
-        return 0.0 if self.checkpoint is None else time.monotonic() - self.saved
+    def due(self, seconds: float) -> bool:
+        """Whether a checkpoint is to be written now, the last one being so many seconds old."""
+        old = self.checkpoint is not None and time.monotonic() - self.saved > seconds
+        # Parts of a network are put together by all of the processes.
+        return bool(processes.decided(np.array([old], np.uint8))[0]) if self.step.copies.parted else old
 
     def advance(self, batch: Batch) -> None:
         """One step, and what it took."""
@@ -284,7 +301,7 @@ class _Run:
         after_epoch: Callable[[int, Network], None] | None,
         keep_epochs: tuple[int, ...],
     ) -> None:
-        network, epoch = self.step.network, self.clock.epoch + 1
+        network, epoch = self.step.raw, self.clock.epoch + 1
         self.policy.end(self.clock.epoch)
         row = {"epoch": float(epoch), "loss": self.tally.loss, "lr": self.step.lr}
         self.tally.losses, self.tally.counted = 0.0, 0
@@ -298,7 +315,7 @@ class _Run:
             after_epoch(epoch, network)
         if epoch in keep_epochs:
             self.early[epoch] = {name: t.detach().cpu().clone() for name, t in network.body.state_dict().items()}
-        network.train()
+        self.step.network.train()
         self.clock.end_epoch()
 
     def _judged(self, judge: Callable[[Network], float]) -> dict[str, float]:
@@ -336,9 +353,12 @@ class _Run:
         return parts if self.stopping is None else parts | {"best": self.stopping}
 
     def save(self) -> None:
-        if self.checkpoint is not None:
-            resume.save(self.checkpoint, self._parts)
-            self.saved = time.monotonic()
+        if self.checkpoint is None or (processes.rank() and not self.step.copies.parted):
+            return
+        state = resume.state(self._parts)
+        if not processes.rank():
+            write_tensors(self.checkpoint, *state)
+        self.saved = time.monotonic()
 
     def resume(self) -> None:
         """Go on where the checkpoint stands, if there is one."""
