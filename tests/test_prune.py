@@ -106,6 +106,7 @@ def test_squared_gradients_are_those_of_single_images(tmp_path: Path) -> None:
         ("images: 8", "axes: {v: 2}", "axes.v must be a number from 0 to 1 or a mapping", "press, blocks, spare"),
         ("images: 8", "axes: {heads: 0, qk: 0, v: 0, mlp: 0, embed: 0}", "every axis is 0", ""),
         ("images: 8", "axes: {head_width: 0.5}", "unknown key 'head_width'", ""),
+        ("images: 8", "importance: trained", "no stage before it trains", "put a train before it"),
         ("repair: ridge", "ridge: 0.1", "repair is null", ""),
         ("images: 8, repair: ridge", "images: 8, importance: l1", "looks at no images", ""),
     ],
