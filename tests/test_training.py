@@ -18,6 +18,7 @@ from torch import Tensor
 from sievit.stages.methods import InvalidInput
 from sievit.stages.methods.distillation import hard_loss, soft_loss
 from sievit.stages.methods.regularisers import head_norms, unit_norms
+from sievit.stages.proxy import Proxy
 from sievit.stages.vision import forward, schedule
 from sievit.stages.vision.augment import Augmenter, Mixer
 from sievit.stages.vision.batches import Pool
@@ -410,6 +411,7 @@ def test_the_learning_rate_is_that_of_its_shape(shape: str) -> None:
     [
         ({"shape": "poly", "at": (0.5,)}, "at: poly has none; it belongs to multistep"),
         ({"shape": "cosine", "power": 2.0}, "power: cosine has none; it belongs to poly"),
+        ({"shape": "poly"}, "power: poly needs it"),
         ({"shape": "step"}, "every: step needs it"),
         ({"shape": "multistep"}, "at: multistep needs"),
         ({"shape": "multistep", "at": (0.7, 0.3)}, "ascending"),
@@ -418,6 +420,15 @@ def test_the_learning_rate_is_that_of_its_shape(shape: str) -> None:
 def test_settings_of_another_shape_are_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         Schedule(**fields)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_recipe_that_is_written_out_is_the_recipe_again(shape: str) -> None:
+    """Proxy runs are handed theirs so."""
+    recipe = Recipe(steps=10, schedule=SHAPES[shape][0])
+    assert Recipe(**recipe.model_dump()) == recipe
+    config = Proxy(schedule=SHAPES[shape][0]).run(0)
+    assert config.recipe.schedule == recipe.schedule
 
 
 @pytest.mark.parametrize("family", ["deit", "lv-vit", "swin", "swin v2"])

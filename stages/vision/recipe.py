@@ -70,19 +70,27 @@ class Schedule(Settings):
         description="cosine, linear, poly and tanh fall from lr to min_lr; step and multistep fall by a factor at a "
         "time; constant stays at lr. A one-cycle policy, as in Sparse then Prune, is cosine with a longer warmup",
     )
-    power: float = Field(2.0, gt=0, le=10, description="of the remaining share, poly only; 1 is linear")
-    every: float | None = Field(None, gt=0, lt=1, description="share of the steps from one fall to the next, step only")
-    at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        (), description="shares of the steps at which it falls, ascending, multistep only"
+    power: float | None = Field(
+        None, gt=0, le=10, description="of the remaining share, poly only, which needs it; 1 is linear"
     )
-    factor: float = Field(0.1, gt=0, lt=1, description="what a fall multiplies it by, step and multistep only")
+    every: float | None = Field(
+        None, gt=0, lt=1, description="share of the steps from one fall to the next, step only, which needs it"
+    )
+    at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = Field(
+        None, description="shares of the steps at which it falls, ascending, multistep only, which needs them"
+    )
+    factor: float | None = Field(
+        None, gt=0, lt=1, description="what a fall multiplies it by, step and multistep only; null: 0.1"
+    )
 
     @model_validator(mode="after")
     def _of_the_shape(self) -> Schedule:
         owners = {"power": ("poly",), "every": ("step",), "at": ("multistep",), "factor": ("step", "multistep")}
         for name, shapes in owners.items():
-            if name in self.model_fields_set and self.shape not in shapes:
+            if getattr(self, name) is not None and self.shape not in shapes:
                 raise ValueError(f"{name}: {self.shape} has none; it belongs to {' and '.join(shapes)}")
+        if self.shape == "poly" and self.power is None:
+            raise ValueError("power: poly needs it, such as 2.0")
         if self.shape == "step" and self.every is None:
             raise ValueError("every: step needs it, the share of the steps from one fall to the next")
         if self.shape == "multistep" and (not self.at or list(self.at) != sorted(set(self.at))):
