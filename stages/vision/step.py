@@ -193,7 +193,7 @@ class Step:
 
     def _first(self, layer: str | None) -> str | None:
         """Of the layers that the processes found, each in its own rows, that of the first which found one."""
-        names = [name for name, _ in self.network.named_modules()]
+        names = [name for name, _ in self.network.body.named_modules()]
         found = processes.gather(np.array([[-1.0 if layer is None else names.index(layer)]])).ravel()
         return next((names[int(number)] for number in found if number >= 0), None)
 
