@@ -346,7 +346,8 @@ def run(ctx: Context) -> None:
     if schedule is not None:
         ctx.metrics["tokens"] = schedule.record()
     if config.masks is not None:
-        mode = getattr(config.masks, "mode", "corrected")
+        # What soup's mode is about is how masks are joined; its pool is always the same.
+        mode = "corrected" if isinstance(config.masks, Soup) else getattr(config.masks, "mode", "corrected")
         ctx.metrics["masks"] = config.masks.model_dump() | found.record | {"density": masks.densities(network, mode)}
     if rates:
         ctx.metrics["masks"] |= {"rates": rates}

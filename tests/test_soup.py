@@ -143,6 +143,14 @@ def test_the_stage_trains_with_the_soup_held_and_books_its_cost(tmp_path: Path) 
     assert [figure.name for figure in ctx.figures] == ["soup", "curve"]
 
 
+def test_the_stage_counts_zeros_where_the_soup_made_them_in_paper_mode_too(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "w.safetensors", network(classes=2).body.state_dict())
+    ctx = stage(tmp_path, Soup(**{**SOUP, "mode": "paper"}), weights="w.safetensors", epochs=1, lr=3e-3)
+    density = ctx.metrics["masks"]["density"]
+    assert density["nonzero"] == weights_kept(0.7, density["weights"])
+    assert density == densities(load_network(ctx.out))
+
+
 def test_magnitudes_alone_are_torchs_global_pruning(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     dense: list[Any] = []
     real = soup._to
