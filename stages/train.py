@@ -656,7 +656,7 @@ def _references(config: TrainConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="train",
-    version=8,
+    version=9,
     config=TrainConfig,
     run=run,
     reads=(Reads("tickets", "tickets", optional=True),),

@@ -24,7 +24,7 @@ from sievit.stages.vision.augment import Augmenter, Mixer
 from sievit.stages.vision.batches import Pool
 from sievit.stages.vision.dataset import Images, load_splits
 from sievit.stages.vision.evaluate import top1
-from sievit.stages.vision.examples import Pass
+from sievit.stages.vision.examples import Everything, Pass
 from sievit.stages.vision.mask_settings import Magnitude, NncfGates, NncfMagnitude, Pattern, RigL
 from sievit.stages.vision.network import Network
 from sievit.stages.vision.objective import each_supervised, supervised
@@ -32,6 +32,7 @@ from sievit.stages.vision.patches import Cached
 from sievit.stages.vision.penalty import create as create_penalty
 from sievit.stages.vision.preprocessing import Normaliser
 from sievit.stages.vision.recipe import Augmentation, Optimizer, Recipe, Schedule, StopEarly
+from sievit.stages.vision.step import Step
 from sievit.stages.vision.training import Fitted, fit
 
 CPU = torch.device("cpu")
@@ -140,6 +141,25 @@ def test_every_optimizer_resumes_bit_for_bit(images: Images, tmp_path: Path, opt
         trained(images, recipe, checkpoint=file, checkpoint_seconds=0, tick=tick)
     again = trained(images, recipe, checkpoint=file)
     assert all(torch.equal(state(expected.network)[name], t) for name, t in state(again.network).items())
+
+
+def test_adamw_is_the_papers_update_in_one_kernel(images: Images) -> None:
+    """Loshchilov and Hutter 2019, algorithm 2, by a slow loop; the kernel by what torch was asked for."""
+    net = network(classes=2)
+    recipe = Recipe(steps=10, batch_size=16, lr=1e-2, weight_decay=0.3)
+    members = np.arange(len(images))
+    step = Step(net, recipe, 10, seed=0, policy=Everything(members), objective=supervised)
+    assert type(step.optimizer) is torch.optim.AdamW and step.optimizer.defaults["fused"]
+    weight = net.body.head.weight
+    expected, first, second = weight.detach().double(), 0.0, 0.0
+    for t in range(1, 5):
+        gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(t))
+        weight.grad = gradient.clone()
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        unbiased = (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+        expected = expected - step.lr * (unbiased + 0.3 * expected)
+        step.optimizer.step()
+        torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_training_learns_and_tickets_are_used(images: Images) -> None:

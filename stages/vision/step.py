@@ -70,6 +70,8 @@ class Step:
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             layer_decay=recipe.layer_decay,
+            # Fused, torch's AdamW goes over the weights once in a step; plain, once for each of its operations.
+            **({"fused": True} if recipe.optimizer == "adamw" else {}),
         )
         self.schedule = schedule.create(recipe, self.optimizer, total)
         self.ema = ModelEmaV3(network, decay=recipe.ema, use_warmup=True) if recipe.ema is not None else None
