@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from . import host
 from .console import unheard
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .resolve import Inputs
 
 Document = dict[str, Any]
+_Config = TypeVar("_Config", bound=Config)
 
 _BROKEN_S = 5.0  # for a process that ended to be missed by its parent, after a connection to it broke
 _GOING_S = 0.5  # for the launcher, which ends all processes when one is gone, to have asked this one too
@@ -204,9 +205,10 @@ def job(node: Node, inputs: Inputs, work: Path, base: Path, device: str, shardin
     labelled = [one for ones in inputs.many.values() for one in ones]
     return {
         "stage": node.stage.name,
-        "config": node.entry.config.model_dump(mode="json"),
-        "data": node.data.model_dump(mode="json"),
-        "model": node.model.model_dump(mode="json"),
+        # Only what was written: whether it was is a part of what some settings mean.
+        "config": node.entry.config.model_dump(mode="json", exclude_unset=True),
+        "data": node.data.model_dump(mode="json", exclude_unset=True),
+        "model": node.model.model_dump(mode="json", exclude_unset=True),
         "seed": node.seed,
         "device": device,
         "sharding": sharding,
@@ -247,7 +249,7 @@ class _Helper:
         try:
             with unheard():
                 self.channel.open(self.message["number"], self.message["device"])
-                self._run(stage, self.message)
+                self._run(stage, _of_json(stage.config, self.message["config"]), self.message)
         except _Over:
             pass
         except Exception as error:
@@ -255,19 +257,19 @@ class _Helper:
         finally:
             self.channel.close()
 
-    def _run(self, stage: Stage, message: Document) -> None:
+    def _run(self, stage: Stage, config: Config, message: Document) -> None:
         cpu = host.cpu_seconds()
         host.reset_peak_memory()
         with tempfile.TemporaryDirectory(prefix="sievit-") as scratch:
-            stage.run(self._context(stage, message, Path(scratch)))
+            stage.run(self._context(config, message, Path(scratch)))
         spent = {"peak_memory_mb": host.peak_memory_mb(), "cpu_seconds": host.cpu_seconds() - cpu}
         self.channel.report(message["number"], spent)
 
-    def _context(self, stage: Stage, message: Document, out: Path) -> Context:
+    def _context(self, config: Config, message: Document, out: Path) -> Context:
         return Context(
-            config=stage.config.model_validate_json(json.dumps(message["config"])),
-            data=DataConfig.model_validate_json(json.dumps(message["data"])),
-            model=ModelConfig.model_validate_json(json.dumps(message["model"])),
+            config=config,
+            data=_of_json(DataConfig, message["data"]),
+            model=_of_json(ModelConfig, message["model"]),
             seed=message["seed"],
             device=message["device"],
             sharding=message["sharding"],
@@ -285,7 +287,7 @@ class _Helper:
 
     def _part(self, stage: Stage, config: Config, *, role: str, model: ModelConfig | None = None) -> Part:
         while (message := self.channel.hear())["do"] == "run":
-            self._run(stage, message)
+            self._run(stage, config, message)
         if message["do"] != "take":
             raise _Over
         return Part(_open(message["artifact"]), made=message["made"])
@@ -303,6 +305,10 @@ class _Helper:
             "hint": str(getattr(error, "hint", "")),
             "trace": "".join(traceback.format_exception(error)),
         }
+
+
+def _of_json(kind: type[_Config], fields: Document) -> _Config:
+    return kind.model_validate_json(json.dumps(fields))
 
 
 def _name(artifact: Artifact) -> list[str]:

@@ -132,6 +132,8 @@ def test_who_follows_runs_the_same_function_on_the_same_inputs_and_leaves_nothin
         store = make(stages, channel)
     one, other = seen
     assert one[:-1] == other[:-1] and one[-1] != other[-1]
+    for mine, theirs in zip(one[:3], other[:3], strict=True):
+        assert mine.model_fields_set == theirs.model_fields_set, "what was left to its default still is"
     assert wire.opened == [(0, 1, "cpu"), (1, 1, "cpu")] or wire.opened == [(1, 1, "cpu"), (0, 1, "cpu")]
     train = store.resolve("train")
     assert (train.root / "payload.txt").read_text() == "of MainThread"
