@@ -278,7 +278,7 @@ def _references(config: FinetuneConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="finetune",
-    version=5,
+    version=6,
     config=FinetuneConfig,
     run=run,
     reads=(Reads("model", "model"), Reads("tickets", "tickets", optional=True)),

@@ -107,7 +107,7 @@ def run(ctx: Context) -> None:
 
 STAGE = Stage(
     name="proxy",
-    version=2,  # raise ticket's with it: a ticket's key covers the proxy's settings and not this code
+    version=3,  # raise ticket's with it: a ticket's key covers the proxy's settings and not this code
     config=ProxyRun,
     run=run,
     reads=(),

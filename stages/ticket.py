@@ -462,7 +462,7 @@ def _references(config: TicketConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="ticket",
-    version=5,
+    version=6,
     config=TicketConfig,
     run=run,
     reads=(),

@@ -656,7 +656,7 @@ def _references(config: TrainConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="train",
-    version=9,
+    version=10,
     config=TrainConfig,
     run=run,
     reads=(Reads("tickets", "tickets", optional=True),),

@@ -59,11 +59,11 @@ ADAM = "weights in parts, adam"  # how moments in parts are stored
 CASES = {
     # Of 27 images that are mixed, the last batch has one pair: the other process computes a row for nothing.
     "all augmentation, mixing, average": Case(recipe={"augment": EVERYTHING, "mixup": 0.4, "cutmix": 0.6, "ema": 0.8}),
-    "cached tickets, soft pruning, penalty": Case(
+    "cached tickets, soft pruning, penalty, in parts": Case(
         images=13,
         patches="cached",
         policy=InfoBatch(policy="infobatch", prune=0.5, anneal=0.2),
-        recipe={"augment": Augmentation(shift=0.1, rand="rand-m9"), "mixup": 0.4},
+        recipe={"augment": Augmentation(shift=0.1, rand="rand-m9"), "mixup": 0.4, "accumulate": 2},
         more={"penalty": penalty.create("group_lasso", 0.01), "finish": 0.3},
     ),
     "random tickets, swaps, drop and grow": Case(
