@@ -5,7 +5,8 @@
 DeiT-T at 32 px with patches of 4, from nothing: AdamW, clipping, label smoothing, mixup, random crops and flips.
 
 1. The loader's share: everything of a step that is neither forward, backward nor update (order, pixels, augmentation,
-   mixing, normalisation, the patches that are kept), with whole images and with tickets, at two batch sizes.
+   mixing, normalisation, the patches that are kept), with whole images and with tickets. Clipping and averaging are a
+   part of the update.
 2. Images a second. Three runs take turns, in an order that turns from round to round: timm on whole images, Sievit's
    `fit` on whole images, and `fit` on tickets. Each round is a fresh run whose first steps are not counted, and a ratio
    is within a round. timm reads a folder of PNG files, written here from the pixels that Sievit has in memory.
@@ -57,7 +58,7 @@ from sievit.stages.vision.preprocessing import Normaliser
 from sievit.stages.vision.recipe import Augmentation, Recipe
 from sievit.stages.vision.training import fit
 
-MODEL, SIZE, PATCH = "deit_tiny_patch16_224", 32, 4
+MODEL, SIZE = "deit_tiny_patch16_224", 32
 LR, DECAY, CLIP, SMOOTHING, MIXUP = 1e-3, 0.05, 1.0, 0.1, 0.8
 CROP = 0.8  # smallest side of a random crop; its aspect stays 1
 HALF = (0.5, 0.5, 0.5)  # mean and std of every channel
@@ -107,6 +108,7 @@ class Work:
     batch: int
     steps: int  # that are counted
     warm: int  # before them
+    patch: int
     depth: int
     ema: float | None
     keep: float
@@ -122,7 +124,7 @@ class Work:
 
     @property
     def args(self) -> dict[str, Any]:
-        return {"patch_size": PATCH, "depth": self.depth}
+        return {"patch_size": self.patch, "depth": self.depth}
 
     def network(self) -> Network:
         torch.manual_seed(0)
@@ -352,6 +354,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="counted, of every run")
     parser.add_argument("--warm", type=int, default=1, help="steps before them")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--patch", type=int, default=4, help="side of a patch, in pixels")
     parser.add_argument("--depth", type=int, default=12, help="blocks; fewer is not DeiT-T")
     parser.add_argument("--ema", type=float, help="decay of a weight average on both sides")
     parser.add_argument("--keep", type=float, default=0.6, help="of examples, and of patches, in a ticket")
@@ -380,7 +383,9 @@ def main() -> int:
         f"{len(images):,} images decoded into memory in {time.perf_counter() - begun:.1f} s, which no figure below has"
     )
     works = [
-        Work(images, batch, options.steps, options.warm, options.depth, options.ema, options.keep, device)
+        Work(
+            images, batch, options.steps, options.warm, options.patch, options.depth, options.ema, options.keep, device
+        )
         for batch in options.batches
     ]
     shares = [loader_share(work, ticketed) for work in works for ticketed in (False, True)]

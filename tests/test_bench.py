@@ -47,7 +47,7 @@ def bench() -> ModuleType:
 def work(bench: ModuleType, tmp_path: Path) -> object:
     images = load_split(data(), tmp_path, "train")
     return bench.Work(
-        images, batch=8, steps=2, warm=1, depth=1, ema=None, keep=0.5, device=torch.device("cpu")
+        images, batch=8, steps=2, warm=1, patch=4, depth=1, ema=None, keep=0.5, device=torch.device("cpu")
     )  # fmt: skip
 
 
