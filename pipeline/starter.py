@@ -37,7 +37,7 @@ model: $model
 # Each stage reads the nearest earlier one that makes what it needs. `null` leaves one out.
 stages:
   # Which images, and which patches of each, are worth training on. keep = fraction kept.
-  ticket:    {examples: {method: el2n, keep: 0.9}, patches: {method: $patches, keep: 0.75}$proxy}
+  ticket:    {examples: {method: el2n, keep: 0.9}, patches: {method: saliency, keep: $patches}$proxy}
   # Train on them; group_lasso pushes whole heads and MLP units towards zero, so that they can be cut.
   train:     {epochs: $epochs, weights: {method: group_lasso, strength: 1.0e-5}$augment}
   # Cut heads, MLP units and widths until this fraction of the multiply-accumulates is left.
@@ -75,7 +75,7 @@ def starter(name: str, *, source: str = DIGITS, model: str | None = None) -> str
         size=32 if digits else 224,
         model=block,
         proxy=f", proxy: {{epochs: 4, {SMALL}}}" if digits else "",
-        patches="saliency" if digits else "attention",
+        patches=0.75 if digits else 0.5,
         epochs="16" if digits else "10",
         drop="0.03" if digits else "0.01",  # few test images leave more to chance
         macs=0.35 if digits else 0.5,
