@@ -138,7 +138,7 @@ class PruneConfig(Config):
     batch_size: int = Field(
         16,
         ge=1,
-        description="images a pass: 16 of 224 px through a DeiT-B take 3 GB; importance hessian takes them singly",
+        description="images a pass; importance hessian passes them back one by one",
     )
 
     @model_validator(mode="after")
