@@ -76,10 +76,10 @@ def starter(name: str, *, source: str = DIGITS, model: str | None = None) -> str
         model=block,
         proxy=f", proxy: {{epochs: 4, {SMALL}}}" if digits else "",
         patches=0.75 if digits else 0.5,
-        epochs="16" if digits else "10",
+        epochs="18" if digits else "10",
         drop="0.03" if digits else "0.01",  # few test images leave more to chance
         macs=0.35 if digits else 0.5,
-        recover="10, lr: 1.0e-3" if digits else "5",
+        recover="14, lr: 1.0e-3" if digits else "5",
         augment=f", {SMALL}" if digits else ", augment: {flip: false}" if source == DIGITS else "",
     )
 
