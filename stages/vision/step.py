@@ -157,8 +157,8 @@ class Step:
             self.policy.observe(seen.first(part.rows.own))
         if penalty is None or (penalty.of_weights and not first):
             return loss, loss
-        # A penalty of the weights counts once in a step, whatever part of it this is.
-        return loss, loss + penalty(self.network) * (part.rows.scale if penalty.of_weights else share)
+        # A penalty of the weights counts once in a step, and each process has it whole: the mean of all is the penalty.
+        return loss, loss + penalty(self.network) * (1.0 if penalty.of_weights else share)
 
     def _skip(self) -> None:
         """Leave the step out. A scale that is too high comes down by half each time."""
