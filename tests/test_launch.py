@@ -121,6 +121,7 @@ def test_what_was_made_says_how_many_made_it_and_a_second_run_starts_none(undist
     assert done.returncode == 0 and json.loads(done.stdout)["stages"][0]["state"] == "cached", done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_of_two_that_was_ended_in_every_way_ends_like_an_undisturbed_one(
     undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -162,6 +163,7 @@ def test_a_run_of_two_that_was_ended_in_every_way_ends_like_an_undisturbed_one(
     assert same_weights(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_users_own_torchrun_is_the_same(undisturbed: Path, tmp_path: Path) -> None:
     folder = project(tmp_path / "project")
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sievit.stages")
@@ -187,6 +189,7 @@ def port() -> Iterator[int]:
     yield number
 
 
+@pytest.mark.slow
 def test_two_nodes_meet_and_make_one_run(undisturbed: Path, tmp_path: Path) -> None:
     folder = project(tmp_path / "project")
     with port() as number:
@@ -210,6 +213,7 @@ def test_two_nodes_meet_and_make_one_run(undisturbed: Path, tmp_path: Path) -> N
         (["device=cuda"], "GPU", ""),
     ],
 )
+@pytest.mark.slow
 def test_what_cannot_be_shared_is_refused_before_anything_starts(
     settings: list[str], message: str, place: str, tmp_path: Path
 ) -> None:
