@@ -196,7 +196,7 @@ def test_what_is_observed_is_the_training_forward_before_the_update(images: Imag
         losses = each_supervised(net, batch)
         with torch.no_grad():
             copy = network(classes=2)
-            copy.body.load_state_dict(net.body.state_dict())
+            copy.body.load_state_dict(net.network.body.state_dict())
             inputs: list[Tensor] = []
             last = copy.body.blocks[-1]
             hook = last.norm1.register_forward_hook(lambda m, i, out: inputs.append(out))
