@@ -14,7 +14,7 @@ READERS = ("builtin:", "torch/", "hfds/")  # sources that are a name, not a path
 
 # A network small enough for digits on a laptop, and the pretrained one that is the usual choice for photographs.
 DIGITS_MODEL = (
-    "{name: deit_tiny_patch16_224, pretrained: false, args: {patch_size: 8, embed_dim: 192, depth: 4, num_heads: 3}}"
+    "{name: deit_tiny_patch16_224, pretrained: false, args: {patch_size: 8, embed_dim: 192, depth: 3, num_heads: 3}}"
 )
 PHOTO_MODEL = "deit_tiny_patch16_224"
 # Few images need many small steps; a mirrored 2 is no 2.
@@ -76,10 +76,10 @@ def starter(name: str, *, source: str = DIGITS, model: str | None = None) -> str
         model=block,
         proxy=f", proxy: {{epochs: 4, {SMALL}}}" if digits else "",
         patches=0.75 if digits else 0.5,
-        epochs="18" if digits else "10",
+        epochs="14" if digits else "10",
         drop="0.03" if digits else "0.01",  # few test images leave more to chance
         macs=0.35 if digits else 0.5,
-        recover="14, lr: 1.0e-3" if digits else "5",
+        recover="10, lr: 1.0e-3" if digits else "5",
         augment=f", {SMALL}" if digits else ", augment: {flip: false}" if source == DIGITS else "",
     )
 

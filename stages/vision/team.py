@@ -194,8 +194,10 @@ def start(arguments: Sequence[str], processes: int, nodes: int, rendezvous: str 
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is told by ourselves
+    # What goes wrong is told by ourselves. Each of torch's modules sets a level of its own, so none inherits this one.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="sievit-launch-") as folder:
         config = LaunchConfig(
             min_nodes=nodes,
