@@ -14,7 +14,8 @@ ledger   the cost of training and of looking at all images after each epoch; eve
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -24,7 +25,7 @@ from sievit.pipeline.stage import Config, Context, Stage
 from .vision.recipe import Recipe
 
 if TYPE_CHECKING:
-    from .vision.network import Network
+    from pathlib import Path
 
 
 class Proxy(Recipe):
@@ -48,28 +49,13 @@ class ProxyRun(Config):
     number: int = Field(ge=0, description="which of the independent runs")
 
 
-def start(ctx: Context, model: ModelConfig, classes: int, drop_path: float = 0.0) -> Network:
-    """The network that a run starts from."""
-    from .vision.network import create
-
-    return create(
-        model.name,
-        classes=classes,
-        image_size=ctx.data.image_size,
-        args=dict(model.args),
-        pretrained=model.pretrained,
-        weights=None if model.weights is None else ctx.base / model.weights,
-        drop_path=drop_path,
-    )
-
-
 def run(ctx: Context) -> None:
     """Train, looking at all images after each epoch; leave network and statistics."""
     import torch
 
     from .vision.dataset import load_splits
     from .vision.device import open_device
-    from .vision.preprocessing import choose
+    from .vision.model_block import begin
     from .vision.proxy import macs, train_proxy
     from .vision.weights import save_network
 
@@ -79,8 +65,7 @@ def run(ctx: Context) -> None:
     begun = time.monotonic()
     seed = ctx.seed * 1000 + config.number
     torch.manual_seed(seed)
-    network = start(ctx, ctx.model, len(train.classes), config.recipe.drop_path)
-    preprocessing = choose(network, ctx.data, train.classes, ctx.model.pretrained or ctx.model.weights is not None)
+    network, preprocessing = begin(ctx.model, ctx.data, train.classes, ctx.base, drop_path=config.recipe.drop_path)
     with ctx.progress.task(f"proxy run {config.number + 1}", config.recipe.total_steps(len(train))) as task:
         fitted = train_proxy(
             network,
@@ -117,3 +102,38 @@ STAGE = Stage(
     uses=frozenset({"data", "model", "seed", "device"}),
     shares=True,
 )
+
+
+@dataclass
+class Spent:
+    """What choosing a ticket has cost. earlier_seconds: before a kill, or of whoever made a run that it shares."""
+
+    images: int = 0
+    macs: int = 0
+    earlier_seconds: float = 0.0
+
+
+class Runs:
+    """The runs of a ticket's proxy block, trained when first asked for unless the store has them."""
+
+    def __init__(self, ctx: Context, settings: Proxy, spent: Spent) -> None:
+        """ctx, spent: of the ticket, to which every run that it asks for is charged."""
+        self.ctx, self.settings, self.spent = ctx, settings, spent
+        self.folders: dict[int, Path] = {}
+        self.shared: list[dict[str, Any]] = []
+
+    def run(self, number: int) -> Path:
+        """The folder of run `number`, its cost charged to this ticket whoever paid it."""
+        if number not in self.folders:
+            begun = time.monotonic()
+            config, model = self.settings.run(number), self.settings.model
+            part = self.ctx.part(STAGE, config, role=f"proxy-{number}", model=model)
+            if not part.made:
+                self.ctx.progress.note(f"proxy run {number + 1}: {part.artifact.ref}, which was there")
+            ledger = part.artifact.ledger
+            self.spent.images += ledger["images"]
+            self.spent.macs += ledger["scoring_macs"]
+            self.spent.earlier_seconds += ledger["scoring_seconds"] - (time.monotonic() - begun)
+            self.shared.append({"ref": part.artifact.ref, "made": part.made, **ledger})
+            self.folders[number] = part.artifact.root
+        return self.folders[number]

@@ -318,8 +318,8 @@ def preflight(seen: Preflight) -> None:
 
 def _given(ctx: Context, splits: Splits) -> tuple[Network, Preprocessing]:
     """The model that it reads, else the pretrained one of the model block as it is."""
-    from .vision.network import create
-    from .vision.preprocessing import check, choose, load
+    from .vision.model_block import begin
+    from .vision.preprocessing import check, load
     from .vision.weights import load_network
 
     classes = splits.train.classes
@@ -328,16 +328,8 @@ def _given(ctx: Context, splits: Splits) -> tuple[Network, Preprocessing]:
         network, preprocessing = load_network(source), load(source)
         check(preprocessing, classes, ctx.data.image_size, f"model {ctx.inputs['model'].ref}")
         return network, preprocessing
-    network = create(
-        ctx.model.name,
-        classes=len(classes),
-        image_size=ctx.data.image_size,
-        args=dict(ctx.model.args),
-        pretrained=ctx.model.pretrained,
-        weights=None if ctx.model.weights is None else ctx.base / ctx.model.weights,
-        trained_head=True,
-    )
-    return network.eval(), choose(network, ctx.data, classes, pretrained=True)
+    network, preprocessing = begin(ctx.model, ctx.data, classes, ctx.base, trained_head=True)
+    return network.eval(), preprocessing
 
 
 class _Calibration:

@@ -44,7 +44,7 @@ from __future__ import annotations
 import time
 from functools import cached_property
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
@@ -58,14 +58,12 @@ from .vision.scoring import Examples
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     import torch
 
     from sievit.pipeline.settings import ModelConfig
     from sievit.pipeline.store import Artifact
 
-    from .methods.cost import TicketCost
     from .vision.architecture import Architecture, SwinArchitecture
     from .vision.dataset import Splits
     from .vision.preprocessing import Preprocessing
@@ -127,6 +125,7 @@ def run(ctx: Context) -> None:
 
     from .vision.dataset import load_splits
     from .vision.device import open_device
+    from .vision.reports import tell_splits
     from .vision.score_figures import pictures
     from .vision.scoring import choose, score
     from .vision.tickets import write_record
@@ -134,22 +133,22 @@ def run(ctx: Context) -> None:
     config: TicketConfig = ctx.config
     device = open_device(ctx.device)
     splits = load_splits(ctx.data.model_dump(), ctx.base)
-    _tell(ctx, splits)
+    tell_splits(splits, ctx.progress)
     begun = time.monotonic()
-    proxies = _Proxies(ctx, splits, device)
-    architecture = proxies.target
-    patches = _ticket_size(config, proxies.ranker, architecture)
+    selection = _Selection(ctx, splits, device)
+    architecture = selection.target
+    patches = architecture.patches if config.whole else _ranked_size(config, selection.ranker, architecture)
     whole = patches == architecture.patches
     # Which class gets how many hangs on the labels alone unless some are passed over: told before a proxy is paid for.
     if config.examples.balanced and config.examples.skip_hardest == 0:
         choose(config.examples, np.zeros(len(splits.train), np.float32), splits.train, ctx.seed)
-    runs = (proxies.run(number) for number in range(config.proxy.runs))
+    runs = (selection.proxies.run(number) for number in range(config.proxy.runs))
     scores = score(config.examples, splits.train, runs, ctx.seed)
     kept = choose(config.examples, scores, splits.train, ctx.seed)
     np.save(ctx.out / "kept.npy", kept)
     np.save(ctx.out / "scores.npy", scores.astype(np.float32))
 
-    cost = None if whole else _write_ranks(ctx, splits, proxies, patches)
+    cost, spent = None if whole else _write_ranks(ctx, splits, selection, patches), selection.spent
 
     examples_metrics = {
         "method": config.examples.method if config.examples.keep < 1 else "all",
@@ -171,88 +170,44 @@ def run(ctx: Context) -> None:
         examples=examples_metrics,
         patches={**patches_metrics, "grid": architecture.grid},
         # What `train` must know to compare arms at equal cost.
-        cost={"scoring_macs": proxies.macs, "selector_macs": proxies.source_macs},
+        cost={"scoring_macs": spent.macs, "selector_macs": selection.source_macs},
     )
     ctx.ledger |= {
-        "images": proxies.images,
-        "scoring_macs": proxies.macs,
-        "scoring_seconds": (seconds := round(time.monotonic() - begun + proxies.earlier_seconds, 3)),
+        "images": spent.images,
+        "scoring_macs": spent.macs,
+        "scoring_seconds": (seconds := round(time.monotonic() - begun + spent.earlier_seconds, 3)),
         "seconds": seconds,
-        "shared": proxies.shared,
+        "shared": selection.proxies.shared,
     }
     for picture in pictures(config.examples, splits.train, scores, kept):
         ctx.figure(picture.name, picture.svg, title=picture.title, caption=picture.caption)
 
 
-def _ticket_size(
+def _ranked_size(
     config: TicketConfig, ranker: Architecture | SwinArchitecture, target: Architecture | SwinArchitecture
 ) -> int:
-    """Patches kept of each image. Refuses a selector that cannot rank them before anything is trained for it."""
-    from .methods import InvalidInput
-    from .vision.selector import arrange, ticket_size
+    from .vision.selector import ranked_size
 
-    chosen, settings = config.patches, config.selector
-    if config.whole:
-        return target.patches
-    size = ticket_size(ranker, target, chosen.keep, settings.keep_per_stage, settings.blocks)
-    if size < target.patches and config.selected:
-        arrange(ranker, target, settings.blocks, size, settings.keep_per_stage)
-        if settings.mode == "paper" and ranker.prefix != 1:
-            raise InvalidInput(
-                f"mode: paper takes the first token for the class token and all others for patches; {ranker.model} has "
-                f"{ranker.prefix} tokens that are no patches",
-                "use mode: corrected",
-                field="selector.mode",
-            )
-    return size
+    return ranked_size(config.patches, config.selector, ranker, target, selected=config.selected)
 
 
-def _tell(ctx: Context, splits: Splits) -> None:
-    """What the user should know about the data before anything is computed from it."""
-    ctx.progress.note(
-        f"{len(splits.train)} training, {len(splits.calibration)} calibration, {len(splits.test)} test images"
-    )
-    if splits.skipped:
-        ctx.progress.warn(f"{len(splits.skipped)} broken images skipped, the first: {splits.skipped[0]}")
-    if leaked := splits.leaked():
-        ctx.progress.warn(f"{leaked} test images are also training images, pixel for pixel")
-
-
-class _Proxies:
-    """The proxy runs, trained when first asked for unless the store has them, and what they cost."""
+class _Selection:
+    """The proxy runs, the selector, and what they cost."""
 
     def __init__(self, ctx: Context, splits: Splits, device: torch.device) -> None:
         self.ctx, self.splits, self.device = ctx, splits, device
         self.config: TicketConfig = ctx.config
-        self.model = self.config.proxy.model or ctx.model
-        self.images = 0
-        self.macs = 0
+        self.spent = proxy.Spent()
+        self.proxies = proxy.Runs(ctx, self.config.proxy, self.spent)
         self.source_macs: int | None = 0  # what selector.source cost to make; None when it does not say
-        self.earlier_seconds = 0.0  # spent before a kill, or by whoever made a run that this ticket shares
-        self.runs: dict[int, Path] = {}
-        self.shared: list[dict[str, Any]] = []
-
-    def run(self, number: int) -> Path:
-        """The folder of run `number`, its cost charged to this ticket whoever paid it."""
-        if number not in self.runs:
-            begun = time.monotonic()
-            part = self.ctx.part(
-                proxy.STAGE, self.config.proxy.run(number), role=f"proxy-{number}", model=self.config.proxy.model
-            )
-            if not part.made:
-                self.ctx.progress.note(f"proxy run {number + 1}: {part.artifact.ref}, which was there")
-            ledger = part.artifact.ledger
-            self.images += ledger["images"]
-            self.macs += ledger["scoring_macs"]
-            self.earlier_seconds += ledger["scoring_seconds"] - (time.monotonic() - begun)
-            self.shared.append({"ref": part.artifact.ref, "made": part.made, **ledger})
-            self.runs[number] = part.artifact.root
-        return self.runs[number]
 
     def bare(self, model: ModelConfig) -> Architecture | SwinArchitecture:
         """The architecture of a model, weights left out."""
+        from .vision.model_block import begin
+
         without = model.model_copy(update={"pretrained": False, "weights": None})
-        return proxy.start(self.ctx, without, len(self.splits.train.classes)).architecture
+        network, _ = begin(without, self.ctx.data, self.splits.train.classes, self.ctx.base)
+        return network.architecture
 
     @cached_property
     def target(self) -> Architecture | SwinArchitecture:
@@ -270,7 +225,7 @@ class _Proxies:
         from .vision.architecture import load_architecture
 
         if self.config.selector.source is None:
-            return self.bare(self.model)
+            return self.bare(self.config.proxy.model or self.ctx.model)
         return load_architecture(self.ctx.inputs["selector"].root / "architecture.json")
 
     def selector(self, patches: int) -> tuple[ViT, Preprocessing]:
@@ -293,7 +248,7 @@ class _Proxies:
             self.source_macs = None if spent is None else spent.total
             check(preprocessing, None, self.ctx.data.image_size, f"selector.source {artifact.ref}")
         else:
-            folder = self.run(0)
+            folder = self.proxies.run(0)
             network = load_network(folder, drop_path=self.config.proxy.drop_path)
             preprocessing = load(folder)
         drops = arrange(network.architecture, self.target, settings.blocks, patches, settings.keep_per_stage)
@@ -316,14 +271,14 @@ class _Proxies:
                     sharding=self.ctx.sharding,
                 )
             dropping = fitted.network
-            self.images += fitted.images
-            self.earlier_seconds += fitted.earlier_seconds
-            self.macs += 3 * fitted.images * dropping.architecture.macs()
+            self.spent.images += fitted.images
+            self.spent.earlier_seconds += fitted.earlier_seconds
+            self.spent.macs += 3 * fitted.images * dropping.architecture.macs()
         assert isinstance(dropping, ViT), "arrange refuses other families"
         return dropping.to(self.device).eval(), preprocessing
 
 
-def _write_ranks(ctx: Context, splits: Splits, proxies: _Proxies, patches: int) -> dict[str, float | None] | None:
+def _write_ranks(ctx: Context, splits: Splits, selection: _Selection, patches: int) -> dict[str, float | None] | None:
     """Ranks of the splits, the selector, a picture of some tickets. Returns what training on tickets costs."""
     from dataclasses import asdict
 
@@ -331,19 +286,20 @@ def _write_ranks(ctx: Context, splits: Splits, proxies: _Proxies, patches: int) 
     from .vision import figures
     from .vision.architecture import Architecture
     from .vision.ranking import ByAttention, write_tables
+    from .vision.reports import ticket_savings
     from .vision.tickets import save_selector
 
-    settings, target, device = ctx.config.patches, proxies.target, proxies.device
+    settings, target, device = ctx.config.patches, selection.target, selection.device
     network, macs = None, 0
     if ctx.config.selected:
-        selector, preprocessing = proxies.selector(patches)
+        selector, preprocessing = selection.selector(patches)
         save_selector(selector, preprocessing, ctx.out)
         network, macs = ByAttention(selector, preprocessing.normaliser(device)), selector.architecture.selector_macs()
     cached = settings.view == "cached" and settings.method != "random"
     tables = write_tables(
         ctx.out, splits, settings.method, target.grid, network, device, seed=ctx.seed, training=cached
     )
-    proxies.macs += macs * tables.ranked
+    selection.spent.macs += macs * tables.ranked
 
     images = splits.train
     names = [images.classes[label] for label in images.labels[tables.sample]]
@@ -355,24 +311,11 @@ def _write_ranks(ctx: Context, splits: Splits, proxies: _Proxies, patches: int) 
         caption=f"One image of each of {len(names)} classes; the ranks of its patches by {settings.method}, the darker "
         f"the sooner kept; its ticket, {patches} of {target.patches} patches, the others tinted.{anew}",
     )
-    if not isinstance(student := proxies.bare(ctx.model), Architecture):
+    if not isinstance(student := selection.bare(ctx.model), Architecture):
         return None  # what a Swin saves depends on train.patches
     cost = ticket_cost(student.macs(), student.macs(start_patches=patches), macs)
-    ctx.progress.note(_fine_print(cost, proxies.macs / len(images)))
+    ctx.progress.note(ticket_savings(cost, selection.spent.macs / len(images)))
     return asdict(cost)
-
-
-def _fine_print(cost: TicketCost, spent: float) -> str:
-    """What tickets save and cost, in a sentence. spent: MACs of this stage for one training image."""
-    text = f"training on a ticket costs {cost.cached / cost.dense:.0%} of training on the whole image"
-    if cost.break_even is not None and cost.selector:
-        text += (
-            f", {cost.online / cost.dense:.0%} when the selector looks at every view (online); ranking an image once "
-            f"(cached) pays after {cost.break_even:.2g} epochs"
-        )
-    if spent:
-        text += f"; all of this stage, training included, pays after {spent / (cost.dense - cost.cached):.2g} epochs"
-    return text
 
 
 def coherent(seen: Preflight) -> None:
@@ -443,7 +386,8 @@ def preflight(seen: Preflight) -> None:
             return  # a stage of this plan, whose network is not there yet
         proxy = load_architecture(seen.inputs["selector"].root / "architecture.json")
     try:
-        _ticket_size(config, proxy, own if config.whole else ticketed(own, proxy))
+        if not config.whole:
+            _ranked_size(config, proxy, ticketed(own, proxy))
     except InvalidInput as error:
         error.field = seen.at(error.field)
         raise

@@ -80,28 +80,34 @@ ledger   images (forward and backward), tokens per image, epochs, steps, MACs, s
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sievit.pipeline.settings import ModelConfig
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
-from .vision.example_settings import ExamplePolicy, InfoBatch, Swap, check_examples
-from .vision.loss_settings import Penalty, TokenLabels
-from .vision.mask_settings import Essential, Hold, Magnitude, MaskSettings, Pattern, Soup, check_masks
+from .vision.example_settings import ExamplePolicy, check_examples
+from .vision.loss_settings import Penalty, TokenLabels, check_losses
+from .vision.mask_settings import MaskSettings, check_budget, check_masks, check_room, check_start, idle_masks
+from .vision.patch_settings import check_cutmix
 from .vision.recipe import Recipe, StopEarly, check_compile, check_processes, check_stop, looks_at_whole_tensors
 from .vision.token_settings import Connected, Tokens, check_connected
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from .vision.annotator import Annotator
-    from .vision.architecture import Architecture, SwinArchitecture
+    from .vision.examples import Policy
+    from .vision.mask_search import Found
     from .vision.network import Network
-    from .vision.objective import Objective
+    from .vision.penalty import Penalty as Pressing
     from .vision.preprocessing import Preprocessing
+    from .vision.token_schedule import TokenSchedule
+    from .vision.training import Fitted
+    from .vision.trials import Trials
 
 
 class TrainConfig(Recipe, Config):
@@ -154,191 +160,187 @@ class TrainConfig(Recipe, Config):
                 f"keep_epochs: names epoch {max(self.keep_epochs)}, and training ends after {self.epochs:g}; "
                 "name epochs from 1 to the last"
             )
-        check_examples(self.examples, self.epochs, self.budget)
-        if self.steps is not None and self.budget == "epochs":
+        check_examples(self.examples, self.epochs, self.budget, self.stop_early)
+        if self.steps is not None and self.budget != "macs":
             check_masks(self.masks, self.steps)
-        if isinstance(self.masks, Essential | Soup) and self.budget == "macs":
-            raise ValueError(
-                f"budget: macs leaves out what finding the masks costs; use steps or epochs with {self.masks.method}"
-            )
+        check_budget(self.masks, self.budget)
         if self.start is not None and self.start.startswith("timm:"):
             raise ValueError("start: names a stage or an artifact; a timm model is named in the model block")
         check_connected(self.attention, self.tokens)
-        self._check_stop()
-        watched = self.examples is not None and self.examples.policy != "random"
-        of_attention = self.weights is not None and self.weights.method.startswith("attention_")
-        check_compile(
-            self,
-            f"examples.policy: {self.examples.policy}"
-            if watched and self.examples is not None
-            else f"weights.method: {self.weights.method}"
-            if of_attention and self.weights is not None
-            else None,
-        )
-        if self.token_labels is not None and self.tokens is not None:
-            raise ValueError(
-                "tokens: token_labels asks the network about every patch, and tokens drops some; leave one of them out"
-            )
-        merged = self.tokens is not None and self.tokens.method == "tome"
-        if self.weights is not None and self.weights.method.startswith("attention_") and (self.attention or merged):
-            raise ValueError(
-                f"weights.method: {self.weights.method} looks at attention as it is without "
-                f"{'attention.keep' if self.attention else 'tokens.method: tome'}; leave one of them out"
-            )
+        check_stop(self.stop_early, self.epochs, self.budget, self.keep_epochs)
+        check_compile(self, self._looks)
+        check_losses(self.weights, self.token_labels, self.tokens, self.attention)
         return self
 
-    def _check_stop(self) -> None:
-        """What early stopping would leave undone."""
-        check_stop(self.stop_early, self.epochs)
-        if self.stop_early is None:
-            return
-        if self.budget != "epochs":
-            raise ValueError(
-                f"stop_early: a training that may end early spends no equal {self.budget}; use budget: epochs"
-            )
-        if self.keep_epochs:
-            raise ValueError("keep_epochs: training may stop before these epochs; leave out keep_epochs or stop_early")
-        if isinstance(self.examples, InfoBatch):
-            raise ValueError(
-                "stop_early: infobatch owes its last passes to the examples that it dropped; leave one of them out"
-            )
+    @property
+    def _looks(self) -> str | None:
+        """What looks into the forward while training, with its setting."""
+        if self.examples is not None and self.examples.policy != "random":
+            return f"examples.policy: {self.examples.policy}"
+        if self.weights is not None and self.weights.of_attention:
+            return f"weights.method: {self.weights.method}"
+        return None
 
 
 def run(ctx: Context) -> None:
-    """Data and tickets, network, training, then accuracy under every token policy."""
+    """Data and tickets, network, masks, training, then accuracy under every token policy."""
     import torch
 
-    from .vision import (
-        budget,
-        examples,
-        figures,
-        mask_search,
-        masks,
-        penalty,
-        reports,
-        tickets,
-        token_schedule,
-        trained_importance,
-    )
+    from .vision import budget, examples, mask_search, objective, penalty, tickets, token_schedule
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
-    from .vision.tensors import write_tensors
-    from .vision.training import fit
-    from .vision.weights import save_network
+    from .vision.trials import Trials
 
     config: TrainConfig = ctx.config
     device = open_device(ctx.device)
     splits = load_splits(ctx.data.model_dump(), ctx.base)
+    classes = splits.train.classes
     loaded = tickets.load(ctx.inputs["tickets"].root) if "tickets" in ctx.inputs else None
 
     torch.manual_seed(ctx.seed)
-    network, preprocessing = _beginning(ctx, splits.train.classes)
+    network, preprocessing = _beginning(ctx, classes)
     network = tickets.adapt(network, loaded, config.patches)
     tickets.check(loaded, splits, network.ticket_grid, config.cutmix)
     normalise = preprocessing.normaliser(device)
-    patches = tickets.policy(loaded, seed=ctx.seed, device=device)
-    pool = tickets.pool(splits.train, loaded, patches)
-    annotator = _annotator(ctx, network, splits.train.classes, device)
+    pool = tickets.pool(splits.train, loaded, tickets.policy(loaded, seed=ctx.seed, device=device))
+    labels = _annotator(ctx, network, classes, device)
     policy = examples.create(config.examples, pool.members, config.epochs, ctx.seed)
-    dense = network.architecture.macs()
     schedule = token_schedule.create(network.architecture, config.tokens, config.attention, finish=config.finish)
-    labelling = 0 if annotator is None else annotator.macs
-    looking = 0 if patches is None else patches.macs
-    entering = None if patches is None else patches.count
-    trial = 3 * network.ticket_cost(entering)[1] + labelling + looking  # a step of the search drops no tokens
-    arm = budget.Arm(
-        kept=policy.size,
-        examples=len(splits.train),
-        # Forward and backward are three forwards.
-        phases=tuple(
-            (end, 3 * macs + labelling + (looking if ticketed else 0))
-            for end, ticketed, macs in token_schedule.phases(network, schedule, entering, config.finish)
-        ),
-        dense=3 * dense + labelling,
-        scoring=0 if loaded is None else loaded.scoring_macs,
-    )
-    recipe = config
-    if config.budget != "epochs":
-        recipe = config.model_copy(update={"epochs": None, "steps": budget.steps_for(config, config.budget, arm)})
-    _check_epochs(recipe, policy.size)
+
+    prices = budget.prices(network, pool, 0 if labels is None else labels.macs)
+    phases = token_schedule.phases(network, schedule, pool.entering, config.finish)
+    chosen = 0 if loaded is None else loaded.scoring_macs
+    arm = prices.arm(phases, kept=policy.size, examples=len(splits.train), scoring=chosen)
+    recipe = budget.recipe_for(config, config.budget, arm)
+    budget.check_reached(recipe, policy.size, config.keep_epochs, config.examples, config.masks)
 
     def judge(current: Network) -> float:
         return top1(current, splits.calibration, normalise, device)
 
-    found = mask_search.find(
-        config.masks,
-        network,
-        pool,
-        recipe,
-        seed=ctx.seed,
-        device=device,
-        normalise=normalise,
-        objective=_objective(config),
-        annotate=annotator,
-        judge=judge,
-        progress=ctx.progress,
+    loss = objective.create(config.token_labels, each=config.examples is not None)
+    trials = Trials(pool, recipe, ctx.seed, device, normalise, loss, labels, judge, ctx.progress)
+    found = mask_search.find(config.masks, network, trials)
+    pressing = None if config.weights is None else penalty.create(config.weights.method, config.weights.strength)
+    fitted = _fitted(ctx, trials, found, policy, schedule, pressing)
+    rates = mask_search.cut_after(
+        config.masks, fitted.network, ctx.seed, lambda current: top1(current, splits.test, normalise, device)
     )
+
+    _save(ctx, fitted, preprocessing, policy, pressing, len(pool.members))
+    scoring, searching = prices.scoring(fitted), found.images * prices.trial
+    spent = budget.spent(config, config.budget, arm, fitted, scoring=scoring, searching=searching)
+    spent.save(ctx.out)
+    ctx.metrics |= {
+        "top1": tickets.accuracy(fitted.network, splits.test, loaded, normalise, device, seed=ctx.seed),
+        "budget": asdict(spent),
+        "policy": tickets.in_words(pool, config.patches, config.finish, fitted.network),
+    }
+    ctx.ledger |= {"budget": config.budget, "scoring_macs": scoring + searching}
+    if config.examples is not None:
+        ctx.metrics["examples"] = examples.use(config.examples, len(pool.members), fitted.passes, fitted.images)
+    _tell(ctx, fitted, found, rates, schedule, labels)
+
+
+def _beginning(ctx: Context, classes: tuple[str, ...]) -> tuple[Network, Preprocessing]:
+    """The network before the first step: that of the model block, or of `start`."""
+    from .vision.model_block import begin, go_on
+
+    start, drop_path = _named(ctx, "start"), ctx.config.drop_path
+    if start is None:
+        return begin(ctx.model, ctx.data, classes, ctx.base, drop_path=drop_path)
+    return go_on(ctx.model, ctx.data, classes, *start, drop_path=drop_path)
+
+
+def _named(given: Context | Preflight, role: str) -> tuple[Path, str] | None:
+    """Folder and reference of the artifact in a role, where there is one."""
+    return (given.inputs[role].root, given.inputs[role].ref) if role in given.inputs else None
+
+
+def _annotator(ctx: Context, network: Network, classes: tuple[str, ...], device: torch.device) -> Annotator | None:
+    """Who labels the patches, where somebody does."""
+    from .vision import annotator
+
+    settings, size, named = ctx.config.token_labels, ctx.data.image_size, _named(ctx, "annotator")
+    labels = annotator.create(settings, network, classes, device, image_size=size, artifact=named)
+    if labels is not None and labels.places == (1, 1):
+        ctx.progress.warn(
+            f"token_labels.source {settings.source} sees one place: all patches of a view are labelled alike"
+        )
+    return labels
+
+
+def _fitted(
+    ctx: Context,
+    trials: Trials,
+    found: Found,
+    policy: Policy,
+    schedule: TokenSchedule | None,
+    penalty: Pressing | None,
+) -> Fitted:
+    """The training, after the trials and as they went about it."""
+    from .vision.training import fit
+
+    config: TrainConfig = ctx.config
     if found.said:
         ctx.progress.warn(found.said)
-
-    pressing = None if config.weights is None else penalty.create(config.weights.method, config.weights.strength)
-    with ctx.progress.task("training", recipe.total_steps(arm.kept)) as task:
-        fitted = fit(
+    with ctx.progress.task("training", trials.recipe.total_steps(policy.size)) as task:
+        return fit(
             found.network,
-            pool,
-            recipe,
+            trials.pool,
+            trials.recipe,
             seed=ctx.seed,
-            device=device,
-            normalise=normalise,
+            device=trials.device,
+            normalise=trials.normalise,
             finish=config.finish,
             policy=policy,
             tokens=schedule,
-            objective=_objective(config),
-            annotate=annotator,
-            penalty=pressing,
+            objective=trials.objective,
+            annotate=trials.annotate,
+            penalty=penalty,
             masks=found.held,
-            judge=judge,
+            judge=trials.judge,
             keep_epochs=config.keep_epochs,
             stop=config.stop_early,
             checkpoint=ctx.work / "training.safetensors",
             tick=lambda n, values: task.advance(n, **values),
             sharding=ctx.sharding,
         )
-    network = fitted.network
-    rates = mask_search.cut_after(
-        config.masks, network, ctx.seed, lambda current: top1(current, splits.test, normalise, device)
-    )
-    reports.tell(fitted, ctx.metrics, ctx.progress)
-    save_network(network, ctx.out)
-    if pressing is not None and config.weights is not None and (scores := pressing.importance(network)):
-        trained_importance.write(ctx.out, config.weights.method, scores)
-    preprocessing.save(ctx.out)
-    for epoch, state in fitted.early.items():
-        (ctx.out / "early").mkdir(exist_ok=True)
-        write_tensors(ctx.out / "early" / f"epoch-{epoch}.safetensors", state)
-    if config.examples is not None:
-        record = examples.record(config.examples, policy, len(pool.members))
-        (ctx.out / "pool.json").write_text(json.dumps(record, sort_keys=True) + "\n", encoding="utf-8")
-        ctx.metrics["examples"] = examples.use(config.examples, len(pool.members), fitted.passes, fitted.images)
 
-    searching = found.images * trial
-    scoring = fitted.images * labelling + fitted.ticketed * looking
-    spent = budget.Spent(
-        budget=config.budget,
-        steps=fitted.steps,
-        examples=arm.kept,
-        of=arm.examples,
-        images=fitted.images,
-        macs=3 * fitted.macs + scoring,
-        scoring_macs=None if arm.scoring is None else arm.scoring + searching,
-        allowed=budget.allowance(config, arm) if config.budget == "macs" else None,
-    )
-    spent.save(ctx.out)
+
+def _save(
+    ctx: Context, fitted: Fitted, preprocessing: Preprocessing, policy: Policy, penalty: Pressing | None, members: int
+) -> None:
+    """The network, and what its training leaves for later stages. members: examples that the policy chose among."""
+    from .vision import examples, trained_importance
+    from .vision.weights import save_early, save_network
+
+    config: TrainConfig = ctx.config
+    save_network(fitted.network, ctx.out)
+    preprocessing.save(ctx.out)
+    if penalty is not None and config.weights is not None and (scores := penalty.importance(fitted.network)):
+        trained_importance.write(ctx.out, config.weights.method, scores)
+    save_early(fitted.early, ctx.out)
+    if config.examples is not None:
+        record = examples.record(config.examples, policy, members)
+        (ctx.out / "pool.json").write_text(json.dumps(record, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _tell(
+    ctx: Context,
+    fitted: Fitted,
+    found: Found,
+    rates: list[dict[str, float]],
+    schedule: TokenSchedule | None,
+    annotator: Annotator | None,
+) -> None:
+    """How the training went and what it made. rates: accuracy by the fraction of the weights kept after training."""
+    from .vision import figures, mask_figures, mask_search, reports
+
+    config: TrainConfig = ctx.config
+    network = fitted.network
+    reports.tell(fitted, ctx.metrics, ctx.progress)
     ctx.metrics |= {
-        "top1": tickets.accuracy(network, splits.test, loaded, normalise, device, seed=ctx.seed),
-        "budget": asdict(spent),
-        "policy": _policy(config, pool.whole, network),
         "curve": fitted.curve,
         "parameters": network.parameter_count(),
         "macs": network.architecture.macs(),
@@ -346,202 +348,33 @@ def run(ctx: Context) -> None:
     if schedule is not None:
         ctx.metrics["tokens"] = schedule.record()
     if config.masks is not None:
-        # What soup's mode is about is how masks are joined; its pool is always the same.
-        mode = "corrected" if isinstance(config.masks, Soup) else getattr(config.masks, "mode", "corrected")
-        ctx.metrics["masks"] = config.masks.model_dump() | found.record | {"density": masks.densities(network, mode)}
-    if rates:
-        ctx.metrics["masks"] |= {"rates": rates}
+        ctx.metrics["masks"] = mask_search.told(config.masks, found, network, rates)
     if config.token_labels is not None and annotator is not None:
         ctx.metrics["token_labels"] = config.token_labels.model_dump() | {"map": annotator.places}
-    ctx.ledger |= {
-        "budget": config.budget,
-        "images": fitted.images,
-        "tokens_per_image": round(fitted.tokens / fitted.images, 2),
-        "epochs": round(fitted.passes, 3),
-        "steps": fitted.steps,
-        "train_macs": 3 * fitted.macs,
-        "scoring_macs": scoring + searching,
-        "peak_gpu_memory_mb": fitted.peak_gpu_mb,
-        "seconds": round(fitted.seconds + found.seconds, 3),
-    }
-    _draw_masks(ctx)
-    ctx.figure(
-        "curve",
-        figures.curve(fitted.curve),
-        title="Training",
-        caption="Accuracy on the calibration split, all patches.",
-    )
-
-
-def _beginning(ctx: Context, classes: tuple[str, ...]) -> tuple[Network, Preprocessing]:
-    """The network before the first step: that of the model block, or of `start` with its weights and widths."""
-    from .vision.network import create
-    from .vision.preprocessing import check, choose, load
-    from .vision.weights import load_network
-
-    drop_path = ctx.config.drop_path
-    if "start" in ctx.inputs:
-        artifact = ctx.inputs["start"]
-        preprocessing = load(artifact.root)
-        check(preprocessing, classes, ctx.data.image_size, f"start {artifact.ref}")
-        begun = load_network(artifact.root, drop_path=drop_path).with_tokens(())
-        _check_start(begun.architecture, ctx.model, f"start {artifact.ref}")
-        return begun, preprocessing
-    network = create(
-        ctx.model.name,
-        classes=len(classes),
-        image_size=ctx.data.image_size,
-        args=dict(ctx.model.args),
-        pretrained=ctx.model.pretrained,
-        weights=None if ctx.model.weights is None else ctx.base / ctx.model.weights,
-        drop_path=drop_path,
-    )
-    return network, choose(network, ctx.data, classes, ctx.model.pretrained or ctx.model.weights is not None)
-
-
-def _draw_masks(ctx: Context) -> None:
-    """What the search for masks tried, and what further fractions would have given."""
-    from .vision import figures
-
-    masks, record = ctx.config.masks, ctx.metrics.get("masks", {})
-    if isinstance(masks, Essential):
-        ctx.figure(
-            "essential",
-            figures.sweep(*_columns(record["tried"]), record["chosen"], masks.tolerance),
-            title="Weights kept against accuracy",
-            caption=f"Each level cut at once and trained for {masks.steps} steps. Dashed: what may be lost; "
-            "upright: the level taken.",
-        )
-    if isinstance(masks, Soup) and record["rounds"]:
-        ctx.figure(
-            "soup",
-            figures.soup(record["rounds"], masks.keep),
-            title="Weights kept, round by round",
-            caption="Dots: of each weak mask; line: of the joined one; dashed: what is kept in the end.",
-        )
-    if "rates" in record:
-        ctx.figure(
-            "rates",
-            figures.rates(*_columns(record["rates"]), masks.keep),
-            title="Weights kept after training against accuracy",
-            caption="Each fraction cut at once from the trained network, nothing trained after it. Upright: what is "
-            "saved.",
-        )
-
-
-def _check_start(architecture: Architecture | SwinArchitecture, model: ModelConfig, who: str) -> None:
-    """Raises: InvalidInput for another network than that of the model block; its widths may have been cut."""
-    from .methods import InvalidInput
-
-    if (architecture.model, architecture.args) != (model.name, dict(model.args)):
-        raise InvalidInput(
-            f"{who} is {architecture.model} with {architecture.args}, and the model block says {model.name} with "
-            f"{dict(model.args)}",
-            "name in start a network of the model block, or write that network into the model block",
-        )
-
-
-def _policy(config: TrainConfig, whole: bool, network: Network) -> str:
-    kind = {None: "tickets", "zero": "tickets with the other patches blanked (no compute saved)", "mosaic": "mosaics"}
-    seen = "all" if whole else f"{kind[config.patches]}, then all for {config.finish:.0%} of the steps"
-    left = network.architecture.tokens
-    return f"reduced to {left[-1].after} patches" + ("" if whole else f"; {seen}") if left else seen
-
-
-def _columns(rows: list[dict[str, float]]) -> tuple[list[float], list[float]]:
-    return [row["keep"] for row in rows], [row["top1"] for row in rows]
-
-
-def _check_epochs(config: TrainConfig, examples: int) -> None:
-    """Raises: InvalidInput for kept epochs and swaps that these steps do not reach, and masks that do not change."""
-    from .methods import InvalidInput
-
-    try:
-        check_masks(config.masks, config.total_steps(examples))
-    except ValueError as error:
-        raise InvalidInput(f"train.{error}") from error
-
-    last = config.total_steps(examples) // -(-examples // config.batch_size)
-    if config.keep_epochs and max(config.keep_epochs) > last:
-        raise InvalidInput(
-            f"train.keep_epochs names epoch {max(config.keep_epochs)}, training completes {last}",
-            "name epochs from 1 to the last, or train longer",
-        )
-    if isinstance(config.examples, Swap) and config.examples.until >= last:
-        raise InvalidInput(
-            f"train.examples.until: swaps until epoch {config.examples.until}, and training completes {last}",
-            "lower until, or train longer",
-        )
-
-
-def _annotator(ctx: Context, network: Network, classes: tuple[str, ...], device: torch.device) -> Annotator | None:
-    """Who labels the patches; the network then answers for each of them."""
-    from .vision import annotator
-    from .vision.vit import ViT
-
-    settings = ctx.config.token_labels
-    if settings is None:
-        return None
-    assert isinstance(network, ViT), "preflight refuses a Swin"
-    network.set_token_training(True)
-    how: dict[str, Any] = {
-        "image_size": ctx.data.image_size,
-        "grid": network.architecture.grid,
-        "top": settings.top,
-    }
-    if "annotator" in ctx.inputs:
-        artifact = ctx.inputs["annotator"]
-        labels = annotator.from_artifact(artifact.root, artifact.ref, classes, device, **how)
-    else:
-        labels = annotator.from_timm(ctx.references["annotator"], len(classes), device, **how)
-    high, wide = labels.places
-    if high * wide == 1:
-        ctx.progress.warn(
-            f"token_labels.source {settings.source} sees one place: all patches of a view are labelled alike"
-        )
-    return labels
-
-
-def _objective(config: TrainConfig) -> Objective:
-    """The labels' loss, and with token labels the patches' beside it. A policy on examples needs it for each image."""
-    from .vision.objective import each_supervised, labelled, supervised
-
-    each = config.examples is not None
-    if config.token_labels is not None:
-        return labelled(config.token_labels.weight, each=each)
-    return each_supervised if each else supervised
+    cost = reports.cost(fitted)
+    ctx.ledger |= cost | {"seconds": round(fitted.seconds + found.seconds, 3)}
+    for picture in mask_figures.pictures(config.masks, ctx.metrics.get("masks", {})):
+        ctx.figure(picture.name, picture.svg, title=picture.title, caption=picture.caption)
+    curve = figures.curve(fitted.curve)
+    ctx.figure("curve", curve, title="Training", caption="Accuracy on the calibration split, all patches.")
 
 
 def coherent(seen: Preflight) -> None:
-    """Refuse a batch that the processes cannot share, cutmix on patch tickets that know one image, and a sweep on a
-    network that knows nothing.
+    """Refuse a batch that the processes cannot share, cutmix on patch tickets that know one image, a sweep on a network
+    that knows nothing, and masks that would change once in the steps that there are at most.
     """
-    from .methods import InvalidInput
-
     config: TrainConfig = seen.config
     check_processes(config, seen.processes, seen.sharding, f"stages.{seen.entry}")
     for name in ("masks", "weights") if seen.processes > 1 and seen.sharding == "fsdp2" else ():
         if getattr(config, name) is not None:
             raise looks_at_whole_tensors(seen.at(name))
     trained = seen.model.pretrained or seen.model.weights is not None or config.start is not None
-    if isinstance(config.masks, Essential | Soup | Hold) and not trained:
-        what = {"essential": "tries what", "soup": "joins masks of what", "hold": "keeps what"}[config.masks.method]
-        raise InvalidInput(
-            f"{seen.at('masks')}: {config.masks.method} {what} a trained network can do without, and this one begins "
-            "at random",
-            "name a network: start, model.pretrained or model.weights; or use the method magnitude",
-            field=seen.at("masks.method"),
-        )
+    check_start(config.masks, trained, seen.at("masks"))
+    if (most := seen.data.max_train) is not None and config.budget != "macs":
+        check_room(config.masks, config.total_steps(most), f"data.max_train {most} allows no more", seen.at("masks"))
     ticket = seen.reads.get("tickets")
-    if not config.cutmix or ticket is None or ticket.config.whole:
-        return
-    patches = ticket.config.patches
-    if patches.view == "cached" and patches.method != "random":
-        raise InvalidInput(
-            f"{seen.at('cutmix')}: cached patch tickets know one image, cutmix shows two",
-            "set cutmix: 0, patches.view: online, or patches.keep: 1.0; mixup goes with all",
-            field=seen.at("cutmix"),
-        )
+    if ticket is not None and not ticket.config.whole:
+        check_cutmix(config.cutmix, ticket.config.patches, seen.at("cutmix"))
 
 
 def idle(seen: Preflight) -> dict[str, str]:
@@ -549,12 +382,7 @@ def idle(seen: Preflight) -> dict[str, str]:
     fall.
     """
     config: TrainConfig = seen.config
-    masks, found = config.masks, config.idle()
-    if isinstance(masks, Soup) and masks.mode == "paper":
-        found["masks.votes"] = "masks.mode paper keeps what any mask keeps"
-    if isinstance(masks, Magnitude) and masks.schedule == "one_shot":
-        found |= {f"masks.{name}": "masks.schedule is one_shot" for name in ("end", "every")}
-    return found
+    return config.idle() | {f"masks.{name}": why for name, why in idle_masks(config.masks).items()}
 
 
 def preflight(seen: Preflight) -> None:
@@ -562,64 +390,35 @@ def preflight(seen: Preflight) -> None:
     asks of it a head for patches, a class token, attention among all tokens or widths that are multiples of four.
     """
     from .methods import InvalidInput
-    from .vision import masks
-    from .vision.architecture import Architecture, load_architecture
+    from .vision import demands
+    from .vision.architecture import Architecture
     from .vision.external import check_name
     from .vision.forward import check_compiler
-    from .vision.network import outline
-    from .vision.penalty import ATTENTION, no_rows
+    from .vision.model_block import outlined
     from .vision.sources import check_sources
     from .vision.tickets import ticket_use
     from .vision.token_schedule import create
 
-    if seen.config.compile:
+    config: TrainConfig = seen.config
+    if config.compile:
         check_compiler(seen.device, seen.at("compile"))
-    if "start" in seen.inputs:
-        network = load_architecture(seen.inputs["start"].root / "architecture.json")
-        if isinstance(network, Architecture):
-            network = replace(network, tokens=())
-        try:
-            _check_start(network, seen.model, f"start {seen.inputs['start'].ref}")
-        except InvalidInput as error:
-            error.field = seen.at("start")
-            raise
-    else:
-        network = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
+    network = outlined(seen.model, seen.data.image_size, _named(seen, "start"), seen.at("start"))
     try:
-        ticket_use(network, seen.config.patches, None if isinstance(network, Architecture) else _ticket_shape(seen))
+        ticket_use(network, config.patches, None if isinstance(network, Architecture) else _ticket_shape(seen))
     except InvalidInput as error:
         error.field = seen.at("patches")
         raise
     try:
-        create(network, seen.config.tokens, seen.config.attention)
+        create(network, config.tokens, config.attention)
+        demands.check_heads(network, config.token_labels)
+        demands.check_attention(network, config.weights)
+        demands.check_fours(network, config.masks)
+        demands.check_class_token(network, config.examples)
     except InvalidInput as error:
         error.field = seen.at(error.field)
         raise
-    if seen.config.token_labels is not None and not network.token_heads:
-        raise InvalidInput(
-            f"token_labels: {seen.model.name} has no head that answers for its patch tokens",
-            "leave token_labels out, or use lvvit_t, lvvit_s or lvvit_m",
-            field=seen.at("token_labels"),
-        )
-    penalty = seen.config.weights
-    if penalty is not None and penalty.method in ATTENTION and not isinstance(network, Architecture):
-        refusal = no_rows(seen.model.name, penalty.method)
-        refusal.field = seen.at("weights.method")
-        raise refusal
-    if isinstance(seen.config.masks, Pattern):
-        try:
-            masks.check_outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
-        except InvalidInput as error:
-            error.field = seen.at("masks.pattern")
-            raise
-    if isinstance(seen.config.examples, Swap) and seen.config.examples.mode == "paper" and not network.prefix:
-        raise InvalidInput(
-            f"examples.mode: paper sorts by the attention of the class token, and {seen.model.name} has none",
-            "use mode: corrected",
-            field=seen.at("examples.mode"),
-        )
-    if seen.config.token_labels is not None and seen.config.token_labels.source.startswith("timm:"):
-        check_name(seen.config.token_labels.source, seen.at("token_labels.source"))
+    if config.token_labels is not None and config.token_labels.source.startswith("timm:"):
+        check_name(config.token_labels.source, seen.at("token_labels.source"))
     check_sources(seen.data.model_dump(), seen.base)
 
 

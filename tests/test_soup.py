@@ -23,6 +23,7 @@ from sievit.stages.vision.masks import pool as weights_of
 from sievit.stages.vision.objective import supervised
 from sievit.stages.vision.recipe import Recipe
 from sievit.stages.vision.tensors import write_tensors
+from sievit.stages.vision.trials import Trials
 from sievit.stages.vision.weights import load_network
 
 # Rates so high that trainings of two steps disagree.
@@ -39,10 +40,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
 def cooked(images: Images, *answers: float, net: Any = None, **fields: Any) -> soup.Cooked:
     """answers: of the judge, the soup's first."""
     judged = iter(answers)
-    return soup.cook(
-        net or network(classes=2), pool(images, False), RECIPE, Soup(**{**SOUP, **fields}), seed=1, device=CPU,
-        normalise=NORMALISE, objective=supervised, annotate=None, judge=lambda net: next(judged), progress=Listening(),
+    trials = Trials(
+        pool(images, False), RECIPE, seed=1, device=CPU, normalise=NORMALISE, objective=supervised, annotate=None,
+        judge=lambda net: next(judged), progress=Listening(),
     )  # fmt: skip
+    return soup.cook(net or network(classes=2), Soup(**{**SOUP, **fields}), trials)
 
 
 class Joined:

@@ -26,13 +26,13 @@ from sievit.stages.methods.token_labels import (
     token_label_losses,
     top_labels,
 )
-from sievit.stages.train import TrainConfig, _objective
 from sievit.stages.vision import annotator
 from sievit.stages.vision.augment import Mixer
 from sievit.stages.vision.batches import Batch, Pool
 from sievit.stages.vision.dataset import Images, load_splits
 from sievit.stages.vision.loss_settings import TokenLabels
 from sievit.stages.vision.network import create
+from sievit.stages.vision.objective import create as create_objective
 from sievit.stages.vision.patches import Cached
 from sievit.stages.vision.preprocessing import Preprocessing
 from sievit.stages.vision.processes import share
@@ -89,7 +89,7 @@ def test_a_ticket_of_all_patches_changes_nothing_in_the_loss() -> None:
     net.set_token_training(True)
     labels = soft(4, 16, 5)
     every = torch.arange(16).expand(4, -1)
-    objective = _objective(TrainConfig(epochs=1, token_labels=TokenLabels(source="train@1", weight=0.7)))
+    objective = create_objective(TokenLabels(source="train@1", weight=0.7), each=False)
     targets = soft(4, 5, seed=1)
     whole = objective(net, Batch(x, targets, None, torch.arange(4), np.arange(4), None, 1.0, share(4), 4, labels))
     ticketed = objective(
@@ -180,7 +180,7 @@ def labelling(pictures: Images, folder: Path, *, ticketed: bool, batches: list[B
     torch.manual_seed(5)
     student = network("lv-vit", classes=2, drop_path_rate=0.2)
     student.set_token_training(True)
-    plain = _objective(TrainConfig(epochs=1, token_labels=TokenLabels(source="train@1")))
+    plain = create_objective(TokenLabels(source="train@1"), each=False)
 
     def objective(net: Any, batch: Batch) -> Tensor:
         batches.append(batch)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..methods import InvalidInput
 from ..methods.token_labels import on_grid, top_labels
 from . import external
+from .loss_settings import TokenLabels
+from .network import Network
 from .preprocessing import Normaliser, check, load
 from .vit import ViT, head_on_patches
 from .weights import load_network
@@ -47,6 +49,30 @@ class Annotator:
     @torch.no_grad()
     def __call__(self, views: Tensor) -> Tensor:
         return top_labels(on_grid(self.answers(self.normalise(views)).softmax(1), self.grid), self.top)
+
+
+def create(
+    settings: TokenLabels | None,
+    network: Network,
+    classes: tuple[str, ...],
+    device: torch.device,
+    *,
+    image_size: int,
+    artifact: tuple[Path, str] | None,
+) -> Annotator | None:
+    """Who labels the patches of a network, which answers for each of them from now on; None without token labels.
+
+    artifact: folder and reference of a model; None: settings.source names one of timm's. Raises: InvalidInput as
+    from_artifact and from_timm.
+    """
+    if settings is None:
+        return None
+    assert isinstance(network, ViT), "preflight refuses a Swin"
+    network.set_token_training(True)
+    how: dict[str, Any] = {"image_size": image_size, "grid": network.architecture.grid, "top": settings.top}
+    if artifact is not None:
+        return from_artifact(*artifact, classes, device, **how)
+    return from_timm(settings.source, len(classes), device, **how)
 
 
 def from_artifact(

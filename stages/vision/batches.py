@@ -38,6 +38,16 @@ class Pool:
     def whole(self) -> bool:
         return self.patches is None
 
+    @property
+    def entering(self) -> int | None:
+        """Patches of a ticket that enter the network; None: all of the image."""
+        return None if self.patches is None else self.patches.count
+
+    @property
+    def looking(self) -> int:
+        """MACs of looking at one view to choose its patches."""
+        return 0 if self.patches is None else self.patches.macs
+
 
 @dataclass
 class Batch:

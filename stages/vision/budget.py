@@ -14,13 +14,52 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from ..methods import InvalidInput
+from .example_settings import ExamplePolicy, Swap
+from .mask_settings import MaskSettings, check_masks
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .batches import Pool
+    from .network import Network
+    from .training import Fitted
 
 Budget = Literal["epochs", "steps", "macs"]
 FILE = "training.json"
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """MACs of a forward pass, for one image. dense: of the whole network on all patches. ticket: of the network on the
+    patches that enter it, none dropped inside. labelling: of the annotator, on every image. looking: of an online
+    selector, on images that have a ticket.
+    """
+
+    dense: int
+    ticket: int
+    labelling: int
+    looking: int
+
+    @property
+    def trial(self) -> int:
+        """MACs of an image in the search for masks, which drops no tokens. Forward and backward are three forwards."""
+        return 3 * self.ticket + self.labelling + self.looking
+
+    def arm(self, phases: Iterable[tuple[float, bool, int]], *, kept: int, examples: int, scoring: int | None) -> Arm:
+        """phases: as token_schedule.phases says what an image costs in the course of the training."""
+        costs = tuple(
+            (end, 3 * macs + self.labelling + (self.looking if ticketed else 0)) for end, ticketed, macs in phases
+        )
+        return Arm(kept, examples, costs, 3 * self.dense + self.labelling, scoring)
+
+    def scoring(self, fitted: Fitted) -> int:
+        """MACs of annotator and selector in a whole training."""
+        return fitted.images * self.labelling + fitted.ticketed * self.looking
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +133,62 @@ def passes(steps: int, examples: int, batch: int) -> int:
 def allowance(recipe: Recipe, arm: Arm) -> int:
     """MACs of the dense network over all examples."""
     return arm.dense * passes(recipe.total_steps(arm.examples), arm.examples, recipe.batch_size)
+
+
+def check_reached(
+    recipe: Recipe,
+    examples: int,
+    keep_epochs: tuple[int, ...],
+    policy: ExamplePolicy | None,
+    masks: MaskSettings | None,
+) -> None:
+    """Raises: InvalidInput for kept epochs and swaps that the steps do not reach, and masks that do not change in them.
+    examples: of a pass.
+    """
+    steps = recipe.total_steps(examples)
+    try:
+        check_masks(masks, steps)
+    except ValueError as error:
+        raise InvalidInput(f"train.{error}") from error
+    last = steps // math.ceil(examples / recipe.batch_size)
+    if keep_epochs and max(keep_epochs) > last:
+        raise InvalidInput(
+            f"train.keep_epochs names epoch {max(keep_epochs)}, training completes {last}",
+            "name epochs from 1 to the last, or train longer",
+        )
+    if isinstance(policy, Swap) and policy.until >= last:
+        raise InvalidInput(
+            f"train.examples.until: swaps until epoch {policy.until}, and training completes {last}",
+            "lower until, or train longer",
+        )
+
+
+def prices(network: Network, pool: Pool, labelling: int) -> Prices:
+    """What images of a pool cost in the network that is trained on them. labelling: MACs of the annotator."""
+    return Prices(network.architecture.macs(), network.ticket_cost(pool.entering)[1], labelling, pool.looking)
+
+
+def recipe_for(recipe: AnyRecipe, budget: Budget, arm: Arm) -> AnyRecipe:
+    """The recipe with the steps that the budget allows. Raises: InvalidInput as steps_for."""
+    if budget == "epochs":
+        return recipe
+    return recipe.model_copy(update={"epochs": None, "steps": steps_for(recipe, budget, arm)})
+
+
+def spent(recipe: Recipe, budget: Budget, arm: Arm, fitted: Fitted, *, scoring: int, searching: int) -> Spent:
+    """The record of a training. scoring, searching: MACs beside those of the network, in the training and before it;
+    recipe: as it was written, for what the budget allowed.
+    """
+    return Spent(
+        budget=budget,
+        steps=fitted.steps,
+        examples=arm.kept,
+        of=arm.examples,
+        images=fitted.images,
+        macs=3 * fitted.macs + scoring,
+        scoring_macs=None if arm.scoring is None else arm.scoring + searching,
+        allowed=allowance(recipe, arm) if budget == "macs" else None,
+    )
 
 
 def steps_for(recipe: Recipe, budget: Budget, arm: Arm) -> int:

@@ -7,28 +7,12 @@ calibration split, so that the test split has no say in the choice.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
 
 from ..methods.weight_masks import knee
-from .batches import Annotate, Pool
 from .mask_settings import Essential
 from .network import Network
-from .objective import Objective
-from .preprocessing import Normaliser
-from .recipe import Recipe
-from .training import fit
-
-
-class Progress(Protocol):
-    """Where it is told how far the sweep is."""
-
-    def task(self, label: str, total: int) -> AbstractContextManager[Any]: ...
+from .trials import Trials
 
 
 @dataclass(frozen=True)
@@ -48,39 +32,15 @@ class Tried:
         return [{"keep": keep, "top1": one} for keep, one in zip(self.keeps, self.top1, strict=True)]
 
 
-def sweep(
-    network: Network,
-    pool: Pool,
-    recipe: Recipe,
-    settings: Essential,
-    *,
-    seed: int,
-    device: torch.device,
-    normalise: Normaliser,
-    objective: Objective,
-    annotate: Annotate | None,
-    judge: Callable[[Network], float],
-    progress: Progress,
-) -> Tried:
+def sweep(network: Network, settings: Essential, trials: Trials) -> Tried:
     """Try all levels on copies; the network stays as it is. A killed sweep begins again, with the same outcome."""
     keeps = (1.0, *settings.levels)
-    short = recipe.model_copy(update={"epochs": None, "steps": settings.steps})
     top1: list[float] = []
     images, seconds = 0, 0.0
-    with progress.task("essential sparsity", len(keeps)) as task:
+    with trials.progress.task("essential sparsity", len(keeps)) as task:
         for keep in keeps:
-            fitted = fit(
-                copy.deepcopy(network),
-                pool,
-                short,
-                seed=seed,
-                device=device,
-                normalise=normalise,
-                objective=objective,
-                annotate=annotate,
-                masks=settings.at(keep),
-            )
-            top1.append(judge(fitted.network))
+            fitted = trials.fit(network, settings.steps, seed=trials.seed, masks=settings.at(keep))
+            top1.append(trials.judge(fitted.network))
             images, seconds = images + fitted.images, seconds + fitted.seconds
             task.advance(1, top1=top1[-1])
     return Tried(keeps, tuple(top1), knee(keeps, top1, settings.tolerance), images, seconds)

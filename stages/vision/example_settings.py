@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .recipe import Settings
+from .recipe import Settings, StopEarly
 
 
 class Swap(Settings):
@@ -60,10 +60,16 @@ class Subset(Settings):
 ExamplePolicy = Annotated[Swap | InfoBatch | Subset, Field(discriminator="policy")]
 
 
-def check_examples(policy: Swap | InfoBatch | Subset | None, epochs: float | None, budget: str) -> None:
+def check_examples(
+    policy: Swap | InfoBatch | Subset | None, epochs: float | None, budget: str, stop: StopEarly | None
+) -> None:
     """Refuse a policy that contradicts the length of the training. Raises: ValueError."""
     if policy is None:
         return
+    if isinstance(policy, InfoBatch) and stop is not None:
+        raise ValueError(
+            "stop_early: infobatch owes its last passes to the examples that it dropped; leave one of them out"
+        )
     if isinstance(policy, InfoBatch) and budget != "epochs":
         raise ValueError(
             f"budget: {budget} cannot be kept with infobatch: what a pass takes is known only when it begins; "

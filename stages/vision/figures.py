@@ -6,12 +6,21 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 INK, FAINT, ACCENT = "#30363d", "#b6bec8", "#0b6e63"
 TINT = np.array([150.0, 205.0, 197.0], dtype=np.float32)  # no grey: a faded patch must not pass for part of the image
+
+
+class Picture(NamedTuple):
+    """A figure of an artifact: file stem, SVG, title and caption."""
+
+    name: str
+    svg: str
+    title: str
+    caption: str
 
 
 def svg_of(figure: Any) -> str:
@@ -50,43 +59,6 @@ def curve(rows: Sequence[Mapping[str, float]]) -> str:
             right.plot(epochs, [100 * row["top1_final_tokens"] for row in rows], ":", color=ACCENT)
         right.set_ylabel("top-1 on the calibration split, %", color=ACCENT)
         right.set_ylim(0, 100)
-    return svg_of(figure)
-
-
-def sweep(keeps: Sequence[float], top1: Sequence[float], chosen: float, tolerance: float) -> str:
-    """Calibration top-1 by the fraction of the weights kept, the line that must not be crossed, and the choice."""
-    figure, axes = axes_of(6, 3)
-    axes.axhline(100 * (top1[0] - tolerance), color=FAINT, linestyle="--", linewidth=1)
-    axes.plot([100 * keep for keep in keeps], [100 * one for one in top1], "o-", markersize=3, color=ACCENT)
-    axes.axvline(100 * chosen, color=INK, linewidth=1)
-    axes.invert_xaxis()
-    axes.set_xlabel("weights kept, %")
-    axes.set_ylabel("top-1 on the calibration split, %")
-    return svg_of(figure)
-
-
-def rates(keeps: Sequence[float], top1: Sequence[float], saved: float) -> str:
-    """Test top-1 by the fraction of the weights kept after training, and the fraction that is saved."""
-    figure, axes = axes_of(6, 3)
-    axes.plot([100 * keep for keep in keeps], [100 * one for one in top1], "o-", markersize=3, color=ACCENT)
-    axes.axvline(100 * saved, color=INK, linewidth=1)
-    axes.invert_xaxis()
-    axes.set_xlabel("weights kept, %")
-    axes.set_ylabel("top-1 on the test split, %")
-    return svg_of(figure)
-
-
-def soup(rounds: Sequence[Mapping[str, Any]], keep: float) -> str:
-    """Fraction kept by each weak mask and by the joined one, by round, and what is kept in the end."""
-    figure, axes = axes_of(6, 3)
-    numbers = list(range(1, len(rounds) + 1))
-    for number, row in zip(numbers, rounds, strict=True):
-        axes.plot([number] * len(row["weak"]), [100 * one for one in row["weak"]], "o", markersize=3, color=FAINT)
-    axes.plot(numbers, [100 * row["kept"] for row in rounds], "o-", markersize=4, color=ACCENT)
-    axes.axhline(100 * keep, color=INK, linestyle="--", linewidth=1)
-    axes.set_xticks(numbers)
-    axes.set_xlabel("round")
-    axes.set_ylabel("weights kept, %")
     return svg_of(figure)
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from .recipe import Settings
+from .token_settings import Connected, Tokens
 
 HANDED_ON = ("group_lasso", "hoyer", "movement")  # penalties that tell prune what to cut
 
@@ -23,6 +24,11 @@ class Penalty(Settings):
     )
     strength: float = Field(1e-4, gt=0, description="its weight in the loss")
 
+    @property
+    def of_attention(self) -> bool:
+        """Whether it looks at attention maps rather than at weights."""
+        return self.method.startswith("attention_")
+
 
 class TokenLabels(Settings):
     """A soft label for every patch, which the second head of an LV-ViT learns."""
@@ -30,3 +36,19 @@ class TokenLabels(Settings):
     source: str = Field(description="who labels: a stage of this pipeline, an artifact (train@7), or timm:<model>")
     weight: float = Field(0.5, gt=0, le=10, description="of the patches' loss; that of the class token has 1")
     top: int | None = Field(None, ge=1, description="classes that a label keeps, renormalised; null: all")
+
+
+def check_losses(
+    penalty: Penalty | None, labels: TokenLabels | None, tokens: Tokens | None, attention: Connected | None
+) -> None:
+    """Refuse losses on patches that are dropped, and on attention that is not there. Raises: ValueError."""
+    if labels is not None and tokens is not None:
+        raise ValueError(
+            "tokens: token_labels asks the network about every patch, and tokens drops some; leave one of them out"
+        )
+    merged = tokens is not None and tokens.method == "tome"
+    if penalty is not None and penalty.of_attention and (attention or merged):
+        raise ValueError(
+            f"weights.method: {penalty.method} looks at attention as it is without "
+            f"{'attention.keep' if attention else 'tokens.method: tome'}; leave one of them out"
+        )

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import essential, masks, soup
-from .batches import Pool
 from .mask_settings import Applied, Essential, Hold, Magnitude, MaskSettings, Soup
 from .network import Network
-from .recipe import Recipe
+from .trials import Trials
 
 
 @dataclass(frozen=True)
@@ -28,15 +27,15 @@ class Found:
     said: str = ""
 
 
-def find(settings: MaskSettings | None, network: Network, pool: Pool, recipe: Recipe, **how: Any) -> Found:
-    """The masks that a training begins with. `how` goes to essential.sweep and soup.cook."""
+def find(settings: MaskSettings | None, network: Network, trials: Trials) -> Found:
+    """The masks that a training begins with."""
     match settings:
         case Essential():
-            tried = essential.sweep(network, pool, recipe, settings, **how)
+            tried = essential.sweep(network, settings, trials)
             record = {"chosen": tried.chosen, "tried": tried.rows()}
             return Found(network, settings.at(tried.chosen), tried.images, tried.seconds, record)
         case Soup():
-            cooked = soup.cook(network, pool, recipe, settings, **how)
+            cooked = soup.cook(network, settings, trials)
             record = {"chosen": cooked.chosen, "rounds": list(cooked.rounds), "tried": cooked.top1}
             said = ""
             if cooked.chosen == "magnitude":
@@ -49,6 +48,14 @@ def find(settings: MaskSettings | None, network: Network, pool: Pool, recipe: Re
             return Found(network, None)
         case _:
             return Found(network, settings)
+
+
+def told(settings: MaskSettings, found: Found, network: Network, rates: list[dict[str, float]]) -> dict[str, Any]:
+    """The masks of a trained network, for JSON. rates: as cut_after returned them."""
+    # What soup's mode is about is how masks are joined; its pool is always the same.
+    mode = "corrected" if isinstance(settings, Soup) else getattr(settings, "mode", "corrected")
+    record = settings.model_dump() | found.record | {"density": masks.densities(network, mode)}
+    return record | {"rates": rates} if rates else record
 
 
 def cut_after(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from ..methods import InvalidInput
 from .recipe import Settings
 
 
@@ -271,4 +273,59 @@ def check_masks(settings: Applied | Essential | Soup | None, total: int) -> None
         raise ValueError(
             f"masks.every: a cut every {settings.every} steps between step {begin} and step {end} of {total} is a "
             f"single one; {remedy}"
+        )
+
+
+def check_budget(settings: MaskSettings | None, budget: str) -> None:
+    """Refuse to compare at equal MACs where masks are found by trials. Raises: ValueError."""
+    if isinstance(settings, Essential | Soup) and budget == "macs":
+        raise ValueError(
+            f"budget: macs leaves out what finding the masks costs; use steps or epochs with {settings.method}"
+        )
+
+
+def idle_masks(settings: MaskSettings | None) -> dict[str, str]:
+    """Fields without effect, and why: a schedule of cuts where there is one cut, votes that are not asked."""
+    if isinstance(settings, Soup) and settings.mode == "paper":
+        return {"votes": "masks.mode paper keeps what any mask keeps"}
+    if isinstance(settings, Magnitude) and settings.schedule == "one_shot":
+        return dict.fromkeys(("end", "every"), "masks.schedule is one_shot")
+    return {}
+
+
+def check_room(settings: Applied | Essential | Soup | None, most: int, why: str, at: str) -> None:
+    """As check_masks, for a run of which nothing is known but that it takes at most `most` steps: refused when no such
+    run would do. why: there are no more; at: where the masks stand in pipeline.yaml. Raises: InvalidInput.
+    """
+    try:
+        check_masks(settings, most)
+    except ValueError as error:
+        assert isinstance(settings, Magnitude | RigL | NncfMagnitude)
+        # Rounding may leave a shorter run a step more, but never fewer steps than this a single change.
+        begin = 0.0 if isinstance(settings, RigL) else settings.begin
+        least = math.floor(settings.every / (settings.end - begin))
+        if not any(_changes(settings, total) for total in range(least, most)):
+            told = str(error).removeprefix("masks.")
+            raise InvalidInput(f"{at}.{told} ({why})", "train longer, or lower every", field=f"{at}.every") from error
+
+
+def _changes(settings: Magnitude | RigL | NncfMagnitude, total: int) -> bool:
+    try:
+        check_masks(settings, total)
+    except ValueError:
+        return False
+    return True
+
+
+def check_start(settings: MaskSettings | None, trained: bool, at: str) -> None:
+    """Refuse masks that ask a trained network what it can do without where training begins at random.
+
+    at: where the masks stand in pipeline.yaml. Raises: InvalidInput.
+    """
+    if isinstance(settings, Essential | Soup | Hold) and not trained:
+        what = {"essential": "tries what", "soup": "joins masks of what", "hold": "keeps what"}[settings.method]
+        raise InvalidInput(
+            f"{at}: {settings.method} {what} a trained network can do without, and this one begins at random",
+            "name a network: start, model.pretrained or model.weights; or use the method magnitude",
+            field=f"{at}.method",
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..methods.token_labels import token_label_losses
 from .batches import Batch
 from .forward import Forward
+from .loss_settings import TokenLabels
 
 Objective = Callable[[Forward, Batch], Tensor]  # one loss an image (B,), or their mean ()
 
@@ -39,3 +40,12 @@ def labelled(weight: float, *, each: bool) -> Objective:
         return cross_entropy(of_class, batch.targets, each=each) + weight * (patches if each else patches.mean())
 
     return objective
+
+
+def create(labels: TokenLabels | None, *, each: bool) -> Objective:
+    """The labels' loss, and with token labels the patches' beside it. each: one loss an image, for a policy that
+    watches or weighs examples.
+    """
+    if labels is not None:
+        return labelled(labels.weight, each=each)
+    return each_supervised if each else supervised

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ..methods import InvalidInput
 from .recipe import Settings
 
 
@@ -65,3 +66,15 @@ class Selector(Settings):
         if self.mode == "paper" and self.adapt_epochs:
             raise ValueError(f"mode: paper does not adapt the selector, adapt_epochs asks for {self.adapt_epochs:g}")
         return self
+
+
+def check_cutmix(cutmix: float, patches: Patches, at: str) -> None:
+    """Refuse to paste one image into another where a ticket knows one. cutmix: alpha of the training on patch tickets;
+    at: where it stands in pipeline.yaml. Raises: InvalidInput.
+    """
+    if cutmix and patches.view == "cached" and patches.method != "random":
+        raise InvalidInput(
+            f"{at}: cached patch tickets know one image, cutmix shows two",
+            "set cutmix: 0, patches.view: online, or patches.keep: 1.0; mixup goes with all",
+            field=at,
+        )

@@ -185,8 +185,10 @@ class Recipe(Settings):
         return max(1, round((self.epochs or 0) * math.ceil(examples / self.batch_size)))
 
 
-def check_stop(stop: StopEarly | None, epochs: float | None) -> None:
-    """Refuse patience that cannot run out. Raises: ValueError."""
+def check_stop(
+    stop: StopEarly | None, epochs: float | None, budget: str = "epochs", keep_epochs: tuple[int, ...] = ()
+) -> None:
+    """Refuse patience that cannot run out, and what an early end would leave undone. Raises: ValueError."""
     if stop is None:
         return
     if epochs is None:
@@ -196,6 +198,10 @@ def check_stop(stop: StopEarly | None, epochs: float | None) -> None:
             f"stop_early.patience: {stop.patience} epochs without a gain never come in {epochs:g}; "
             "lower it, or train longer"
         )
+    if budget != "epochs":
+        raise ValueError(f"stop_early: a training that may end early spends no equal {budget}; use budget: epochs")
+    if keep_epochs:
+        raise ValueError("keep_epochs: training may stop before these epochs; leave out keep_epochs or stop_early")
 
 
 def check_compile(recipe: Recipe, looks: str | None) -> None:

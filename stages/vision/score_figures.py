@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .dataset import Images
-from .figures import ACCENT, FAINT, INK, axes_of, svg_of
+from .figures import ACCENT, FAINT, INK, Picture, axes_of, svg_of
 from .scoring import Examples, groups
 
 SHOWN = 16  # images at each end
 NAMED = 24  # classes whose names fit under their bars
-
-
-class Picture(NamedTuple):
-    """A figure of an artifact: file stem, SVG, title and caption."""
-
-    name: str
-    svg: str
-    title: str
-    caption: str
 
 
 def pictures(settings: Examples, train: Images, scores: np.ndarray, kept: np.ndarray) -> Iterator[Picture]:

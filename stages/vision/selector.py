@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..methods import InvalidInput
 from ..methods.token_reduction import keep_count
 from .architecture import Architecture, SwinArchitecture, TokenDrop
+from .patch_settings import Patches, Selector
 from .swin import check_grid
 
 
@@ -65,6 +66,34 @@ def ticket_size(
             )
         left = keep_count(left, keep_per_stage)
     return left
+
+
+def ranked_size(
+    patches: Patches,
+    settings: Selector,
+    ranker: Architecture | SwinArchitecture,
+    target: Architecture | SwinArchitecture,
+    *,
+    selected: bool,
+) -> int:
+    """Patches kept of each image of a ticket that keeps less than all.
+
+    Args:
+        ranker: the architecture of the selector, or of the proxy that would be one; target: as in ticket_size.
+        selected: whether patches are ranked by a selector.
+    Raises: InvalidInput as ticket_size, and for a selector that cannot rank them, before anything is trained for it.
+    """
+    size = ticket_size(ranker, target, patches.keep, settings.keep_per_stage, settings.blocks)
+    if size < target.patches and selected:
+        arrange(ranker, target, settings.blocks, size, settings.keep_per_stage)
+        if settings.mode == "paper" and ranker.prefix != 1:
+            raise InvalidInput(
+                f"mode: paper takes the first token for the class token and all others for patches; {ranker.model} has "
+                f"{ranker.prefix} tokens that are no patches",
+                "use mode: corrected",
+                field="selector.mode",
+            )
+    return size
 
 
 def places(architecture: Architecture | SwinArchitecture, blocks: Sequence[int] | None) -> list[int]:

@@ -14,10 +14,9 @@ tried beside the soup, and kept where they answer better on the calibration spli
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,22 +26,12 @@ from ..methods import InvalidInput
 from ..methods.example_selection import kept_count
 from ..methods.weight_masks import joined, weights_kept
 from . import masks
-from .batches import Annotate, Pool
 from .mask_settings import Hold, Magnitude, Soup
 from .network import Network
-from .objective import Objective
-from .preprocessing import Normaliser
-from .recipe import Recipe
-from .training import fit
+from .trials import Trials
 
 ENOUGH = 0.05  # of the weights: a gap that is closed at once
 MOST_ROUNDS = 50
-
-
-class Progress(Protocol):
-    """Where it is told how far the rounds are."""
-
-    def task(self, label: str, total: int) -> AbstractContextManager[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -61,20 +50,7 @@ class Cooked:
     seconds: float
 
 
-def cook(
-    network: Network,
-    pool: Pool,
-    recipe: Recipe,
-    settings: Soup,
-    *,
-    seed: int,
-    device: torch.device,
-    normalise: Normaliser,
-    objective: Objective,
-    annotate: Annotate | None,
-    judge: Callable[[Network], float],
-    progress: Progress,
-) -> Cooked:
+def cook(network: Network, settings: Soup, trials: Trials) -> Cooked:
     """Mask a copy; the network stays as it is. A killed soup begins again, with the same outcome.
 
     Raises: InvalidInput when the network has fewer weights than are to be kept, and when the rounds come to nothing:
@@ -86,34 +62,16 @@ def cook(
             "to begin with",
             "lower keep, or use method: hold",
         )
-    short = recipe.model_copy(update={"epochs": None, "steps": settings.steps})
-    spent = _Spent()
-
-    def trained(start: Network, members: np.ndarray, number: int) -> Network:
-        """A copy after `steps` more steps on these examples, its zeros held."""
-        fitted = fit(
-            copy.deepcopy(start),
-            replace(pool, members=members),
-            short,
-            seed=seed * 1000 + number,
-            device=device,
-            normalise=normalise,
-            objective=objective,
-            annotate=annotate,
-            masks=Hold(method="hold") if _density(start) < 1 else None,
-        )
-        spent.images, spent.seconds = spent.images + fitted.images, spent.seconds + fitted.seconds
-        return fitted.network
-
+    kitchen = _Kitchen(settings, trials)
     main, plain = network, network
     rounds: list[dict[str, Any]] = []
     expected = max(1, round((1 - settings.keep) / settings.cut))
-    with progress.task("mask soup", expected) as task:
+    with trials.progress.task("mask soup", expected) as task:
         while True:
             number = len(rounds) * (settings.masks + 1)
-            main = trained(main, pool.members, number)
+            main = kitchen.trained(main, number)
             if settings.mode == "corrected":
-                plain = trained(plain, pool.members, number)
+                plain = kitchen.trained(plain, number)
             if _density(main) - settings.keep < ENOUGH:
                 break
             if len(rounds) == MOST_ROUNDS:
@@ -122,55 +80,60 @@ def cook(
                     f"{settings.keep:.0%} were asked for: weak masks agree on too little",
                     "cut more at a time (cut), train them longer (steps), or use mode: corrected with more votes",
                 )
-            main, row = _round(main, pool, settings, seed, trained, number)
+            main, row = kitchen.round(main, number)
             rounds.append(row)
             task.advance(1, kept=row["kept"])
-    main = _to(main, settings, seed)
+    main = _to(main, settings, trials.seed)
     if settings.mode == "paper":
-        return Cooked(main, tuple(rounds), {}, "soup", spent.images, spent.seconds)
-    plain = _to(plain, settings, seed)
+        return Cooked(main, tuple(rounds), {}, "soup", kitchen.images, kitchen.seconds)
+    plain = _to(plain, settings, trials.seed)
     last = (len(rounds) + 1) * (settings.masks + 1)
-    top1 = {"soup": judge(trained(main, pool.members, last)), "magnitude": judge(trained(plain, pool.members, last))}
+    top1 = {name: trials.judge(kitchen.trained(one, last)) for name, one in (("soup", main), ("magnitude", plain))}
     chosen = "magnitude" if top1["magnitude"] > top1["soup"] else "soup"
     best = plain if chosen == "magnitude" else main
-    return Cooked(best, tuple(rounds), top1, chosen, spent.images, spent.seconds)
+    return Cooked(best, tuple(rounds), top1, chosen, kitchen.images, kitchen.seconds)
 
 
-@dataclass
-class _Spent:
-    images: int = 0
-    seconds: float = 0.0
+class _Kitchen:
+    """Where networks train and weak masks are joined, and what that has taken so far."""
 
+    def __init__(self, settings: Soup, trials: Trials) -> None:
+        self.settings, self.trials = settings, trials
+        self.images, self.seconds = 0, 0.0
 
-def _round(
-    main: Network,
-    pool: Pool,
-    settings: Soup,
-    seed: int,
-    trained: Callable[[Network, np.ndarray, int], Network],
-    number: int,
-) -> tuple[Network, dict[str, Any]]:
-    """One round: weak masks, joined and written into the network."""
-    weights = masks.pool(main)
-    total = sum(weight.numel() for weight in weights.values())
-    level = max(settings.keep, _density(main) * (1 - settings.cut))
-    weak = []
-    for index in range(1, settings.masks + 1):
-        one = trained(main, _some(pool.members, settings.data, seed, number + index), number + index)
-        masks.cut(one, _magnitude(settings), level, seed)
-        weak.append(_flat(masks.pool(one)) != 0)
-    votes = settings.votes if settings.mode == "corrected" else 0.0
-    kept = joined(weak, votes, _flat(weights).abs(), weights_kept(settings.keep, total))
-    parts = kept.split([weight.numel() for weight in weights.values()])
-    main = copy.deepcopy(main)
-    masks.write(main, {name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)})
-    pairs = [float((a & b).sum() / (a | b).sum()) for i, a in enumerate(weak) for b in weak[:i]]
-    row = {
-        "weak": [round(float(one.float().mean()), 6) for one in weak],
-        "kept": round(_density(main), 6),
-        "overlap": round(sum(pairs) / len(pairs), 6),
-    }
-    return main, row
+    def trained(self, start: Network, number: int, members: np.ndarray | None = None) -> Network:
+        """A copy after `steps` more steps on these examples (None: all), its zeros held. number: of the training, for
+        its seed.
+        """
+        held = Hold(method="hold") if _density(start) < 1 else None
+        seed = self.trials.seed * 1000 + number
+        fitted = self.trials.fit(start, self.settings.steps, seed=seed, members=members, masks=held)
+        self.images, self.seconds = self.images + fitted.images, self.seconds + fitted.seconds
+        return fitted.network
+
+    def round(self, main: Network, number: int) -> tuple[Network, dict[str, Any]]:
+        """One round: weak masks, joined and written into a copy of the network."""
+        settings, seed, everyone = self.settings, self.trials.seed, self.trials.pool.members
+        weights = masks.pool(main)
+        total = sum(weight.numel() for weight in weights.values())
+        level = max(settings.keep, _density(main) * (1 - settings.cut))
+        weak = []
+        for index in range(1, settings.masks + 1):
+            one = self.trained(main, number + index, _some(everyone, settings.data, seed, number + index))
+            masks.cut(one, _magnitude(settings), level, seed)
+            weak.append(_flat(masks.pool(one)) != 0)
+        votes = settings.votes if settings.mode == "corrected" else 0.0
+        kept = joined(weak, votes, _flat(weights).abs(), weights_kept(settings.keep, total))
+        parts = kept.split([weight.numel() for weight in weights.values()])
+        main = copy.deepcopy(main)
+        masks.write(main, {name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)})
+        pairs = [float((a & b).sum() / (a | b).sum()) for i, a in enumerate(weak) for b in weak[:i]]
+        row = {
+            "weak": [round(float(one.float().mean()), 6) for one in weak],
+            "kept": round(_density(main), 6),
+            "overlap": round(sum(pairs) / len(pairs), 6),
+        }
+        return main, row
 
 
 def _flat(weights: Mapping[str, Tensor]) -> Tensor:

@@ -233,6 +233,16 @@ def policy(tickets: Tickets | None, *, seed: int, device: torch.device) -> Patch
     return Online(ranker(method, grid, selector), tickets.patches, macs)
 
 
+def in_words(pool: Pool, use: Literal["zero", "mosaic"] | None, finish: float, network: Network) -> str:
+    """The token policy of a training. use: the setting train.patches; finish: share of the steps on all patches;
+    network: as it is in the end.
+    """
+    kind = {None: "tickets", "zero": "tickets with the other patches blanked (no compute saved)", "mosaic": "mosaics"}
+    seen = "all" if pool.whole else f"{kind[use]}, then all for {finish:.0%} of the steps"
+    left = network.architecture.tokens
+    return f"reduced to {left[-1].after} patches" + ("" if pool.whole else f"; {seen}") if left else seen
+
+
 def pool(images: Images, tickets: Tickets | None, patches: PatchPolicy | None) -> Pool:
     """What is trained on: the tickets' examples (without tickets, all), and these patches of them."""
     return Pool(images, np.arange(len(images)) if tickets is None else tickets.kept, patches)
