@@ -51,22 +51,15 @@ def run(
     planned = session.plan(pipeline, set_)
     began, began_at = time.monotonic(), records.now()
     display = _display(session.console, quiet)
-    asked: _Asked = {"until": until, "only": (only,) if only else (), "arms": (arm,) if arm else (), "force": force}
+    manner = runner.Manner(display, session.invalid_input, force, wait, team=session.team)
+    asked: _Asked = {"until": until, "only": (only,) if only else (), "arms": (arm,) if arm else ()}
     if session.team.starts(planned.spec.launch):
-        nodes = runner.ahead(planned, place, progress=display, invalid_input=session.invalid_input, **asked)
+        nodes = runner.ahead(planned, place, manner, **asked)
         if any(node.stage.shares for node in nodes):
             session.start(planned)
     try:
         with results_only():
-            record = runner.run(
-                planned,
-                place,
-                progress=display,
-                invalid_input=session.invalid_input,
-                wait_s=wait,
-                team=session.team,
-                **asked,
-            )
+            record = runner.run(planned, place, manner, **asked)
     except SievitError:
         _report_of_failure(session, planned, place, began_at)
         raise
@@ -82,7 +75,6 @@ class _Asked(TypedDict):
     until: str | None
     only: tuple[str, ...]
     arms: tuple[str, ...]
-    force: bool
 
 
 def _display(console: Console, quiet: bool) -> Display:
@@ -267,22 +259,12 @@ def run_stage(
     require_arm(planned, arm)
     node = _node(planned, stage, arm)
     override = _overridden(inputs)
-    if session.team.starts(planned.spec.launch) and stage.shares:
-        wrong = session.invalid_input
-        if runner.ahead_alone(planned, node, store, inputs_override=override, invalid_input=wrong, force=force):
-            session.start(planned)
+    manner = runner.Manner(_display(session.console, quiet), session.invalid_input, force, wait_s, team=session.team)
+    several = session.team.starts(planned.spec.launch) and stage.shares
+    if several and runner.ahead_alone(planned, node, store, manner, inputs_override=override):
+        session.start(planned)
     with results_only():
-        record = runner.run_stage(
-            planned,
-            node,
-            store,
-            progress=_display(session.console, quiet),
-            inputs_override=override,
-            force=force,
-            invalid_input=session.invalid_input,
-            wait_s=wait_s,
-            team=session.team,
-        )
+        record = runner.run_stage(planned, node, store, manner, inputs_override=override)
     found = record.node(node.arm, node.entry.name)
     document = {"run": record.id, **_stage(found), **_made(store.open(found.stage, str(found.key)))}
     session.console.result(document, views.stage_outcome)

@@ -11,6 +11,7 @@ import difflib
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from . import keys, records
@@ -31,45 +32,55 @@ if TYPE_CHECKING:
     from .store import Artifact, Store
 
 
+@dataclass(frozen=True)
+class Manner:
+    """How stages are run, whichever they are.
+
+    invalid_input: exceptions by which stages say that an input is wrong; they become InputError.
+    force:         make everything asked for again, even where the store has it; it takes the place of what is there.
+    wait_s:        how long to wait for another process that makes the same artifact.
+    command:       the command line, for the record; None: that of this process.
+    team:          the processes that share the work of stages; None: this one alone.
+    """
+
+    progress: Display
+    invalid_input: tuple[type[Exception], ...] = ()
+    force: bool = False
+    wait_s: float = 0.0
+    command: Sequence[str] | None = None
+    team: Team | None = None
+
+
 def run(
     plan: Plan,
     store: Store,
+    manner: Manner,
     *,
-    progress: Display,
-    invalid_input: tuple[type[Exception], ...] = (),
     until: str | None = None,
     only: Sequence[str] = (),
     arms: Sequence[str] = (),
-    force: bool = False,
     keep_going: bool = False,
-    wait_s: float = 0.0,
-    command: Sequence[str] | None = None,
-    team: Team | None = None,
 ) -> RunRecord:
     """Make what the plan asks for and is not there yet; return the record of the run.
 
-    until:         this entry and what it needs, nothing else.
-    only:          these entries; what they need must have been made before.
-    arms:          these arms; a stage across all arms is left out unless all are asked for or it is named.
-    force:         make everything asked for again, even where the store has it; it takes the place of what is there.
-    keep_going:    after a failure, go on with what does not depend on it; the first failure is raised at the end.
-    wait_s:        how long to wait for another process that makes the same artifact.
-    invalid_input: exceptions by which stages say that an input is wrong; they become InputError.
-    team:          the processes that share the work of stages; None: this one alone.
+    until:      this entry and what it needs, nothing else.
+    only:       these entries; what they need must have been made before.
+    arms:       these arms; a stage across all arms is left out unless all are asked for or it is named.
+    keep_going: after a failure, go on with what does not depend on it; the first failure is raised at the end.
 
     SievitError and its kin: what failed. The record on the disk says how far the run came.
     """
     wanted, chosen = select(plan, until=until, only=only, arms=arms)
     with stoppable():
-        facts = Facts(plan, store, progress)
+        facts = Facts(plan, store, manner.progress)
         asked = {place(node) for node in chosen}
-        check_stages(plan, _will_run(plan, store, facts, asked, force), store, invalid_input)
+        check_stages(plan, _will_run(plan, store, facts, asked, manner.force), store, manner.invalid_input)
         for note in caveats(plan):
-            progress.note(note)
+            manner.progress.note(note)
         with store.in_use():
-            pass_ = _Pass(plan, store, facts, progress, invalid_input, force, wait_s, command or sys.argv, team)
+            pass_ = _Pass(plan, store, facts, manner)
             pass_.record.touched = asked
-            with pass_.recorded(), progress.run(len(chosen)):
+            with pass_.recorded(), manner.progress.run(len(chosen)):
                 pass_.go_through(chosen, may_make=wanted if only else None, keep_going=keep_going)
     return pass_.record
 
@@ -77,19 +88,17 @@ def run(
 def ahead(
     plan: Plan,
     store: Store,
+    manner: Manner,
     *,
-    progress: Display,
-    invalid_input: tuple[type[Exception], ...] = (),
     until: str | None = None,
     only: Sequence[str] = (),
     arms: Sequence[str] = (),
-    force: bool = False,
 ) -> list[Node]:
     """The nodes that `run` would make, checked as it checks them."""
     _, chosen = select(plan, until=until, only=only, arms=arms)
     asked = {place(node) for node in chosen}
-    nodes = _will_run(plan, store, Facts(plan, store, progress), asked, force)
-    check_stages(plan, nodes, store, invalid_input)
+    nodes = _will_run(plan, store, Facts(plan, store, manner.progress), asked, manner.force)
+    check_stages(plan, nodes, store, manner.invalid_input)
     return nodes
 
 
@@ -99,68 +108,44 @@ def _will_run(plan: Plan, store: Store, facts: Facts, asked: Collection[Place], 
 
 
 def run_stage(
-    plan: Plan,
-    node: Node,
-    store: Store,
-    *,
-    progress: Display,
-    inputs_override: Mapping[str, str] | None = None,
-    invalid_input: tuple[type[Exception], ...] = (),
-    force: bool = False,
-    wait_s: float = 0.0,
-    command: Sequence[str] | None = None,
-    team: Team | None = None,
+    plan: Plan, node: Node, store: Store, manner: Manner, *, inputs_override: Mapping[str, str] | None = None
 ) -> RunRecord:
     """Run one node by itself, on the newest artifacts of the stages before it.
 
     inputs_override: role -> artifact reference (for a role of many: references with commas between them).
     An input that is not overridden is the newest that a run record of this pipeline names for the entry, else the
     newest artifact whose manifest says that this pipeline, arm and entry made it. Which one was taken is told through
-    `progress`.
+    the manner's progress.
 
     InputError: there is none yet. UsageError: the stage has no such role.
     """
     with stoppable():
-        facts = Facts(plan, store, progress)
-        inputs, _ = _alone(plan, node, store, facts, inputs_override or {}, progress, invalid_input, force)
+        facts = Facts(plan, store, manner.progress)
+        inputs, _ = _alone(plan, node, store, facts, inputs_override or {}, manner)
         with store.in_use():
-            pass_ = _Pass(plan, store, facts, progress, invalid_input, force, wait_s, command or sys.argv, team)
+            pass_ = _Pass(plan, store, facts, manner)
             pass_.record.touched = {place(node)}
-            with pass_.recorded(), progress.run(1):
+            with pass_.recorded(), manner.progress.run(1):
                 pass_.make(1, node, inputs, may_make=True)
     return pass_.record
 
 
 def ahead_alone(
-    plan: Plan,
-    node: Node,
-    store: Store,
-    *,
-    inputs_override: Mapping[str, str] | None = None,
-    invalid_input: tuple[type[Exception], ...] = (),
-    force: bool = False,
+    plan: Plan, node: Node, store: Store, manner: Manner, *, inputs_override: Mapping[str, str] | None = None
 ) -> bool:
-    """Whether `run_stage` would make something, checked as it checks it."""
-    silent = Silent()
-    facts = Facts(plan, store, silent)
-    return _alone(plan, node, store, facts, inputs_override or {}, silent, invalid_input, force)[1]
+    """Whether `run_stage` would make something, checked as it checks it; nothing is told."""
+    silent = replace(manner, progress=Silent())
+    return _alone(plan, node, store, Facts(plan, store, silent.progress), inputs_override or {}, silent)[1]
 
 
 def _alone(
-    plan: Plan,
-    node: Node,
-    store: Store,
-    facts: Facts,
-    override: Mapping[str, str],
-    progress: Display,
-    invalid_input: tuple[type[Exception], ...],
-    force: bool,
+    plan: Plan, node: Node, store: Store, facts: Facts, override: Mapping[str, str], manner: Manner
 ) -> tuple[Inputs, bool]:
     """(the inputs of a node that is run by itself, whether it has to be made)."""
-    inputs = inputs_alone(plan, node, store, override, progress)
-    missing = force or store.find(node.stage.name, keys.key_of(facts.material(node, inputs))) is None
+    inputs = inputs_alone(plan, node, store, override, manner.progress)
+    missing = manner.force or store.find(node.stage.name, keys.key_of(facts.material(node, inputs))) is None
     if missing:
-        check_stages(plan, [node], store, invalid_input, inputs)
+        check_stages(plan, [node], store, manner.invalid_input, inputs)
     return inputs, missing
 
 
@@ -204,25 +189,15 @@ def _require(name: str, known: Sequence[str], what: str) -> None:
 class _Pass:
     """One way through the plan: what was made, verified and recorded on it."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        store: Store,
-        facts: Facts,
-        display: Display,
-        invalid_input: tuple[type[Exception], ...],
-        force: bool,
-        wait_s: float,
-        command: Sequence[str],
-        team: Team | None,
-    ) -> None:
+    def __init__(self, plan: Plan, store: Store, facts: Facts, manner: Manner) -> None:
         self.plan = plan
         self.store = store
-        self.display = display
-        self.force = force
-        self.wait_s = wait_s
+        self.display = manner.progress
+        self.force = manner.force
+        self.wait_s = manner.wait_s
         self.facts = facts
-        self.setting = Setting(plan, self.facts.device, display, invalid_input, command, team or Team())
+        command, team = manner.command or sys.argv, manner.team or Team()
+        self.setting = Setting(plan, facts.device, manner.progress, manner.invalid_input, command, team)
         self.made: dict[Place, Artifact] = {}
         self.record = _new_record(plan, self.facts, self.setting.command_line)
         self._verified: set[tuple[str, str, str]] = set()

@@ -33,7 +33,7 @@ RUNNER = """
     from fakes import STAGES
     from sievit.pipeline.plan import make_plan
     from sievit.pipeline.progress import Silent
-    from sievit.pipeline.runner import run
+    from sievit.pipeline.runner import Manner, run
     from sievit.pipeline.spec import load_pipeline
     from sievit.pipeline.store import Store
 
@@ -50,7 +50,7 @@ RUNNER = """
     path = Path(sys.argv[1])
     plan = make_plan(load_pipeline(path, stages, ["train.pause=0.003"]), stages)
     print("ready", flush=True)
-    record = run(plan, Store(Path(sys.argv[2])), progress=Silent(), command=[])
+    record = run(plan, Store(Path(sys.argv[2])), Manner(Silent(), command=[]))
     print("nothing" if record.did_nothing else "done", flush=True)
 """
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sievit.pipeline.plan import make_plan
 from sievit.pipeline.progress import Silent
-from sievit.pipeline.runner import run
+from sievit.pipeline.runner import Manner, run
 from sievit.pipeline.spec import load_pipeline
 from sievit.pipeline.store import Store
 from sievit.stages.__main__ import STAGES
@@ -303,7 +303,7 @@ arms: {longer: {train: {epochs: 5}}}
 """
     )
     store = Store(tmp_path / "artifacts")
-    run(make_plan(load_pipeline(file, STAGES), STAGES), store, progress=Silent(), invalid_input=(InvalidInput,))
+    run(make_plan(load_pipeline(file, STAGES), STAGES), store, Manner(Silent(), (InvalidInput,)))
     for epochs, ref in ((4, "train@1"), (5, "train@2")):
         artifact = store.resolve(ref)
         pool = json.loads((artifact.root / "pool.json").read_text())

@@ -24,6 +24,7 @@ from sievit.pipeline.progress import Silent
 from sievit.pipeline.report.facts import collect
 from sievit.pipeline.report.page import render_html, render_markdown
 from sievit.pipeline.report.sections import sections
+from sievit.pipeline.runner import Manner
 from sievit.pipeline.runner import run as run_plan
 from sievit.pipeline.settings import DataConfig, ModelConfig
 from sievit.pipeline.spec import load_pipeline
@@ -339,7 +340,7 @@ def planned(folder: Path, text: str, *overrides: str) -> Any:
 
 def test_a_pipeline_of_three_arms_and_two_seeds_ends_in_a_matrix_at_equal_macs(tmp_path: Path) -> None:
     plan, store = planned(tmp_path, PIPELINE), Store(tmp_path / "artifacts")
-    record = run_plan(plan, store, progress=Silent(), invalid_input=(InvalidInput,))
+    record = run_plan(plan, store, Manner(Silent(), (InvalidInput,)))
     node = record.node("main", "matrix")
     artifact = store.find("matrix", str(node.key))
     assert artifact is not None
@@ -361,7 +362,7 @@ def test_a_pipeline_of_three_arms_and_two_seeds_ends_in_a_matrix_at_equal_macs(t
         assert "Trained to equal macs." in page
         assert all(claim["words"].partition("(")[0].strip() in page.replace("\\", "") for claim in found["claims"])
     assert [step.arms for step in facts.steps if step.stage == "matrix"] == ["all arms"]
-    again = run_plan(plan, store, progress=Silent(), invalid_input=(InvalidInput,))
+    again = run_plan(plan, store, Manner(Silent(), (InvalidInput,)))
     assert again.did_nothing
 
 
@@ -399,7 +400,7 @@ def test_a_ticket_that_costs_more_than_the_budget_is_refused_with_both_numbers(t
     with pytest.raises(
         SievitError, match=r"choosing the ticket took [\d,]+ MACs, the dense network's budget is [\d,]+"
     ):
-        run_plan(plan, Store(tmp_path / "artifacts"), progress=Silent(), invalid_input=(InvalidInput,))
+        run_plan(plan, Store(tmp_path / "artifacts"), Manner(Silent(), (InvalidInput,)))
 
 
 @pytest.mark.parametrize("recipe", ["data_lth", "data_lth_full"])

@@ -15,7 +15,7 @@ from sievit.pipeline.errors import InputError, IntegrityError
 from sievit.pipeline.plan import make_plan
 from sievit.pipeline.progress import Silent
 from sievit.pipeline.records import RunRecord
-from sievit.pipeline.runner import run, run_stage
+from sievit.pipeline.runner import Manner, run, run_stage
 from sievit.pipeline.settings import ModelConfig
 from sievit.pipeline.spec import load_pipeline
 from sievit.pipeline.stage import Config, Context, Stage
@@ -65,9 +65,9 @@ class Bench:
         ctx.metrics["made"] = [part.made for part in parts]
         TICKET.run(ctx)
 
-    def run(self, **options: Any) -> RunRecord:
+    def run(self, force: bool = False, **options: Any) -> RunRecord:
         plan = make_plan(load_pipeline(self.path, self.stages), self.stages)
-        return run(plan, self.store, progress=Silent(), invalid_input=(BadInput,), command=("sievit",), **options)
+        return run(plan, self.store, Manner(Silent(), (BadInput,), force, command=("sievit",)), **options)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_part_is_never_taken_for_the_artifact_of_its_entry(bench: Bench) -> No
     plan = make_plan(load_pipeline(bench.path, bench.stages), bench.stages)
     node = plan.node("main", "train")
     assert node is not None
-    made = run_stage(plan, node, bench.store, progress=Silent(), force=True).node("main", "train")
+    made = run_stage(plan, node, bench.store, Manner(Silent(), force=True)).node("main", "train")
     assert bench.store.resolve(made.ref or "").manifest["inputs"]["tickets"]["stage"] == "ticket"
 
 

@@ -17,7 +17,7 @@ from sievit.pipeline.errors import InputError, SpecError
 from sievit.pipeline.plan import make_plan
 from sievit.pipeline.preflight import check_settings
 from sievit.pipeline.progress import Silent
-from sievit.pipeline.runner import run
+from sievit.pipeline.runner import Manner, run
 from sievit.pipeline.spec import load_pipeline
 from sievit.pipeline.store import Artifact, Store
 from sievit.stages import ticket
@@ -60,7 +60,7 @@ class Project:
     def run(self, *overrides: str, **options: Any) -> list[Artifact]:
         """The tickets of the arms, main's first."""
         plan = make_plan(load_pipeline(self.path, (ticket.STAGE,), overrides), (ticket.STAGE,))
-        record = run(plan, self.store, progress=Silent(), invalid_input=(InvalidInput,), command=(), **options)
+        record = run(plan, self.store, Manner(Silent(), (InvalidInput,), command=()), **options)
         return [self.store.resolve(node.ref) for node in record.nodes if node.ref is not None]
 
     def proxies(self) -> list[str]:

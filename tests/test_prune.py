@@ -16,7 +16,7 @@ from sievit.pipeline.errors import SievitError
 from sievit.pipeline.plan import make_plan
 from sievit.pipeline.preflight import check_settings
 from sievit.pipeline.progress import Silent
-from sievit.pipeline.runner import run
+from sievit.pipeline.runner import Manner, run
 from sievit.pipeline.spec import load_pipeline
 from sievit.pipeline.store import Store
 from sievit.stages.__main__ import STAGES
@@ -44,7 +44,7 @@ def pipeline(folder: Path, text: str, classes: int = 2) -> tuple[Any, Store]:
 
 def cut(folder: Path, text: str) -> tuple[Path, dict[str, Any]]:
     plan, store = pipeline(folder, text)
-    run(plan, store, progress=Silent(), invalid_input=(InvalidInput,))
+    run(plan, store, Manner(Silent(), (InvalidInput,)))
     newest = max(folder.glob("artifacts/prune/*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
     return newest.parent, json.loads(newest.read_text())["metrics"]
 
@@ -53,7 +53,7 @@ def refusal(folder: Path, text: str, classes: int = 2) -> str:
     with pytest.raises(SievitError) as caught:
         plan, store = pipeline(folder, text, classes)
         check_settings(plan, (InvalidInput,))
-        run(plan, store, progress=Silent(), invalid_input=(InvalidInput,))
+        run(plan, store, Manner(Silent(), (InvalidInput,)))
     assert caught.value.exit_code == 3
     assert not list(folder.glob("artifacts/prune/*/manifest.json"))
     return caught.value.text()

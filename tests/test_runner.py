@@ -34,7 +34,7 @@ from sievit.pipeline.forecast import forecast
 from sievit.pipeline.plan import Plan, make_plan
 from sievit.pipeline.progress import Silent
 from sievit.pipeline.records import RunRecord
-from sievit.pipeline.runner import run, run_stage
+from sievit.pipeline.runner import Manner, run, run_stage
 from sievit.pipeline.spec import load_pipeline
 from sievit.pipeline.stage import Context, Stage
 from sievit.pipeline.store import Store
@@ -68,17 +68,17 @@ class Bench:
     def plan(self, *overrides: str) -> Plan:
         return make_plan(load_pipeline(self.path, self.stages, overrides), self.stages)
 
-    def run(self, *overrides: str, **options: Any) -> RunRecord:
-        command = ("/usr/bin/sievit", "run", "pipeline.yaml")
-        return run(
-            self.plan(*overrides), self.store, progress=self.told, invalid_input=(BadInput,), command=command, **options
-        )
+    def run(self, *overrides: str, force: bool = False, **options: Any) -> RunRecord:
+        manner = Manner(self.told, (BadInput,), force, command=("/usr/bin/sievit", "run", "pipeline.yaml"))
+        return run(self.plan(*overrides), self.store, manner, **options)
 
-    def alone(self, entry: str, *overrides: str, arm: str = "main", **options: Any) -> records.NodeRecord:
+    def alone(
+        self, entry: str, *overrides: str, arm: str = "main", force: bool = False, **options: Any
+    ) -> records.NodeRecord:
         plan = self.plan(*overrides)
         node = plan.node(arm, entry)
         assert node is not None
-        return run_stage(plan, node, self.store, progress=self.told, **options).node(arm, entry)
+        return run_stage(plan, node, self.store, Manner(self.told, force=force), **options).node(arm, entry)
 
     def swap(self, name: str, **changes: Any) -> None:
         """Replace parts of one stage's declaration."""
@@ -576,7 +576,7 @@ CHILD = """
     from sievit.pipeline.errors import SievitError
     from sievit.pipeline.plan import make_plan
     from sievit.pipeline.progress import Lines
-    from sievit.pipeline.runner import run
+    from sievit.pipeline.runner import Manner, run
     from sievit.pipeline.spec import load_pipeline
     from sievit.pipeline.store import Store
 
@@ -584,8 +584,8 @@ CHILD = """
     plan = make_plan(load_pipeline(Path(path), STAGES, overrides), STAGES)
     command = ["sievit", "run", "pipeline.yaml"]
     try:
-        record = run(plan, Store(Path(path).parent / "artifacts"), progress=Lines(sys.stdout), wait_s=float(wait_s),
-                     invalid_input=(BadInput,), until="train", arms=["main"], command=command)
+        manner = Manner(Lines(sys.stdout), (BadInput,), wait_s=float(wait_s), command=command)
+        record = run(plan, Store(Path(path).parent / "artifacts"), manner, until="train", arms=["main"])
     except SievitError as error:
         print(error.text(), flush=True)
         raise SystemExit(error.exit_code)

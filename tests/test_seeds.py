@@ -18,7 +18,7 @@ from sievit.pipeline.progress import Silent
 from sievit.pipeline.records import RunRecord
 from sievit.pipeline.report.facts import collect
 from sievit.pipeline.report.page import render_html, render_markdown
-from sievit.pipeline.runner import run
+from sievit.pipeline.runner import Manner, run
 from sievit.pipeline.spec import load_pipeline
 from sievit.pipeline.store import Store
 
@@ -32,7 +32,7 @@ def plan(tmp_path: Path, text: str, *overrides: str) -> Plan:
 
 
 def made(tmp_path: Path, planned: Plan) -> RunRecord:
-    return run(planned, Store(tmp_path / "artifacts"), progress=Silent())
+    return run(planned, Store(tmp_path / "artifacts"), Manner(Silent()))
 
 
 def keys(record: RunRecord) -> dict[str, str | None]:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sievit.pipeline.errors import SievitError
 from sievit.pipeline.plan import make_plan
 from sievit.pipeline.progress import Silent
-from sievit.pipeline.runner import run
+from sievit.pipeline.runner import Manner, run
 from sievit.pipeline.spec import load_pipeline
 from sievit.pipeline.store import Store
 from sievit.stages.__main__ import STAGES
@@ -505,7 +505,7 @@ def manifests(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 def test_tickets_of_a_vit_train_both_generations_and_the_ledger_says_what_each_way_costs(tmp_path: Path) -> None:
     image_folder(tmp_path / "images")
     plan, store = planned(tmp_path, PIPELINE + "  matrix:    {claims: []}\n" + ARMS)
-    run(plan, store, progress=Silent(), invalid_input=(InvalidInput,))
+    run(plan, store, Manner(Silent(), (InvalidInput,)))
     found = manifests(tmp_path)
     packed, blanked = found["main", "train"], found["v2", "train"]
     assert found["main", "ticket"]["metrics"]["patches"]["of"] == 16
@@ -530,7 +530,7 @@ def test_tickets_without_a_selector_are_about_the_proxy_s_patches(method: str, t
     text = PIPELINE.replace("method: attention", f"method: {method}").replace("epochs: 1, batch_size: 8, ", "", 1)
     image_folder(tmp_path / "images")
     plan, store = planned(tmp_path, text.split("  train:")[0])
-    run(plan, store, progress=Silent(), invalid_input=(InvalidInput,))
+    run(plan, store, Manner(Silent(), (InvalidInput,)))
     record = json.loads(next(tmp_path.glob("artifacts/ticket/*/tickets.json")).read_text())
     assert record["patches"]["grid"] == [4, 4] and record["patches"]["kept_per_image"] == 4
 
@@ -540,7 +540,7 @@ def test_the_whole_chain_runs_for_both_generations(tmp_path: Path) -> None:
     image_folder(tmp_path / "images", per_class=24)
     text = PIPELINE.replace("  finetune:", "  prune:     {target: {macs: 0.6}, images: 8}\n  finetune:")
     plan, store = planned(tmp_path, text + REST + ARMS)
-    run(plan, store, progress=Silent(), invalid_input=(InvalidInput,))
+    run(plan, store, Manner(Silent(), (InvalidInput,)))
     found = manifests(tmp_path)
     for arm in ("main", "v2"):
         assert found[arm, "export"]["metrics"]["parity"]["top1_agreement"] == 1
@@ -572,6 +572,6 @@ def test_what_a_swin_cannot_do_is_said_before_anything_runs(
     text = PIPELINE.replace("source: images", 'source: "builtin:digits"').replace(written, instead)
     plan, store = planned(tmp_path, text)
     with pytest.raises(SievitError) as caught:
-        run(plan, store, progress=Silent(), invalid_input=(InvalidInput,))
+        run(plan, store, Manner(Silent(), (InvalidInput,)))
     assert part in caught.value.text() and help in caught.value.text()
     assert not (tmp_path / "artifacts").exists()

@@ -20,7 +20,7 @@ from sievit.pipeline import team as teams
 from sievit.pipeline.errors import InputError, SievitError, SpecError, Terminated
 from sievit.pipeline.plan import make_plan
 from sievit.pipeline.progress import Silent
-from sievit.pipeline.runner import run
+from sievit.pipeline.runner import Manner, run
 from sievit.pipeline.session import _of_processes
 from sievit.pipeline.spec import load_pipeline
 from sievit.pipeline.stage import Config, Context, Stage
@@ -106,7 +106,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Store
     def run_in_two(stages: Sequence[Stage], channel: End, store: str = "artifacts", **more: Any) -> Store:
         place = Store(tmp_path / store)
         plan = make_plan(load_pipeline(path, stages), stages)
-        run(plan, place, progress=Silent(), invalid_input=(BadInput,), command=[], team=Team(channel), **more)
+        run(plan, place, Manner(Silent(), (BadInput,), command=[], team=Team(channel)), **more)
         return place
 
     return run_in_two
@@ -252,7 +252,7 @@ def test_the_number_of_processes_is_in_no_key(make: Callable[..., Store], tmp_pa
     with two(stages := sharing(both)) as (channel, _):
         store = make(stages, channel)
     plan = make_plan(load_pipeline(tmp_path / "pipeline.yaml", stages, ["launch.processes=1"]), stages)
-    assert run(plan, store, progress=Silent(), command=[]).did_nothing
+    assert run(plan, store, Manner(Silent(), command=[])).did_nothing
 
 
 @pytest.mark.parametrize(

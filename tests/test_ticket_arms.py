@@ -13,7 +13,7 @@ from tiny_vision import image_folder
 from sievit.pipeline.plan import make_plan
 from sievit.pipeline.preflight import check_settings
 from sievit.pipeline.progress import Silent
-from sievit.pipeline.runner import run
+from sievit.pipeline.runner import Manner, run
 from sievit.pipeline.spec import load_pipeline
 from sievit.pipeline.store import Store
 from sievit.stages.__main__ import STAGES
@@ -62,7 +62,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     (folder / "pipeline.yaml").write_text(PIPELINE)
     plan = make_plan(load_pipeline(folder / "pipeline.yaml", STAGES), STAGES)
     check_settings(plan, (InvalidInput,))
-    run(plan, Store(folder / "artifacts"), progress=Silent(), invalid_input=(InvalidInput,))
+    run(plan, Store(folder / "artifacts"), Manner(Silent(), (InvalidInput,)))
     return Finished(folder)
 
 
