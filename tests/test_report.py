@@ -600,3 +600,22 @@ def test_energy_stands_in_the_ledger_where_a_host_told_it(tmp_path: Path) -> Non
             assert "42.5\u202fkJ" in markdown and "2.50\u202fkJ" in markdown
             table = markdown.split("### Training ledger")[1].strip().splitlines()
             assert len({line.count("|") for line in table[:4]}) == 1
+
+
+def test_the_ledger_says_how_many_processes_shared_the_work_where_it_was_not_one(tmp_path: Path) -> None:
+    for several in (False, True):
+        bench = Bench(tmp_path / str(several))
+        for arm, counts in (("main", (1, 4 if several else 1)), ("dense", (1, 1))):
+            for stage, count in zip(("train", "finetune"), counts, strict=True):
+                fields = {"ledger": {"images": 100, "train_macs": 5e9}, "processes": {"count": count}}
+                bench.add(arm, stage, {}, **fields)
+        bench.add("old", "train", {}, ledger={"images": 100})  # a manifest that does not say
+        page, markdown = written(bench.record(), bench.shelf)
+        assert ("Processes" in page.text) == ("Processes |" in markdown) == several
+        table = [line.split("|") for line in markdown.split("### Training ledger")[1].strip().splitlines()]
+        assert len({len(line) for line in table[:4]}) == 1
+        if several:
+            column = [cell.strip() for cell in table[0]].index("Processes")
+            told = {line[1].strip(): line[column].strip() for line in table[2:] if len(line) == len(table[0])}
+            assert (told["main"], told["dense"]) == ("4", "1")
+            assert told["old"] not in ("1", "4")

@@ -23,7 +23,9 @@ COSTS = (
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What an arm (or one of its stages) cost. `partial` names the sums that miss a stage, so are lower bounds."""
+    """What an arm (or one of its stages) cost. `partial` names the sums that miss a stage, so are lower bounds;
+    `processes` is how many shared the work of the stage, of an arm the most that any of its stages had.
+    """
 
     label: str
     values: Mapping[str, float | None]
@@ -31,6 +33,7 @@ class Cost:
     macs_ratio: float | None = None
     seconds_ratio: float | None = None
     parts: tuple[Cost, ...] = ()
+    processes: float | None = None
 
 
 def collect_costs(arms: Sequence[str], steps: Sequence[Step], baseline_arm: str) -> tuple[Cost, ...]:
@@ -61,7 +64,7 @@ def _cost(arm: str, steps: Sequence[Step]) -> Cost:
                 values["seconds"] = step.seconds
             values["energy_j"] = _energy(step)
             entry = next(entry for a, entry in step.places if a == arm)
-            parts.append(Cost(entry, values))
+            parts.append(Cost(entry, values, processes=number(step.manifest, "processes", "count")))
     partial = {name: f"without {', '.join(missing)}" for name in COSTS} if missing else {}
     totals: dict[str, float | None] = {}
     for name in COSTS:
@@ -75,7 +78,8 @@ def _cost(arm: str, steps: Sequence[Step]) -> Cost:
             totals[name] = sum((p.values["images"] or 0) * v for p, v in known) / weights if weights else None
         else:
             totals[name] = sum(value for _, value in known) if known else None
-    return Cost(arm, totals, partial, parts=tuple(parts))
+    most = max((part.processes for part in parts if part.processes is not None), default=None)
+    return Cost(arm, totals, partial, parts=tuple(parts), processes=most)
 
 
 def _energy(step: Step) -> float | None:

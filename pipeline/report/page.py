@@ -90,6 +90,7 @@ def _words(facts: Facts) -> dict[str, Any]:
         "budgets": list(
             dict.fromkeys(word for step in facts.steps if (word := text(step.manifest, "ledger", "budget")))
         ),
+        "shared": any((cost.processes or 1) > 1 for cost in facts.costs),
         "metered": any(cost.values["energy_j"] is not None for cost in facts.costs),
         "sections": [section for step in facts.steps for section in sections(step.metrics)],
     }
