@@ -31,6 +31,9 @@ seed: 0
 # builtin:digits | a folder with a folder per class | a .tar of one | torch/<dataset> | hfds/<dataset>
 data: {source: $source, image_size: $size}
 
+# Several processes share training, scoring and evaluation, on cuda one a GPU:
+# launch: {processes: 2}
+
 # a timm model (ViT, DeiT); args go to timm.create_model
 model: $model
 

@@ -8,7 +8,8 @@ average are built anew: those from before the cut hold tensors that no longer ex
 It trains on whole images whatever `train` did, or with token reduction inside the network (`tokens`, as in train),
 which is then part of the model: the token policy that is trained last is the one that is exported, and without tokens
 here that is all patches. Examples are the tickets'. `precision`, `accumulate`, `compile`, `schedule`, `layer_decay` and
-`stop_early` are train's; a teacher answers in fp32 whatever the precision.
+`stop_early` are train's; a teacher answers in fp32 whatever the precision. `launch: {processes: N}` shares every step's
+batch among N processes.
 
 All weights train, also those that `train` or a mask has set to zero; with `masks: {method: hold}` zeros stay zeros.
 

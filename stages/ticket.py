@@ -27,7 +27,8 @@ about the patches of the ViT named in proxy.model.
 Tickets are `cached`: ranks are made once per image on its plain view, and train carries them through crop and flip. Or
 they are `online`: the selector is stored and looks at every view that train makes, after all augmentation and mixing,
 as in the paper; cutmix is possible then, and every step pays for the selector. The test split is ranked too, so that a
-network can be tested on tickets; nothing is chosen by it.
+network can be tested on tickets; nothing is chosen by it. `launch: {processes: N}` shares the proxy runs' training
+and all scoring and ranking among N processes.
 
 reads    the data block, the model block (for the proxy); with selector.source a model artifact
 writes   kept.npy (ascending indices into the training split), scores.npy, ranks.npy (cached only),

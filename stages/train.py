@@ -58,6 +58,8 @@ of tokens and each batch size, once a run. `schedule` is the learning rate's sha
 of a pretrained network. `stop_early` ends a training that the calibration split sees no gain in and hands on the best
 epoch; only epochs count that are like the last (whole images, last tokens, last masks).
 
+`launch: {processes: N}` of pipeline.yaml shares every step's batch among N processes; the step stays that of one.
+
 A loss or gradient that is not finite ends the training before it reaches a weight, with the step and the layer where it
 began. fp16 alone leaves such a step out, lowers its scale and goes on; how often is in the metrics.
 
