@@ -17,7 +17,7 @@ from sievit.pipeline.forecast import forecast
 from sievit.pipeline.plan import Plan, make_plan
 from sievit.pipeline.preflight import check_settings
 from sievit.pipeline.progress import Silent
-from sievit.pipeline.runner import run, run_stage
+from sievit.pipeline.runner import Manner, run, run_stage
 from sievit.pipeline.spec import load_pipeline
 from sievit.pipeline.stage import Preflight, Stage
 from sievit.pipeline.store import Store
@@ -38,14 +38,15 @@ class Project:
         check_settings(plan, (InvalidInput,))
         return plan
 
-    def run(self, *overrides: str, alone: str = "", **options: Any) -> None:
+    def run(self, *overrides: str, alone: str = "", force: bool = False, **options: Any) -> None:
+        manner = Manner(Silent(), (InvalidInput,), force)
         plan = self.plan(*overrides)
         if alone:
             node = plan.node("main", alone)
             assert node is not None
-            run_stage(plan, node, self.store, progress=Silent(), invalid_input=(InvalidInput,), **options)
+            run_stage(plan, node, self.store, manner, **options)
         else:
-            run(plan, self.store, progress=Silent(), invalid_input=(InvalidInput,), **options)
+            run(plan, self.store, manner, **options)
 
     def refused(self, *overrides: str, **options: Any) -> str:
         """What a run prints, the folder of the file taken off."""
@@ -868,3 +869,26 @@ def test_compiling_without_a_compiler_is_refused_before_anything_runs(
     assert "compile: torch compiles for the CPU through a C++ compiler, and finds none" in refusal
     assert f"--set {field}=true" in refusal
     assert "CXX=" in refusal
+
+
+def test_masks_without_room_in_the_most_steps_that_the_data_can_give_are_refused_by_the_plan(tmp_path: Path) -> None:
+    text = """data:  {source: "builtin:digits", image_size: 32, max_train: 200}
+model: {name: vit_tiny_patch16_224, args: {patch_size: 8}}
+stages:
+  train: {epochs: 2, batch_size: 50, masks: {method: rigl, keep: 0.5, every: 100}}
+"""
+    project = Project(tmp_path, text)
+    assert (
+        project.unplanned()
+        == """\
+invalid pipeline: stages.train.masks.every: an exchange every 100 steps, and they end at step 6 of 8: there would be \
+none; every can be at most 5 (data.max_train 200 allows no more)
+  --> pipeline.yaml:4:78
+   |
+ 4 |   train: {epochs: 2, batch_size: 50, masks: {method: rigl, keep: 0.5, every: 100}}
+   |                                                                              ^^^
+  help: train longer, or lower every"""
+    )
+    project.plan("train.masks.every=5")
+    project.plan("train.epochs=200")
+    project.plan("data.max_train=null")

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as effort
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from test_benchmark import Listening
 from test_training import CPU, MASKS, NORMALISE, Killed, pool, trained
@@ -40,7 +43,17 @@ from sievit.stages.vision import masks
 from sievit.stages.vision import step as stepping
 from sievit.stages.vision.dataset import Images, load_splits
 from sievit.stages.vision.evaluate import top1
-from sievit.stages.vision.mask_settings import Essential, Hold, Magnitude, Pattern, RigL, check_masks, mask_steps
+from sievit.stages.vision.mask_settings import (
+    Essential,
+    Hold,
+    Magnitude,
+    NncfMagnitude,
+    Pattern,
+    RigL,
+    check_masks,
+    check_room,
+    mask_steps,
+)
 from sievit.stages.vision.masks import Held, Projected, check_groups, densities
 from sievit.stages.vision.masks import pool as weights_of
 from sievit.stages.vision.recipe import Recipe
@@ -478,6 +491,47 @@ def test_masks_that_would_not_change_are_refused(settings: Any, steps: int, mess
     with pytest.raises(ValidationError, match=message):
         TrainConfig(steps=steps, masks=settings)
     check_masks(settings, 10 * steps)
+
+
+@pytest.mark.parametrize("budget", ["epochs", "steps"])
+def test_masks_that_would_not_change_are_refused_when_the_steps_are_given_under_either_budget(budget: Any) -> None:
+    late = RigL(method="rigl", keep=0.5, every=100)
+    with pytest.raises(ValidationError, match="end at step 90 of 120"):
+        TrainConfig(steps=120, masks=late, budget=budget)
+    TrainConfig(steps=120, masks=late, budget="macs")  # which takes as many steps as it can pay for
+
+
+KINDS = st.sampled_from(["cubic", "rigl", "nncf"])
+SHARES = st.tuples(st.integers(0, 19), st.integers(1, 20)).filter(lambda pair: pair[0] < pair[1])
+
+
+@effort(deadline=None)
+@given(
+    shares=SHARES, every=st.integers(1, 30), most=st.integers(1, 120), kind=st.sampled_from(["cubic", "rigl", "nncf"])
+)
+def test_a_plan_refuses_exactly_the_masks_that_no_run_of_at_most_so_many_steps_has_room_for(
+    shares: tuple[int, int], every: int, most: int, kind: str
+) -> None:
+    begin, end = shares[0] / 20, shares[1] / 20
+    made: Any = {
+        "cubic": lambda: Magnitude(method="magnitude", keep=0.5, begin=begin, end=end, every=every),
+        "rigl": lambda: RigL(method="rigl", keep=0.5, end=end, every=every),
+        "nncf": lambda: NncfMagnitude(method="nncf_magnitude", keep=0.5, begin=begin, end=end, every=every),
+    }[kind]()
+
+    def goes(total: int) -> bool:
+        try:
+            check_masks(made, total)
+        except ValueError:
+            return False
+        return True
+
+    if any(goes(total) for total in range(1, most + 1)):
+        check_room(made, most, "why", "stages.train.masks")
+    else:
+        with pytest.raises(InvalidInput, match=r"stages\.train\.masks\.every: .* \(why\)") as caught:
+            check_room(made, most, "why", "stages.train.masks")
+        assert caught.value.field == "stages.train.masks.every"
 
 
 def stage(folder: Path, masks_: Any, *, weights: str | None = None, **fields: Any) -> Context:
