@@ -353,8 +353,7 @@ def _tell(
         ctx.metrics["masks"] = mask_search.told(config.masks, found, network, rates)
     if config.token_labels is not None and annotator is not None:
         ctx.metrics["token_labels"] = config.token_labels.model_dump() | {"map": annotator.places}
-    cost = reports.cost(fitted)
-    ctx.ledger |= cost | {"seconds": round(fitted.seconds + found.seconds, 3)}
+    ctx.ledger |= reports.cost(fitted) | {"seconds": round(fitted.seconds + found.seconds, 3)}
     for picture in mask_figures.pictures(config.masks, ctx.metrics.get("masks", {})):
         ctx.figure(picture.name, picture.svg, title=picture.title, caption=picture.caption)
     curve = figures.curve(fitted.curve)

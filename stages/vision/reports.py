@@ -32,7 +32,7 @@ def tell(fitted: Fitted, metrics: dict[str, Any], lines: Lines) -> None:
 
 
 def cost(fitted: Fitted) -> dict[str, Any]:
-    """What a training took, for the ledger."""
+    """What a training took, for the ledger; but for its seconds, to which a stage may have more to add."""
     return {
         "images": fitted.images,
         "tokens_per_image": round(fitted.tokens / fitted.images, 2),
@@ -40,7 +40,6 @@ def cost(fitted: Fitted) -> dict[str, Any]:
         "steps": fitted.steps,
         "train_macs": 3 * fitted.macs,
         "peak_gpu_memory_mb": fitted.peak_gpu_mb,
-        "seconds": round(fitted.seconds, 3),
     }
 
 
