@@ -15,7 +15,7 @@ from ..methods import InvalidInput
 from .network import Network
 from .recipe import Recipe
 
-Forward = Callable[..., Any]  # called as the network is: images, kept -> logits in float32
+Forward = Callable[..., Any]  # called as the network is: images, kept, after -> logits (and states) in float32
 KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Levels of tokens, ticket or whole images, and the shorter last batch of a pass: each is compiled for itself.
 VARIANTS = 64
@@ -32,19 +32,24 @@ class Precise:
             check_compiler(device.type)
             self.run = _compiled(network)
 
-    def __call__(self, images: Tensor, kept: Tensor | None = None) -> Any:
-        return self._through(self.run, images, kept)
+    def __call__(self, images: Tensor, kept: Tensor | None = None, after: tuple[int, ...] = ()) -> Any:
+        return self._through(self.run, images, kept, after)
 
-    def eager(self, images: Tensor, kept: Tensor | None = None) -> Any:
+    def eager(self, images: Tensor, kept: Tensor | None = None, after: tuple[int, ...] = ()) -> Any:
         """As a call, and never compiled, so that hooks on layers see what passes."""
-        return self._through(self.network, images, kept)
+        return self._through(self.network, images, kept, after)
 
-    def _through(self, run: Forward, images: Tensor, kept: Tensor | None) -> Any:
+    def _through(self, run: Forward, images: Tensor, kept: Tensor | None, after: tuple[int, ...]) -> Any:
         if self.kind is None:
-            return run(images, kept)
+            return run(images, kept, after)
         with torch.autocast(self.device.type, dtype=self.kind):
-            answers = run(images, kept)
-        return tuple(one.float() for one in answers) if isinstance(answers, tuple) else answers.float()
+            answers = run(images, kept, after)
+        return _in_full(answers)
+
+
+def _in_full(answers: Any) -> Any:
+    """In float32: logits, a pair of them, either with states beside them."""
+    return tuple(_in_full(one) for one in answers) if isinstance(answers, tuple) else answers.float()
 
 
 def _compiled(network: Network) -> Forward:
@@ -54,9 +59,9 @@ def _compiled(network: Network) -> Forward:
     """
     fast = torch.compile(network, fullgraph=True, dynamic=False)
 
-    def run(images: Tensor, kept: Tensor | None = None) -> Any:
+    def run(images: Tensor, kept: Tensor | None = None, after: tuple[int, ...] = ()) -> Any:
         with torch._dynamo.config.patch(recompile_limit=VARIANTS):
-            return fast(images, kept)
+            return fast(images, kept, after)
 
     return run
 
@@ -136,13 +141,13 @@ def _watching(network: Network, found: list[str]) -> Iterator[None]:
             hook.remove()
 
 
-def gradient_not_finite(network: Network) -> str | None:
+def gradient_not_finite(network: Network, beside: nn.Module) -> str | None:
     """The last parameter, in the order of the forward, whose gradient holds NaN or infinity: the backward met it
-    first. None for none.
+    first. None for none. beside: weights that the objective has of its own, after the network's.
     """
     bad = [
         name
-        for name, parameter in network.body.named_parameters()
+        for name, parameter in (*network.body.named_parameters(), *beside.named_parameters())
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
     ]
     return bad[-1] if bad else None

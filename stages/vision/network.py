@@ -1,9 +1,9 @@
 """The network that trains, is pruned and is exported, of whichever family its timm model belongs to.
 
-A family is one module (vit.py, swin.py) with a network class of one surface: called with images and, for patch tickets,
-`kept`; `body` (timm's network, the only thing that is stored), `architecture`, `blocks`, `attentions`, `ticket_grid`,
-`ticket_cost`, `parameter_count`, `with_tokens`. What belongs to which family is decided here, by the class of timm's
-network; which of timm's models belong to none, and why, stands in families.py.
+A family is one module (vit.py, swin.py) with a network class of one surface: called with images, for patch tickets with
+`kept`, and for hidden states with `after`; `body` (timm's network, the only thing that is stored), `architecture`,
+`blocks`, `attentions`, `ticket_grid`, `ticket_cost`, `parameter_count`, `with_tokens`. What belongs to which family is
+decided here, by the class of timm's network; which of timm's models belong to none, and why, stands in families.py.
 """
 
 from __future__ import annotations

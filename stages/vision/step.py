@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..methods import InvalidInput
@@ -35,8 +35,8 @@ MOST_SKIPPED = 24
 
 
 class Step:
-    """What a step changes: the network, the optimiser's moments, the average, the masks. skipped: steps of fp16 whose
-    gradients overflowed, in_a_row of them since the last that did not.
+    """What a step changes: the network, the weights of the objective, the optimiser's moments, the average, the masks.
+    skipped: steps of fp16 whose gradients overflowed, in_a_row of them since the last that did not.
     """
 
     def __init__(
@@ -48,12 +48,13 @@ class Step:
         seed: int,
         policy: Policy,
         objective: Objective,
+        beside: nn.Module | None = None,
         penalty: Penalty | None = None,
         masks: Applied | None = None,
         shards: bool = False,
     ) -> None:
-        """Args: network: on its device; total: nominal steps of the run (clock.py); shards: several processes hold a
-        part of it each."""
+        """Args: network: on its device; total: nominal steps of the run (clock.py); beside: weights of the objective,
+        as for fit; shards: several processes hold a part of the network each, and there is nothing beside it."""
         self.network, self.recipe, self.policy = network, recipe, policy
         parted = shards and processes.count() > 1
         self.copies: Copies = Parted(network) if parted else Whole(network)
@@ -62,6 +63,7 @@ class Step:
         self.taken = self.skipped = self.in_a_row = 0
         device = next(network.parameters()).device
         self.forward = Precise(self.copies.trained, recipe, device)
+        self.beside = nn.Module() if beside is None else beside.to(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         # timm's optimiser factory leaves biases, norms and tokens without weight decay.
         self.optimizer = create_optimizer_v2(
@@ -73,6 +75,8 @@ class Step:
             # Fused, torch's AdamW goes over the weights once in a step; plain, once for each of its operations.
             **({"fused": True} if recipe.optimizer == "adamw" else {}),
         )
+        if own := list(self.beside.parameters()):  # they have no depth: with layer decay they train at lr, as the head
+            self.optimizer.add_param_group({"params": own, "weight_decay": recipe.weight_decay})
         self.schedule = schedule.create(recipe, self.optimizer, total)
         self.ema = ModelEmaV3(network, decay=recipe.ema, use_warmup=True) if recipe.ema is not None else None
         self.masks = apply_masks(masks, network, self.optimizer, self.ema, total, seed)
@@ -101,7 +105,8 @@ class Step:
         self.masks.project()
         loss, total = self._backward(batch)
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        weights = [*self.network.parameters(), *self.beside.parameters()]
+        gradients = [p.grad for p in weights if p.grad is not None]
         norm = get_total_norm(gradients)
         of_all = processes.total(torch.stack([loss, total]))
         # The one time in a step that the host waits for the device.
@@ -114,7 +119,7 @@ class Step:
                 self.penalty.on_gradients(self.network, self.lr)
             if self.recipe.clip is not None:
                 norm = get_total_norm(gradients) if self.masks.changes_gradients else norm
-                clip_grads_with_norm_(self.network.parameters(), self.recipe.clip, norm)
+                clip_grads_with_norm_(weights, self.recipe.clip, norm)
             self.optimizer.step()
             self.in_a_row = 0
         else:
@@ -143,6 +148,9 @@ class Step:
                 self.scaler.scale(total).backward()
             losses.append(loss.detach())
             totals.append(total.detach())
+        for weight in self.beside.parameters() if processes.count() > 1 else ():
+            assert weight.grad is not None
+            weight.grad = processes.total(weight.grad) / processes.count()  # as DDP does for the network
         return torch.stack(losses).sum() / processes.count(), torch.stack(totals).sum() / processes.count()
 
     def _forward(self, part: Batch, share: float, *, first: bool) -> tuple[Tensor, Tensor]:
@@ -168,7 +176,7 @@ class Step:
         if self.in_a_row == MOST_SKIPPED:
             raise InvalidInput(
                 f"precision: fp16 holds no gradient of the last {MOST_SKIPPED} steps, to step {self.taken + 1}; "
-                f"of {gradient_not_finite(self.network)} it is not finite whatever the loss is scaled by",
+                f"of {gradient_not_finite(self.network, self.beside)} it is not finite whatever the loss is scaled by",
                 "use precision: bf16 or fp32, or lower lr",
             )
 
@@ -181,7 +189,8 @@ class Step:
                 self.objective(self.forward.eager, part)
 
         what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
-        layer, parameter = self._first(first_not_finite(self.network, again)), gradient_not_finite(self.network)
+        layer = self._first(first_not_finite(self.network, again))
+        parameter = gradient_not_finite(self.network, self.beside)
         if layer is not None:
             where = f"{layer} is the first layer whose output is not finite"
         elif parameter is not None and math.isfinite(total):
@@ -202,6 +211,7 @@ class Step:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Of several processes that hold a part each, all of them must ask for it at once."""
         tensors = {f"model.{n}": t for n, t in self.raw.body.state_dict().items()}
+        tensors |= {f"beside.{n}": t for n, t in self.beside.state_dict().items()}
         tensors |= {f"optimizer.{n}": t for n, t in flatten_optimizer(self.optimizer).items()}
         if self.ema is not None:
             tensors |= {f"ema.{n}": t for n, t in self.ema.module.body.state_dict().items()}
@@ -219,6 +229,7 @@ class Step:
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         self.copies.load(having(tensors, "model."))
+        self.beside.load_state_dict(having(tensors, "beside."))
         restore_optimizer(self.optimizer, having(tensors, "optimizer."))
         if self.ema is not None:
             self.ema.module.body.load_state_dict(having(tensors, "ema."))

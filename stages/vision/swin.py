@@ -72,19 +72,26 @@ class Swin(nn.Module):
         if tickets is not None and tickets.mode == "mosaic":
             self.packed = self._geometry(tickets.side(architecture.grid[0]))
 
-    def forward(self, images: Tensor, kept: Tensor | None = None) -> Any:
-        """kept: (B, K) patch indices of a ticket, ascending, or None for the whole image."""
-        return self.body.head(self._features(images, kept))
+    def forward(self, images: Tensor, kept: Tensor | None = None, after: tuple[int, ...] = ()) -> Any:
+        """kept: (B, K) patch indices of a ticket, ascending, or None for the whole image. after: ascending numbers of
+        blocks, counted through all stages; then a pair is returned, the logits and a tuple of the tokens (B, N, C) as
+        each of these blocks leaves them, N and C being its stage's.
+        """
+        features, states = self._features(images, kept, after)
+        answers = self.body.head(features)
+        return (answers, states) if after else answers
 
     def place_logits(self, images: Tensor) -> Tensor:
         """What the class head answers for every place of the last stage: (B, K, h, w)."""
-        features = self._features(images, None)
+        features, _ = self._features(images, None)
         batch, high, wide, width = features.shape
         logits: Tensor = self.body.head(features.reshape(-1, 1, 1, width))
         return logits.view(batch, high, wide, -1).permute(0, 3, 1, 2)
 
-    def _features(self, images: Tensor, kept: Tensor | None) -> Tensor:
-        """Normalised, (B, h, w, C)."""
+    def _features(
+        self, images: Tensor, kept: Tensor | None, after: tuple[int, ...] = ()
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Normalised, (B, h, w, C), and what the blocks `after` left."""
         geometry = self.whole
         if kept is not None:
             if self.tickets is None:
@@ -95,12 +102,15 @@ class Swin(nn.Module):
                 images, geometry = pack(images, kept, self.tickets.grid), self.packed
         body = self.body
         x = body.patch_embed.norm(body.patch_embed.proj(images).permute(0, 2, 3, 1))
+        number, states = 0, []
         for stage, record, windows in zip(body.layers, self.architecture.stages, geometry, strict=True):
             x = self._merge(stage.downsample, x)
             for block, shape in zip(stage.blocks, record.blocks, strict=True):
                 x = self._block(block, x, windows, shifted=shape.place % 2 == 1)
-        features: Tensor = body.norm(x)
-        return features
+                if number in after:
+                    states.append(x.flatten(1, 2))
+                number += 1
+        return body.norm(x), tuple(states)
 
     def _merge(self, merging: Any, x: Tensor) -> Tensor:
         """2 x 2 tokens to one; none in the first stage. timm's own also pads. (B, S, S, C) -> (B, S/2, S/2, C')."""

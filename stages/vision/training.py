@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..methods import InvalidInput
 from . import processes, resume
@@ -87,6 +87,7 @@ def fit(
     policy: Policy | None = None,
     tokens: TokenSchedule | None = None,
     objective: Objective = supervised,
+    beside: nn.Module | None = None,
     annotate: Annotate | None = None,
     penalty: Penalty | None = None,
     masks: Applied | None = None,
@@ -111,6 +112,8 @@ def fit(
             checkpoint.
         tokens: token reduction and connections of every step (None: those that the network came with); what is kept has
             the last of them. The curve then also says top1_final_tokens.
+        beside: weights of the objective. They train with the network, by the same optimiser, and are in the checkpoint,
+            but not in the average nor in what is returned.
         annotate: labels every patch of the un-mixed views in [0, 1]; batches then carry token_labels.
         masks: which weights are kept, from when on; those that are left out are zeros in what is returned.
         judge: called after each epoch on the network that would be kept; its answer goes into the curve as
@@ -147,6 +150,7 @@ def fit(
         seed=seed,
         policy=policy,
         objective=objective,
+        beside=beside,
         penalty=penalty,
         masks=masks,
         shards=sharding == "fsdp2",

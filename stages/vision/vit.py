@@ -36,7 +36,7 @@ TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")  # parameters who
 class Passage:
     """Tokens on their way through the blocks. x: (B, P + N, C). sizes: (B, N) patches in each patch token, once some
     were merged. allowed: (B, 1, T, T), which tokens attend to which; None for all. scores, positions: (B, n) and (B, K)
-    of every block that dropped tokens.
+    of every block that dropped tokens. states: x as some blocks left it.
     """
 
     x: Tensor
@@ -44,6 +44,7 @@ class Passage:
     allowed: Tensor | None = None
     scores: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
 
 
 class ViT(nn.Module):
@@ -57,15 +58,18 @@ class ViT(nn.Module):
         self.set_tokens(architecture)
         self.connections: Connections | None = None  # in training mode only
 
-    def forward(self, images: Tensor, kept: Tensor | None = None) -> Any:
-        """kept: (B, K) patch indices of a ticket, or None for all patches."""
-        passage = self._through(images, kept)
+    def forward(self, images: Tensor, kept: Tensor | None = None, after: tuple[int, ...] = ()) -> Any:
+        """kept: (B, K) patch indices of a ticket, or None for all patches. after: ascending numbers of blocks; then a
+        pair is returned, the logits and a tuple of the tokens (B, P + N, C) as each of these blocks leaves them.
+        """
+        passage = self._through(images, kept, after=after)
         features = self.body.norm(passage.x)
         if passage.sizes is not None and self.body.global_pool == "avg":
             first = 0 if self.body.pool_include_prefix else self.architecture.prefix
             weights = pool_weights(passage.sizes, self.architecture.prefix - first)
             features = torch.cat([features[:, :first], features[:, first:] * weights], dim=1)
-        return self.body.forward_head(features)
+        answers = self.body.forward_head(features)
+        return (answers, tuple(passage.states)) if after else answers
 
     def select(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Per token-dropping block the scores (B, n) of the patches that reached it and the positions (B, K) kept.
@@ -74,7 +78,9 @@ class ViT(nn.Module):
         passage = self._through(images, None, last=max(self.drops))
         return passage.scores, passage.positions
 
-    def _through(self, images: Tensor, kept: Tensor | None, last: int | None = None) -> Passage:
+    def _through(
+        self, images: Tensor, kept: Tensor | None, last: int | None = None, after: tuple[int, ...] = ()
+    ) -> Passage:
         """The tokens after all blocks, or as they stand once block `last` has dropped some."""
         body, prefix = self.body, self.architecture.prefix
         passage = Passage(body.norm_pre(embed(body, images, kept)))
@@ -99,6 +105,8 @@ class ViT(nn.Module):
             if index == last:
                 break
             passage.x = passage.x + block.drop_path2(block.ls2(block.mlp(block.norm2(passage.x))))
+            if index in after:
+                passage.states.append(passage.x)
         return passage
 
     def _drop(self, passage: Passage, drop: TokenDrop, attention: Attention, q: Tensor, k: Tensor) -> None:
