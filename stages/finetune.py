@@ -2,8 +2,15 @@
 
 The teacher is any earlier stage (`teacher: train`), any model artifact (`teacher: train@7`), or any timm model
 (`teacher: "timm:regnety_160"`). Soft distillation is Hinton's, hard is DeiT's; a distilled DeiT learns from the
-teacher through its distillation token. Optimiser and weight
-average are built anew: those from before the cut hold tensors that no longer exist.
+teacher through its distillation token. Where nothing about the views is drawn (no mixing, and an `augment` without
+shift, flip, zoom, erase and rand), the teacher is asked once about each image, and its answers are looked up.
+
+`distill: {features: {}}` compares hidden states as well: all tokens, after all blocks or those that are named, each
+with the teacher's as its block of the same place leaves it. Where a cut has made the student narrower, a linear
+projection widens its states; projections train with it and are thrown away at the end. It needs a teacher of Sievit, of
+the same family, patches and prefix tokens, and blocks after which neither has dropped tokens.
+
+Optimiser and weight average are built anew: those from before the cut hold tensors that no longer exist.
 
 It trains on whole images whatever `train` did, or with token reduction inside the network (`tokens`, as in train),
 which is then part of the model: the token policy that is trained last is the one that is exported, and without tokens
@@ -22,33 +29,23 @@ ledger   as train; the teacher's forward passes are in scoring_macs
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 from .vision.mask_settings import Hold
-from .vision.recipe import Recipe, Settings, StopEarly, check_processes, check_stop, looks_at_whole_tensors
+from .vision.recipe import Recipe, StopEarly, check_processes, check_stop, looks_at_whole_tensors
+from .vision.teaching_settings import Distill, check_features
 from .vision.token_settings import Tokens
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
 
-    from .vision.batches import Batch
-    from .vision.forward import Forward
-    from .vision.network import Network
-    from .vision.objective import Objective
-
-
-class Distill(Settings):
-    """Learning from a teacher's answers."""
-
-    teacher: str = Field("train", description="a stage of this pipeline, an artifact (train@7), or timm:<model>")
-    kind: Literal["soft", "hard"] = Field("soft", description="soft: softened outputs; hard: the teacher's decision")
-    weight: float = Field(0.5, gt=0, le=1, description="share of the distillation loss; the rest is the labels'")
-    temperature: float = Field(2.0, gt=0, le=100, description="softening of both outputs, kind: soft only")
+    from .vision.architecture import Architecture, SwinArchitecture
+    from .vision.preprocessing import Preprocessing
+    from .vision.teaching import Teacher
 
 
 class FinetuneConfig(Recipe, Config):
@@ -70,6 +67,11 @@ class FinetuneConfig(Recipe, Config):
         check_stop(self.stop_early, self.epochs)
         return self
 
+    @model_validator(mode="after")
+    def _whole_tokens(self) -> FinetuneConfig:
+        check_features(self.distill, self.tokens)
+        return self
+
 
 def run(ctx: Context) -> None:
     """Network and teacher, training on the deployed token policy, accuracy."""
@@ -79,7 +81,9 @@ def run(ctx: Context) -> None:
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
+    from .vision.objective import supervised
     from .vision.preprocessing import check, load
+    from .vision.teaching import Teaching
     from .vision.training import fit
     from .vision.weights import load_network, save_network
 
@@ -99,7 +103,13 @@ def run(ctx: Context) -> None:
 
     torch.manual_seed(ctx.seed)
     normalise = preprocessing.normaliser(device)
-    teacher = _teacher(ctx, len(splits.train.classes), device)
+    teaching = None
+    if config.distill is not None:
+        tokens = () if schedule is None else schedule.final
+        teaching = Teaching(config.distill, network, _teacher(ctx, preprocessing, device), tokens=tokens)
+        if teaching.asked_again(pool, config):
+            with ctx.progress.task("asking the teacher", len(pool.members)) as task:
+                teaching.remember(pool, config.batch_size, normalise, task.advance)
     with ctx.progress.task("fine-tuning", config.total_steps(len(pool.members))) as task:
         fitted = fit(
             network,
@@ -109,7 +119,8 @@ def run(ctx: Context) -> None:
             device=device,
             normalise=normalise,
             tokens=schedule,
-            objective=_objective(config, network, teacher),
+            objective=supervised if teaching is None else teaching,
+            beside=None if teaching is None else teaching.projections,
             masks=config.masks,
             judge=lambda current: top1(current, splits.calibration, normalise, device),
             stop=config.stop_early,
@@ -131,6 +142,11 @@ def run(ctx: Context) -> None:
         "parameters": network.parameter_count(),
         "macs": architecture.macs(),
     }
+    if teaching is not None:
+        ctx.metrics["distill"] = {
+            "remembered": teaching.remembered is not None,
+            "compared": [other for _, other in teaching.pairs],
+        }
     if schedule is not None:
         ctx.metrics["tokens"] = schedule.record()
     if config.masks is not None:
@@ -144,7 +160,7 @@ def run(ctx: Context) -> None:
         "epochs": round(fitted.steps / -(-len(pool.members) // config.batch_size), 3),
         "steps": fitted.steps,
         "train_macs": 3 * fitted.macs,
-        "scoring_macs": 0 if teacher is None else fitted.images * teacher.macs,
+        "scoring_macs": 0 if teaching is None else teaching.macs(pool, fitted.images),
         "peak_gpu_memory_mb": fitted.peak_gpu_mb,
         "seconds": round(fitted.seconds, 3),
     }
@@ -152,10 +168,19 @@ def run(ctx: Context) -> None:
 
 
 def coherent(seen: Preflight) -> None:
-    """Refuse a batch that the processes cannot share, and to hold zeros where nothing before this stage made any."""
+    """Refuse a batch that the processes cannot share, hidden states of a network in parts, and to hold zeros where
+    nothing before this stage made any.
+    """
     from .methods import InvalidInput
 
     check_processes(seen.config, seen.processes, seen.sharding, f"stages.{seen.entry}")
+    distill = seen.config.distill
+    if distill is not None and distill.features is not None and seen.processes > 1 and seen.sharding == "fsdp2":
+        raise InvalidInput(
+            f"{seen.at('distill.features')}: projections are whole in every process, and fsdp2 divides weights",
+            "leave features out, or use launch.sharding: ddp",
+            field=seen.at("distill.features"),
+        )
     if seen.config.masks is None:
         return
     if seen.processes > 1 and seen.sharding == "fsdp2":
@@ -184,93 +209,58 @@ def idle(seen: Preflight) -> dict[str, str]:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a teacher that timm does not have, compiling without a compiler, and token reduction that the network
-    cannot have.
+    """Refuse a teacher that timm does not have, compiling without a compiler, token reduction that the network cannot
+    have, and hidden states that cannot be compared.
     """
     from .methods import InvalidInput
-    from .vision.architecture import load_architecture
     from .vision.external import check_name
     from .vision.forward import check_compiler
-    from .vision.network import outline
-    from .vision.token_schedule import check_tokens
+    from .vision.teaching import compared
+    from .vision.token_schedule import create
 
     config: FinetuneConfig = seen.config
     if config.compile:
         check_compiler(seen.device, seen.at("compile"))
-    if config.distill is not None and config.distill.teacher.startswith("timm:"):
-        check_name(config.distill.teacher, seen.at("distill.teacher"))
-    if config.tokens is None:
+    distill = config.distill
+    if distill is not None and distill.teacher.startswith("timm:"):
+        check_name(distill.teacher, seen.at("distill.teacher"))
+    if config.tokens is None and (distill is None or distill.features is None):
         return
-    if "model" in seen.inputs:
-        architecture = load_architecture(seen.inputs["model"].root / "architecture.json")
-    else:
-        architecture = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
     try:
-        check_tokens(config.tokens, architecture)
+        student = _record(seen, "model")
+        schedule = create(student, config.tokens)
+        if distill is not None and distill.features is not None:
+            # Before the network is there, a cut may still give the blocks that reduce tokens other numbers.
+            drops = schedule.final if schedule is not None and "model" in seen.inputs else ()
+            compared(student, _record(seen, "teacher"), distill.features, drops)
     except InvalidInput as error:
         error.field = seen.at(error.field)
         raise
 
 
-class _Teacher:
-    """A frozen network and its own normalisation, fed with the student's views."""
+def _record(seen: Preflight, role: str) -> Architecture | SwinArchitecture:
+    """The architecture of what will be read; before it is there, that of the model with the tokens that are left."""
+    from .vision.architecture import Architecture, load_architecture
+    from .vision.network import outline
+    from .vision.vit import drops_for
 
-    def __init__(self, network: nn.Module, mean: Any, std: Any, macs: int, student: Any, device: torch.device) -> None:
-        from .vision.preprocessing import Normaliser
-
-        self.network = network.to(device).eval().requires_grad_(False)
-        self.macs = macs
-        self.own = Normaliser(tuple(mean), tuple(std), device)
-        self.student = Normaliser(tuple(student.mean), tuple(student.std), device)
-
-    def answer(self, images: Tensor) -> Tensor:
-        import torch
-
-        with torch.no_grad():
-            return self.network(self.own(images * self.student.std + self.student.mean))  # type: ignore[no-any-return]
+    if role in seen.inputs:
+        return load_architecture(seen.inputs[role].root / "architecture.json")
+    record = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
+    tokens: Tokens | None = getattr(seen.reads[role].config, "tokens", None) if role in seen.reads else None
+    if tokens is None or not isinstance(record, Architecture):
+        return record
+    return record.with_tokens(drops_for(record, tokens.blocks, tokens.keep, tokens.method, tokens.fuse))
 
 
-def _teacher(ctx: Context, classes: int, device: torch.device) -> _Teacher | None:
-    """The teacher that the config names. Raises: InvalidInput when it answers other classes."""
-    from .vision import external
-    from .vision.preprocessing import check, load
-    from .vision.weights import load_network
+def _teacher(ctx: Context, student: Preprocessing, device: torch.device) -> Teacher:
+    """Who the config names: a stage or an artifact, else a network of timm."""
+    from .vision import teaching
 
-    config: FinetuneConfig = ctx.config
-    if config.distill is None:
-        return None
-    student = load(ctx.inputs["model"].root)
     if "teacher" in ctx.inputs:
-        folder = ctx.inputs["teacher"].root
-        network, own = load_network(folder), load(folder)
-        check(own, student.classes, ctx.data.image_size, f"teacher {ctx.inputs['teacher'].ref}")
-        return _Teacher(network, own.mean, own.std, network.architecture.macs(), student, device)
-    outside = external.load(ctx.references["teacher"], classes, ctx.data.image_size)
-    return _Teacher(outside.network, outside.mean, outside.std, outside.macs, student, device)
-
-
-def _objective(config: FinetuneConfig, network: Network, teacher: _Teacher | None) -> Objective:
-    """Labels, and the teacher where there is one. A distilled DeiT hears the teacher through its own head."""
-    from .methods.distillation import hard_loss, soft_loss
-    from .vision.objective import cross_entropy, supervised
-
-    if config.distill is None or teacher is None:
-        return supervised
-    settings = config.distill
-    network.set_distilled_training(True)
-
-    def objective(current: Forward, batch: Batch) -> Tensor:
-        answers = current(batch.images, batch.kept)
-        to_labels, to_teacher = answers if isinstance(answers, tuple) else (answers, answers)
-        taught = teacher.answer(batch.images)
-        distilled = (
-            soft_loss(to_teacher, taught, settings.temperature)
-            if settings.kind == "soft"
-            else hard_loss(to_teacher, taught)
-        )
-        return (1 - settings.weight) * cross_entropy(to_labels, batch.targets) + settings.weight * distilled
-
-    return objective
+        found = ctx.inputs["teacher"]
+        return teaching.from_artifact(found.root, found.ref, student, device)
+    return teaching.from_timm(ctx.references["teacher"], student, device)
 
 
 def _references(config: FinetuneConfig) -> dict[str, str]:
@@ -279,7 +269,7 @@ def _references(config: FinetuneConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="finetune",
-    version=6,
+    version=7,
     config=FinetuneConfig,
     run=run,
     reads=(Reads("model", "model"), Reads("tickets", "tickets", optional=True)),

@@ -29,9 +29,11 @@ from sievit.stages.vision.mask_settings import Magnitude, Pattern, RigL
 from sievit.stages.vision.network import Network
 from sievit.stages.vision.objective import each_supervised, supervised
 from sievit.stages.vision.patches import Cached, Drawn
-from sievit.stages.vision.preprocessing import Normaliser
+from sievit.stages.vision.preprocessing import Normaliser, Preprocessing
 from sievit.stages.vision.processes import Share, share
 from sievit.stages.vision.recipe import Augmentation, Recipe
+from sievit.stages.vision.teaching import Teacher, Teaching
+from sievit.stages.vision.teaching_settings import Distill, Features
 from sievit.stages.vision.token_settings import Ramp, Tokens
 from sievit.stages.vision.training import Fitted, fit
 
@@ -52,6 +54,7 @@ class Case:
     patches: str | None = None
     policy: Any = None
     tokens: Tokens | None = None
+    distill: Distill | None = None
     tolerance: float = 2e-5
 
 
@@ -81,6 +84,9 @@ CASES = {
     ),
     "batch norms": Case(family="lv-vit", recipe={"mixup": 0.4}, tolerance=1e-4),
     "windows, two of four": Case(images=25, family="swin", more={"masks": Pattern(method="sr_ste")}),
+    "hidden states of a teacher, in parts": Case(
+        distill=Distill(features=Features()), recipe={"accumulate": 2, "mixup": 0.4, "ema": 0.8}
+    ),
     "weights in parts": Case(more={"sharding": "fsdp2"}, recipe={"mixup": 0.4}),
     ADAM: Case(more={"sharding": "fsdp2"}, recipe={"optimizer": "adamw", "lr": 1e-3}),
 }
@@ -88,6 +94,13 @@ CASES = {
 
 def digits() -> Images:
     return load_splits(data(max_train=60), Path()).train
+
+
+def taught_by(images: Images) -> Teacher:
+    """A wider network than any of those that train."""
+    net = network("vit", classes=10, seed=9, embed_dim=60)
+    student = Preprocessing(images.size, (0.5,) * 3, (0.5,) * 3, images.classes)
+    return Teacher(net, (0.5,) * 3, (0.5,) * 3, net.architecture.macs(), student, CPU)
 
 
 def train(case: Case, images: Images, checkpoint: Path | None = None, **more: Any) -> Fitted:
@@ -102,6 +115,10 @@ def train(case: Case, images: Images, checkpoint: Path | None = None, **more: An
         patches = Drawn(16, 10, 3)
     policy = None if case.policy is None else examples.create(case.policy, members, 3, 1)
     tokens = None if case.tokens is None else token_schedule.create(started.architecture, case.tokens)
+    if case.distill is not None:
+        torch.manual_seed(7)
+        teaching = Teaching(case.distill, started, taught_by(images))
+        more |= {"objective": teaching, "beside": teaching.projections}
     return fit(
         copy.deepcopy(started),
         Pool(images, members, patches),
@@ -111,9 +128,8 @@ def train(case: Case, images: Images, checkpoint: Path | None = None, **more: An
         normalise=NORMALISE,
         policy=policy,
         tokens=tokens,
-        objective=supervised if policy is None else each_supervised,
         checkpoint=checkpoint,
-        **{**case.more, **more},
+        **{"objective": supervised if policy is None else each_supervised, **case.more, **more},
     )
 
 
@@ -134,6 +150,10 @@ def looked_at(folder: Path, images: Images) -> dict[str, Tensor]:
         "answers on tickets": logits(net, images, NORMALISE, CPU, ranks=ranks, patches=9, batch=7),
         "answers in one turn": logits(net, images, NORMALISE, CPU, batch=256),
     }
+    teaching = Teaching(Distill(), net, taught_by(images))
+    teaching.remember(Pool(images, np.arange(3, len(images))), 6, NORMALISE)
+    assert teaching.remembered is not None
+    found["answers of a teacher"] = teaching.remembered
     saliency = ranking.BySaliency((4, 4))
     found["ranks"] = torch.from_numpy(
         ranking.table(saliency, images, CPU, np.arange(len(images))[::-1].copy(), batch=7)
@@ -167,7 +187,12 @@ def stopped(folder: Path, images: Images, name: str) -> dict[str, Any]:
     return outcome(train(CASES[name], images, file))
 
 
-RESUMED = ("all augmentation, mixing, average", "random tickets, swaps, drop and grow", ADAM)
+RESUMED = (
+    "all augmentation, mixing, average",
+    "random tickets, swaps, drop and grow",
+    "hidden states of a teacher, in parts",
+    ADAM,
+)
 
 
 def work(number: int, folder: str, rank: int = 1) -> None:

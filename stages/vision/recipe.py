@@ -46,6 +46,11 @@ class Augmentation(Settings):
         "operations only",
     )
 
+    @property
+    def still(self) -> bool:
+        """Whether it leaves every image as it is."""
+        return not (self.shift or self.flip or self.erase) and self.zoom == 1 and self.rand is None
+
     @model_validator(mode="after")
     def _grammar(self) -> Augmentation:
         """timm passes over sections that it does not know, or fails on them when training begins."""
@@ -172,6 +177,11 @@ class Recipe(Settings):
                 f"accumulate can be at most {self.batch_size}"
             )
         return self
+
+    @property
+    def same_views(self) -> bool:
+        """Whether an image's view is the same in every pass, since nothing about it is drawn."""
+        return not (self.mixup or self.cutmix) and self.augment.still
 
     def idle(self) -> dict[str, str]:
         """Fields without effect, and why."""
