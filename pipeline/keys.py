@@ -76,7 +76,7 @@ def material(
         found["seed"] = seed
     if "device" in uses:
         found["device"] = device
-    if "host" in uses:
+    if stage.uses_host(config):
         found["host"] = host_fingerprint
     return found
 

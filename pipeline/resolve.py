@@ -154,7 +154,7 @@ class Facts:
             weights_digest=self.weights(node.model) if "model" in uses else None,
             seed=node.seed,
             device=self.device,
-            host_fingerprint=host.fingerprint() if "host" in uses else "",
+            host_fingerprint=host.fingerprint() if node.stage.uses_host(node.entry.config) else "",
         )
 
     def recipe(self) -> dict[str, Any]:

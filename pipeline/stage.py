@@ -108,6 +108,8 @@ class Stage:
     # artifact reference (train@7), or "timm:<model name>", which the engine leaves to the stage.
     references: Callable[[Any], Mapping[str, str]] = lambda config: {}
     reference_kind: Kind = "model"  # what all of them must be
+    # Whether the result under these settings hangs on how fast the host is, although the stage does not always use it.
+    timed: Callable[[Any], bool] = lambda config: False
     # Refuses settings that contradict each other or those of the stages it reads. Part of every plan, so it reads the
     # configs and nothing else. What it raises is shown as what `preflight` raises.
     coherent: Callable[[Preflight], None] = _nothing_to_check
@@ -120,6 +122,10 @@ class Stage:
     preflight: Callable[[Preflight], None] = _nothing_to_check
     # What two of its artifacts have in common beyond their settings, for `sievit diff`: name -> number or text.
     compare: Callable[[Artifact, Artifact], Mapping[str, JSON]] | None = None
+
+    def uses_host(self, config: Config) -> bool:
+        """Whether a key has the host's fingerprint in it."""
+        return "host" in self.uses or self.timed(config)
 
 
 class PartOf(Protocol):
