@@ -20,7 +20,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from .child import answering, serve
-from .sessions import open_session, placement
+from .sessions import node_times, open_session, placement
 
 SEED = 20260101  # the inputs are the same for every variant
 
@@ -33,6 +33,7 @@ class Worker:
         self.provider = "cpu"
         self.input: dict[str, Any] = {}
         self.call: Callable[[], object] = lambda: None
+        self.traces: tempfile.TemporaryDirectory[str] | None = None
 
     def load(self, command: dict[str, Any]) -> dict[str, Any]:
         """Pin the process, open the session (anew for TensorRT, whose engines are built for one shape)."""
@@ -48,8 +49,22 @@ class Worker:
             threads=command["threads"],
             shapes={self.input["name"]: command["shape"]},
             cache=Path(command["cache"]),
+            profile=Path(command["profile"]) if "profile" in command else None,
         )
         return {"load_ms": (time.perf_counter() - start) * 1e3, "providers": self.session.get_providers()}
+
+    def trace(self, command: dict[str, Any]) -> dict[str, Any]:
+        """As load, with every operator's time written down from here on."""
+        self.traces = tempfile.TemporaryDirectory()
+        return self.load(command | {"profile": str(Path(self.traces.name) / "profile")})
+
+    def traced(self, command: dict[str, Any]) -> dict[str, Any]:
+        """The operators in order of execution, each with its lower quartile over the calls since `trace`, ms."""
+        assert self.session is not None and self.traces is not None
+        with self.traces:
+            nodes = node_times(Path(self.session.end_profiling()))
+        self.session = self.traces = None
+        return {"nodes": nodes}
 
     def prepare(self, command: dict[str, Any]) -> dict[str, Any]:
         """Make the inputs and run the first call."""
@@ -187,6 +202,10 @@ def main() -> None:
                     content |= worker.warm(command)
                 case "time":
                     content |= worker.time(command)
+                case "trace":
+                    content |= worker.trace(command)
+                case "traced":
+                    content |= worker.traced(command)
                 case "memory":
                     content |= worker.memory(command)
                 case "place":

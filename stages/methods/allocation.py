@@ -119,26 +119,26 @@ def allocate(
     for _ in range(24):  # the widths are integers: 2^-24 is finer than any of them
         middle = (low + high) / 2
         low, high = (low, middle) if cost(at(middle)) <= target else (middle, high)
-    return _give_back(scores, at(high), cost, target, pressure.mlp, round_to)
+    return give_back(scores, at(high), cost, target, pressure.mlp, round_to)
 
 
 def at_dial(scores: Scores, dial: float, pressure: Pressure, *, round_to: int, head_round_to: int) -> Kept:
     """What stays at a dial position in [0, 1]."""
     left = _keep_blocks(scores, pressure.depth, dial)
-    heads = {i: _best(scores.heads[i], max(1, n)) for i, n in _counts(scores.heads, left, pressure.heads, dial).items()}
+    heads = {i: best(scores.heads[i], max(1, n)) for i, n in _counts(scores.heads, left, pressure.heads, dial).items()}
     qk = _head_widths(scores.qk, heads, pressure.qk, dial, head_round_to)
     v = _head_widths(scores.v, heads, pressure.v, dial, head_round_to)
     mlp = {
-        i: _best(scores.mlp[i], _rounded(n, len(scores.mlp[i]), round_to))
+        i: best(scores.mlp[i], _rounded(n, len(scores.mlp[i]), round_to))
         for i, n in _counts(scores.mlp, left, pressure.mlp, dial).items()
     }
     blocks = [KeptBlock(heads[i], qk[i], v[i], mlp[i]) if i in left else None for i in range(len(scores.mlp))]
     share = pressure.embed.share(dial)
-    embed = (_best(s, _rounded(round((1 - share) * len(s)), len(s), round_to)) for s in scores.embed)
+    embed = (best(s, _rounded(round((1 - share) * len(s)), len(s), round_to)) for s in scores.embed)
     return Kept(tuple(blocks), tuple(embed))
 
 
-def _best(scores: Tensor, count: int) -> Tensor:
+def best(scores: Tensor, count: int) -> Tensor:
     """The `count` highest of the last axis, ascending; equal scores keep the lower index."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
 
@@ -182,7 +182,7 @@ def _head_widths(
     remaining = {i: scores[i][kept] for i, kept in heads.items()}
     rows = [remaining.get(i, s) for i, s in enumerate(scores)]
     counts = _counts(rows, list(heads), axis, dial)
-    return {i: _best(s, _rounded(round(counts[i] / len(s)), s.shape[1], multiple)) for i, s in remaining.items()}
+    return {i: best(s, _rounded(round(counts[i] / len(s)), s.shape[1], multiple)) for i, s in remaining.items()}
 
 
 def _rounded(count: int, full: int, multiple: int) -> int:
@@ -192,7 +192,7 @@ def _rounded(count: int, full: int, multiple: int) -> int:
     return min(full, max(multiple, round(count / multiple) * multiple))
 
 
-def _give_back(
+def give_back(
     scores: Scores, kept: Kept, cost: Callable[[Kept], float], target: float, axis: Axis, round_to: int
 ) -> Kept:
     """Spend what rounding left of the target: widen MLPs by one multiple at a time, the most important cut units
@@ -219,5 +219,5 @@ def _widened(kept: Kept, chosen: int, scores: Tensor, units: int) -> Kept:
     blocks = list(kept.blocks)
     block = blocks[chosen]
     assert block is not None
-    blocks[chosen] = replace(block, mlp=_best(scores, min(len(scores), len(block.mlp) + units)))
+    blocks[chosen] = replace(block, mlp=best(scores, min(len(scores), len(block.mlp) + units)))
     return Kept(tuple(blocks), kept.embed)

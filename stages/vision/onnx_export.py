@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
 from collections.abc import Iterable
@@ -14,16 +15,17 @@ import torch
 from ..methods import InvalidInput
 from .architecture import Architecture, SwinArchitecture
 from .attention import set_fused
-from .network import Network
+from .network import Network, rebuild
 from .swin import Swin
 
 EXTERNAL_ABOVE = 2_000_000_000  # bytes; protobuf cannot hold more in one file
 
 
-def export(network: Network, path: Path, opset: int) -> None:
+def export(network: Network, path: Path, opset: int) -> dict[str, str]:
     """Write `path`: input "input" (batch, 3, S, S) float32 normalised, output "logits" (batch, K). Attention is left
     unfused, and a Swin's position biases become numbers.
 
+    Returns: name of a node in the file -> the module of the body that it was made of, for those that have one.
     Raises: InvalidInput for tokens that are drawn by lot, and when the exporter refuses the network.
     """
     check_reduction(network.architecture)
@@ -55,7 +57,21 @@ def export(network: Network, path: Path, opset: int) -> None:
         raise InvalidInput(
             f"torch's exporter refused {network.architecture.model}: {error}", "try another opset"
         ) from error
+    modules = _modules(path)
     clean(path)
+    return modules
+
+
+def export_shape(architecture: Architecture | SwinArchitecture, path: Path, opset: int) -> dict[str, str]:
+    """As export, of a network with random weights: all that a file's size and latency depend on is its shape. No two
+    parameters are alike, as after training: the exporter would store them once.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        network = rebuild(architecture)
+        for parameter in network.parameters():
+            parameter.normal_(std=0.02)
+        return export(network, path, opset)
 
 
 def check_reduction(architecture: Architecture | SwinArchitecture) -> None:
@@ -65,6 +81,17 @@ def check_reduction(architecture: Architecture | SwinArchitecture) -> None:
             "tokens.method: random is a control: a file that draws lots answers differently each time",
             "finish on tokens.method: attention or tome, or on all patches; or leave export out: export: null",
         )
+
+
+def _modules(path: Path) -> dict[str, str]:
+    """From the scopes that the exporter leaves in the file."""
+    found = {}
+    for node in onnx.load(path, load_external_data=False).graph.node:
+        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+        inside = [name for name in ast.literal_eval(scopes) if name.startswith("body.")]
+        if inside:
+            found[node.name] = inside[-1].removeprefix("body.")
+    return found
 
 
 def clean(path: Path) -> None:

@@ -24,6 +24,9 @@ from .coupling import Member
 from .network import Network, rebuild
 
 Importance = Literal["taylor", "hessian", "l1", "random"]
+# Added up over all weights that go together, and not set in proportion to the layer's other units: sums of different
+# layers and axes can be weighed against each other.
+SUM: Any = {"group_reduction": "sum", "normalizer": None}
 
 
 def score(network: Network, method: Importance, seed: int) -> Scores:
@@ -68,11 +71,11 @@ def _rule(method: Importance) -> tuple[importance.Weigh, Any]:
     """How single weights are weighed, here and in Torch-Pruning."""
     match method:
         case "taylor":
-            return importance.taylor, tp.importance.GroupTaylorImportance()
+            return importance.taylor, tp.importance.GroupTaylorImportance(**SUM)
         case "hessian":
-            return importance.hessian, tp.importance.GroupHessianImportance()
+            return importance.hessian, tp.importance.GroupHessianImportance(**SUM)
         case "l1":
-            return importance.magnitude, tp.importance.GroupMagnitudeImportance(p=1)
+            return importance.magnitude, tp.importance.GroupMagnitudeImportance(p=1, **SUM)
         case "random":
             return importance.magnitude, None
 

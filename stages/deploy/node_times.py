@@ -1,0 +1,67 @@
+"""What every operator of a file takes, by ONNX Runtime's own profile: over many calls, files interleaved.
+
+Only the CPU provider says it: cards report when work was queued, and OpenVINO runs a whole graph as one operator.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from .child import Child
+from .isa import measuring_cores
+from .latency import Progress, Setting, Subject
+
+ROUNDS = 6
+SLOT_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class NodeTime:
+    """An operator of the optimised graph, in order of execution. name: of the file's node that it was made of, where
+    the runtime kept it.
+    """
+
+    name: str
+    ms: float
+
+
+def node_times(
+    subjects: Sequence[Subject], setting: Setting, progress: Progress, *, seed: int = 0, timeout_s: float = 300.0
+) -> list[list[NodeTime]]:
+    """The operators of each file. Raises InvalidInput when a file does not run, ChildFailed when a worker crashes."""
+    order = random.Random(f"{seed}/{setting}")
+    with (
+        ExitStack() as stack,
+        tempfile.TemporaryDirectory() as cache,
+        progress.task("operators", len(subjects) * (1 + ROUNDS)) as task,
+    ):
+        children = [stack.enter_context(Child("worker", subject.name)) for subject in subjects]
+        calls = {}
+        for place, (child, subject) in enumerate(zip(children, subjects, strict=True)):
+            child.ask(
+                {
+                    "do": "trace",
+                    "path": str(subject.path.absolute()),
+                    "provider": setting.provider,
+                    "threads": setting.threads,
+                    "cores": measuring_cores(setting.threads),
+                    "input": {"name": subject.input, "dtype": subject.dtype},
+                    "shape": [setting.batch, *subject.image],
+                    "cache": cache,
+                },
+                timeout_s,
+            )
+            child.ask({"do": "prepare", "shape": [setting.batch, *subject.image], "io": setting.io}, timeout_s)
+            call_ms = child.ask({"do": "warm", "limit_s": 1.0}, timeout_s)["call_ms"]
+            calls[place] = max(1, min(200, round(SLOT_SECONDS * 1e3 / max(call_ms, 1e-3))))
+            task.advance()
+        for _ in range(ROUNDS):
+            for place in order.sample(range(len(subjects)), len(subjects)):
+                children[place].ask({"do": "time", "calls": calls[place]}, timeout_s)
+                task.advance()
+        found = [child.ask({"do": "traced"}, timeout_s)["nodes"] for child in children]
+    return [[NodeTime(name, ms) for name, ms in nodes] for nodes in found]
