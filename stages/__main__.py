@@ -24,6 +24,7 @@ from sievit.pipeline.settings import LaunchConfig
 from sievit.pipeline.team import Team, follow
 
 from . import benchmark, export, finetune, matrix, prune, quantize, ticket, train
+from .deploy.providers import Provider
 from .methods import InvalidInput
 
 STAGES = (
@@ -37,7 +38,7 @@ STAGES = (
     matrix.STAGE,
 )
 
-PROVIDERS = get_args(benchmark.Provider)
+PROVIDERS = get_args(Provider)
 
 
 def _on_files(name: str, metavar: str, text: str, *, least: int | None = None) -> Any:

@@ -25,13 +25,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, geometric_mean
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
 from sievit.pipeline.errors import SievitError
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
+from .deploy.providers import Provider
 from .methods import InvalidInput
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 # What shows that a file without a sidecar is an 8-bit one.
 QUANTIZED = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QAttention"}
-Provider = Literal["cpu", "cuda", "tensorrt", "openvino"]
 
 
 class BenchmarkConfig(Config):

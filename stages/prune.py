@@ -1,5 +1,13 @@
-"""Cut heads, widths inside heads, MLP units, embedding channels and whole blocks until a stated share of MACs or
-parameters is left: of a ViT, a DeiT, an LV-ViT or a Swin.
+"""Cut heads, widths inside heads, MLP units, embedding channels and whole blocks until a stated target is met: of a
+ViT, a DeiT, an LV-ViT or a Swin.
+
+Target       macs, params   the fraction that is left, counted
+             size_mb        of the FP32 file, exported to see
+             latency_ms, speedup   of the FP32 file on a provider, batch and threads: candidates are exported, with
+                            random weights, and timed in ONNX Runtime beside the dense network's file, interleaved
+             target: {speedup: 2.0, on: {provider: cpu, batch: 1, threads: 1}}
+A timed target is met when the measurement lies within 5% on the right side of it (size_mb: 2%); the key then has the
+host in it. Before the search it says how far each axis goes by itself.
 
 Axes         heads    whole attention heads, in a Swin with their position biases
              qk, v    the width of queries and keys, and that of values, inside the heads
@@ -16,10 +24,13 @@ Importance   taylor   |w * dL/dw| summed over everything that goes together, gra
              trained  what the training before it handed on, no images needed: norms of heads and MLP units after
                       train.weights group_lasso or hoyer, movement scores after movement
              random   uniform, the control
-Ranking is isomorphic (Fang et al., ECCV 2024): only groups of the same topology compete. One dial presses on all axes
-and is bisected until the target is met; MLP and embedding widths are multiples of round_to, widths of heads of
-head_round_to, what rounding left over goes back to the MLPs. The smaller network is rebuilt from its architecture
-record and its weights are loaded strictly.
+Allocation   uniform  isomorphic ranking (Fang et al., ECCV 2024): only groups of the same topology compete; one dial
+                      presses on all axes
+             latency  again and again what loses least importance for each millisecond that it saves on target.on,
+                      by a table of this network's blocks on this host; whole blocks are weighed like the rest
+MLP and embedding widths are multiples of round_to, widths of heads of head_round_to; where time is measured, by default
+of what this host's runtime rewards. What rounding left over goes back to the MLPs. The smaller network is rebuilt from
+its architecture record and its weights are loaded strictly.
 
 Cutting embedding channels changes what the LayerNorms see: expect low accuracy until `finetune`. Blocks are numbered
 from 0 in order of execution, and the blocks that are left get new numbers: `finetune.tokens.blocks` means those.
@@ -32,7 +43,7 @@ network in minutes. The classes must then be those of the weights, in their orde
 reads    model (optional: else model.pretrained or model.weights); tickets (optional: their examples are the
          calibration images)
 writes   model.safetensors, architecture.json, preprocessing.json, plan.json (the kept indices)
-fails    when nothing was cut, or when the axes that are on cannot reach the target (it says how far they reach)
+fails    when nothing was cut, or when the axes that are on cannot reach the target (it says how far each reaches)
 
     sievit prune pipeline.yaml --set prune.target.macs=0.4
 """
@@ -40,12 +51,15 @@ fails    when nothing was cut, or when the axes that are on cannot reach the tar
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage, Task
 
+from .targets import Target, check_serving
 from .vision.loss_settings import HANDED_ON
 from .vision.recipe import Settings
 
@@ -54,24 +68,15 @@ if TYPE_CHECKING:
 
     import torch
 
+    from .latencies import Table
     from .methods.allocation import Kept, Pressure, Scores
     from .vision.architecture import Architecture, SwinArchitecture
     from .vision.dataset import Splits
     from .vision.network import Network
     from .vision.preprocessing import Normaliser, Preprocessing
 
-
-class Target(Settings):
-    """What must be left, as a fraction of the network before the cut. Exactly one."""
-
-    macs: float | None = Field(None, gt=0, lt=1, description="fraction of the multiply-accumulates kept")
-    params: float | None = Field(None, gt=0, lt=1, description="fraction of the parameters kept")
-
-    @model_validator(mode="after")
-    def _one(self) -> Target:
-        if (self.macs is None) == (self.params is None):
-            raise ValueError("give exactly one of macs and params")
-        return self
+    Record = Architecture | SwinArchitecture
+    Propose = Callable[[Callable[[Record], float], float], Kept | None]
 
 
 class Press(Settings):
@@ -101,11 +106,14 @@ class Axes(Settings):
     v: Pressed = Field(0.5, description="width of values inside heads")
     mlp: Pressed = Field(1.0, description="hidden units of the MLPs")
     embed: float = Field(0.5, ge=0, le=1, description="embedding channels, through the whole network")
-    depth: Pressed = Field(0.0, description="whole blocks; at equal MACs they save more time than widths do")
+    depth: Pressed | None = Field(
+        None, description="whole blocks; null: 1 where milliseconds are weighed (allocation: latency), else 0"
+    )
 
-    def named(self) -> dict[str, Press]:
-        """Every axis in the long form."""
-        return {name: axis if isinstance(axis, Press) else Press(press=axis) for name, axis in self}
+    def named(self, depth: float) -> dict[str, Press]:
+        """Every axis in the long form; depth: what null means."""
+        axes = {name: depth if axis is None else axis for name, axis in self}
+        return {name: axis if isinstance(axis, Press) else Press(press=axis) for name, axis in axes.items()}
 
 
 class PruneConfig(Config):
@@ -116,9 +124,20 @@ class PruneConfig(Config):
     )
     target: Target = Field(description="what must be left")
     axes: Axes = Field(Axes(), description="what may be cut, and how hard")
-    round_to: int = Field(8, ge=1, le=256, description="MLP and embedding widths are multiples of this")
-    head_round_to: int = Field(
-        8, ge=1, le=256, description="widths of heads are multiples of this; odd widths are slow"
+    allocation: Literal["uniform", "latency"] = Field(
+        "uniform",
+        description="uniform: the same share of every axis, by rank; latency: least importance lost for each "
+        "millisecond saved on target.on",
+    )
+    round_to: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="MLP and embedding widths are multiples of this; null: what the host's runtime rewards where it "
+        "is timed, else 8",
+    )
+    head_round_to: int | None = Field(
+        None, ge=1, le=256, description="widths of heads are multiples of this, null likewise; odd widths are slow"
     )
     repair: Literal["ridge"] | None = Field(
         None, description="ridge: kept MLP units and values make up for removed ones, in closed form; null: no repair"
@@ -143,14 +162,33 @@ class PruneConfig(Config):
 
     @model_validator(mode="after")
     def _some_axis(self) -> PruneConfig:
-        if not any(axis.press for axis in self.axes.named().values()):
+        if not any(axis.press for axis in self.pressed().values()):
             raise ValueError("axes: every axis is 0, so nothing could be cut")
         return self
+
+    @model_validator(mode="after")
+    def _profiled(self) -> PruneConfig:
+        provider = self.target.serving.provider
+        if self.allocation == "latency" and provider != "cpu":
+            raise ValueError(
+                f"allocation: latency weighs operators, which only the provider cpu times, and target.on names "
+                f"{provider}; use allocation: uniform, whose result is timed on {provider} as a whole"
+            )
+        return self
+
+    def pressed(self) -> dict[str, Press]:
+        """The axes in the long form."""
+        return self.axes.named(1.0 if self.allocation == "latency" else 0.0)
+
+    @property
+    def timed(self) -> bool:
+        """Whether the result hangs on the host."""
+        return self.target.timed or self.allocation == "latency"
 
 
 def run(ctx: Context) -> None:
     """Gradients, scores, allocation, cut, then what was asked and what was reached."""
-    from .methods.allocation import allocate
+    from . import targets
     from .vision import figures
     from .vision.dataset import load_splits
     from .vision.device import open_device
@@ -171,23 +209,32 @@ def run(ctx: Context) -> None:
         calibration.gradients(network)
     elif config.importance == "hessian":
         calibration.squared_gradients(network)
-    with ctx.progress.task("scoring and cutting", 2) as task:
-        if config.importance == "trained":
-            artifact = ctx.inputs["model"]
-            scores = score(judged(network, artifact.root, f"model {artifact.ref}"), "taylor", ctx.seed)
-        else:
-            scores = score(network, config.importance, ctx.seed)
-        task.advance()
-        axes = _pressure(ctx, before)
-        cost, full = _cost(config, before)
-        asked = config.target.macs or config.target.params or 0.0
-        rounding = {"round_to": config.round_to, "head_round_to": config.head_round_to}
-        kept = allocate(scores, lambda k: cost(kept_architecture(before, k)), asked * full, axes, **rounding)
-        if kept is None:
-            raise _unreachable(ctx, scores, axes, before, rounding)
-        _refuse_nothing(before, kept_architecture(before, kept))
-        network.zero_grad()
-        task.advance()
+    if config.importance == "trained":
+        artifact = ctx.inputs["model"]
+        scores = score(judged(network, artifact.root, f"model {artifact.ref}"), "taylor", ctx.seed)
+    else:
+        scores = score(network, config.importance, ctx.seed)
+    network.zero_grad()
+    axes = _pressure(ctx, before)
+    table = _table(ctx, before)
+    rounding = {
+        "round_to": config.round_to or (table.round_to if table else 8),
+        "head_round_to": config.head_round_to or (table.head_round_to if table else 8),
+    }
+    rows = targets.reach(scores, axes, before, table.ms if table else None, rounding)
+    ctx.progress.note(f"as far as each axis goes by itself, of the MACs: {targets.summary(rows)}")
+    files = targets.Files(ctx, before, config.target)
+
+    if table is not None and config.allocation == "latency":
+        propose = _by_milliseconds(scores, table, axes, before, rounding)
+    else:
+        propose = _by_rank(scores, axes, before, rounding)
+    estimate = table.ms if table else (lambda a: float(a.macs()))
+    found = targets.search(config.target, propose, lambda k: kept_architecture(before, k), before, files, estimate)
+    if found is None:
+        raise targets.unreachable(config.target, rows)
+    kept = found.kept
+    _refuse_nothing(before, kept_architecture(before, kept))
     whole = network
     if config.repair == "ridge":
         with ctx.progress.task("repair", calibration.images) as task:
@@ -201,8 +248,16 @@ def run(ctx: Context) -> None:
     parameters = {"before": network.parameter_count(), "after": smaller.parameter_count()}
     ctx.metrics |= {
         "importance": config.importance,
-        "asked": config.target.model_dump(exclude_none=True),
-        "reached": {"macs": after.macs() / before.macs(), "params": parameters["after"] / parameters["before"]},
+        "asked": {config.target.kind: config.target.asked},
+        "reached": {
+            "macs": after.macs() / before.macs(),
+            "params": parameters["after"] / parameters["before"],
+            config.target.kind: found.reached,
+        },
+        "allocation": config.allocation,
+        "multiples": rounding,
+        "feasible": [asdict(row) for row in rows],
+        "candidates": found.trials,
         "before": {"macs": before.macs(), "parameters": parameters["before"]},
         "after": {"macs": after.macs(), "parameters": parameters["after"]},
         "widths": {
@@ -213,14 +268,73 @@ def run(ctx: Context) -> None:
         "top1_before_cut": top1(network, splits.test, normalise, device),
         "top1_before_recovery": top1(smaller.to(device), splits.test, normalise, device),
     }
-    kind, share = next(iter(ctx.metrics["asked"].items()))
-    ctx.progress.note(f"asked for {share:.1%} of the {kind}, reached {ctx.metrics['reached'][kind]:.1%}")
+    ctx.progress.note(targets.in_words(config.target, found.reached))
     ctx.figure(
         "widths",
         figures.widths(_widths(before), _widths(after, kept)),
         title="Widths by block",
         caption=f"Embedding width {_in_words(before.streams)} before, {_in_words(after.streams)} after.",
     )
+    if table is not None:
+        _show_budget(ctx, table, before, after, kept)
+
+
+def _show_budget(ctx: Context, table: Table, before: Record, after: Record, kept: Kept) -> None:
+    """Where the milliseconds are, before and after."""
+    from .vision import figures
+
+    budget = {"before": table.budget(before), "after": table.budget(after)}
+    for row, number in zip(budget["after"], kept.left, strict=True):
+        row["block"] = number
+    ctx.metrics["budget"] = budget | {"estimate_ms": [table.ms(before), table.ms(after)], "error": table.rates.error}
+    serving = ctx.config.target.serving
+    ctx.figure(
+        "budget",
+        figures.budget(budget["before"], budget["after"]),
+        title="Milliseconds by block",
+        caption=f"By the table of this host (batch {serving.batch}, threads {serving.threads}), whose rates are "
+        f"{table.rates.error:.0%} off in the median; all else {table.outside_ms(before):.2g} ms before, "
+        f"{table.outside_ms(after):.2g} ms after.",
+    )
+
+
+def _table(ctx: Context, before: Record) -> Table | None:
+    """What blocks take on this host, where that is asked for and can be told by operators."""
+    from .latencies import table
+
+    config: PruneConfig = ctx.config
+    serving = config.target.serving
+    if not config.timed or serving.provider != "cpu":
+        return None
+    return table(ctx, before, serving.batch, serving.threads)
+
+
+def _by_rank(scores: Scores, axes: Pressure, before: Record, rounding: dict[str, int]) -> Propose:
+    """Proposals of the uniform rule."""
+    from .methods.allocation import allocate
+    from .vision.surgery import kept_architecture
+
+    return lambda cost, limit: allocate(scores, lambda k: cost(kept_architecture(before, k)), limit, axes, **rounding)
+
+
+def _by_milliseconds(scores: Scores, table: Table, axes: Pressure, before: Record, rounding: dict[str, int]) -> Propose:
+    """Proposals on the way of least importance lost by millisecond."""
+    from .methods.allocation import give_back
+    from .methods.latency_allocation import Worth, kept_of, way
+    from .vision.surgery import kept_architecture
+
+    stops = way(scores, Worth(scores), table.milliseconds(before), axes, **rounding)
+
+    def propose(cost: Callable[[Record], float], limit: float) -> Kept | None:
+        def of(kept: Kept) -> float:
+            return cost(kept_architecture(before, kept))
+
+        first = bisect_left(stops, True, key=lambda stop: of(kept_of(stop, scores)) <= limit)
+        if first == len(stops):
+            return None
+        return give_back(scores, kept_of(stops[first], scores), of, limit, axes.mlp, rounding["round_to"])
+
+    return propose
 
 
 def _pressure(ctx: Context, architecture: Architecture | SwinArchitecture) -> Pressure:
@@ -230,7 +344,7 @@ def _pressure(ctx: Context, architecture: Architecture | SwinArchitecture) -> Pr
     depth = len(architecture.blocks)
     _check_blocks(ctx.config, depth)
     axes = {}
-    for name, axis in ctx.config.axes.named().items():
+    for name, axis in ctx.config.pressed().items():
         about = range(depth) if axis.blocks is None else axis.blocks
         axes[name] = Axis(axis.press, None if name == "embed" else frozenset(about) - frozenset(axis.spare))
     return Pressure(**axes)
@@ -239,7 +353,7 @@ def _pressure(ctx: Context, architecture: Architecture | SwinArchitecture) -> Pr
 def _check_blocks(config: PruneConfig, depth: int, at: Callable[[str], str] = str) -> None:
     from .methods import InvalidInput
 
-    for name, axis in config.axes.named().items():
+    for name, axis in config.pressed().items():
         for field, blocks in (("blocks", axis.blocks or ()), ("spare", axis.spare)):
             if blocks and max(blocks) >= depth:
                 raise InvalidInput(
@@ -269,6 +383,9 @@ def coherent(seen: Preflight) -> None:
 def idle(seen: Preflight) -> dict[str, str]:
     """Settings without effect."""
     found = {}
+    target: Target = seen.config.target
+    if not seen.config.timed:
+        found["target.on"] = f"{target.kind} is counted, and allocation uniform weighs no time"
     if seen.config.repair is None:
         found["ridge"] = "repair is null"
         if seen.config.importance in ("l1", "trained", "random"):
@@ -278,14 +395,16 @@ def idle(seen: Preflight) -> dict[str, str]:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a network that would be cut untrained, one without the importance that is asked for, and, as far as it is
-    known, blocks that it does not have.
+    """Refuse a network that would be cut untrained, one without the importance that is asked for, a target that cannot
+    be timed here, and, as far as it is known, blocks that the network does not have.
     """
     from .methods import InvalidInput
     from .vision.architecture import load_architecture
     from .vision.network import outline
     from .vision.trained_importance import check_handed_on
 
+    if seen.config.timed:
+        check_serving(seen.config.target, seen.at)
     made = seen.reads.get("model")
     alone = made is None and "model" not in seen.inputs
     if alone and seen.config.importance == "trained":
@@ -391,41 +510,6 @@ class _Calibration:
             parameter.grad = total / self.images
 
 
-def _cost(
-    config: PruneConfig, dense: Architecture | SwinArchitecture
-) -> tuple[Callable[[Architecture | SwinArchitecture], float], float]:
-    """The cost function of the target, and its value for the dense network."""
-    from .vision.network import rebuild
-
-    if config.target.macs is not None:
-        return (lambda a: float(a.macs())), float(dense.macs())
-
-    def parameters(architecture: Architecture | SwinArchitecture) -> float:
-        return float(rebuild(architecture, device="meta").parameter_count())
-
-    return parameters, parameters(dense)
-
-
-def _unreachable(
-    ctx: Context,
-    scores: Scores,
-    axes: Pressure,
-    before: Architecture | SwinArchitecture,
-    rounding: dict[str, int],
-) -> Exception:
-    from .methods import InvalidInput
-    from .methods.allocation import at_dial
-    from .vision.surgery import kept_architecture
-
-    cost, full = _cost(ctx.config, before)
-    least = cost(kept_architecture(before, at_dial(scores, 1.0, axes, **rounding))) / full
-    kind = "macs" if ctx.config.target.macs is not None else "params"
-    return InvalidInput(
-        f"target {kind}: the axes that are on can go down to {least:.1%} of the {kind}, not further",
-        "raise the target, press harder on an axis (prune.axes), or lower round_to",
-    )
-
-
 def _refuse_nothing(before: Architecture | SwinArchitecture, after: Architecture | SwinArchitecture) -> None:
     from .methods import InvalidInput
 
@@ -464,7 +548,7 @@ def _save_plan(ctx: Context, kept: Kept) -> None:
 
 STAGE = Stage(
     name="prune",
-    version=4,
+    version=5,
     config=PruneConfig,
     run=run,
     reads=(Reads("model", "model", optional=True), Reads("tickets", "tickets", optional=True)),
@@ -472,6 +556,7 @@ STAGE = Stage(
     manual=__doc__,
     packages=("torch", "timm", "torch-pruning"),
     uses=frozenset({"data", "model", "seed", "device"}),
+    timed=lambda config: config.timed,
     coherent=coherent,
     idle=idle,
     preflight=preflight,

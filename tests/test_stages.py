@@ -240,7 +240,7 @@ def test_single_stages_work_on_the_newest_artifacts(finished: Project) -> None:
 def test_bad_input_to_a_stage_is_one_message_and_nothing_is_lost(finished: Project) -> None:
     before = finished.digests()
     for arguments, part in (
-        (("prune", "--set", "prune.target.macs=0.01"), "can go down to"),
+        (("prune", "--set", "prune.target.macs=0.01"), "is out of reach"),
         (("train", "--set", "train.cutmix=1.0"), "cutmix"),
         (("train", "--set", "model.name=resnet18"), "no family"),
         (("ticket", "--set", "data.source=nowhere"), "nowhere"),

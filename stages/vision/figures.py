@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 INK, FAINT, ACCENT = "#30363d", "#b6bec8", "#0b6e63"
+PALE = "#dfe3e8"
 TINT = np.array([150.0, 205.0, 197.0], dtype=np.float32)  # no grey: a faded patch must not pass for part of the image
 
 
@@ -117,4 +118,23 @@ def widths(before: Sequence[Mapping[str, int]], after: Sequence[Mapping[str, int
         if number == 0:
             axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
     figure.tight_layout()
+    return svg_of(figure)
+
+
+def budget(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]]) -> str:
+    """Milliseconds of attention and MLP by block, before (pale, wide) and after the cut; a block that is gone has no
+    bar.
+    """
+    figure, axes = axes_of(7, 2.6)
+    for rows, width, colours in ((before, 0.8, (FAINT, PALE)), (after, 0.45, (ACCENT, "#5fb3a6"))):
+        places = [row["block"] for row in rows]
+        attention = np.array([row["attention_ms"] for row in rows])
+        name = "before" if rows is before else "after"
+        axes.bar(places, attention, width, color=colours[0], label=f"attention, {name}")
+        mlp = [row["mlp_ms"] for row in rows]
+        axes.bar(places, mlp, width, bottom=attention, color=colours[1], label=f"MLP, {name}")
+    axes.set_xlabel("block")
+    axes.set_xticks([row["block"] for row in before])
+    axes.set_ylabel("ms")
+    axes.legend(fontsize=7, ncols=2, framealpha=0.9, edgecolor="none")
     return svg_of(figure)
