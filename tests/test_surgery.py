@@ -7,6 +7,8 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from tiny_vision import FAMILIES, SWINS, images, network, swin
@@ -17,7 +19,9 @@ from sievit.stages.methods.allocation import Axis, Kept, KeptBlock, Pressure, al
 from sievit.stages.vision.architecture import Architecture, SwinArchitecture
 from sievit.stages.vision.attention import set_fused
 from sievit.stages.vision.network import Network, rebuild
+from sievit.stages.vision.onnx_export import export
 from sievit.stages.vision.surgery import cut, kept_architecture, score
+from sievit.stages.vision.swin import Swin, TicketUse
 from sievit.stages.vision.vit import drops_for
 from sievit.stages.vision.weights import load_network, save_network
 from sievit.stages.vision.window_attention import CosineWindowAttention
@@ -281,6 +285,32 @@ def test_a_block_that_is_left_stays_shifted_or_not_as_it_was(family: str) -> Non
     assert [block.place for block in smaller.architecture.blocks] == [1, 1]
     assert torch.allclose(smaller(x), masked(net, left)(x), atol=1e-4)
     assert smaller.architecture.macs() < net.architecture.macs()
+
+
+@pytest.mark.parametrize("family", list(SWINS))
+@pytest.mark.parametrize("mode", ["zero", "mosaic"])
+def test_tickets_of_a_cut_swin_are_those_of_the_masked_one(mode: Any, family: str) -> None:
+    net, x = swin(family), images(3)
+    kept = kept_of(net, AXES["all and depth"])
+    use = TicketUse(mode, (4, 4), 4)
+    ticket = torch.stack([torch.randperm(16)[:4].sort().values for _ in range(3)])
+    smaller, oracle = cut(net, kept), masked(net, kept)
+    assert isinstance(smaller, Swin) and isinstance(oracle, Swin)
+    assert torch.allclose(smaller.with_tickets(use)(x, ticket), oracle.with_tickets(use)(x, ticket), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["distilled", "lv-vit", *SWINS])
+def test_the_exported_file_of_a_cut_network_answers_as_the_network(family: str, tmp_path: Any) -> None:
+    net = of_family(family)
+    smaller = cut(net, kept_of(net, AXES["all and depth"])).eval()
+    export(smaller, tmp_path / "m.onnx", 20)
+    session = ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    for batch in (1, 5):
+        x = images(batch, seed=batch)
+        with torch.no_grad():
+            expected = smaller(x)
+        assert np.abs(session.run(None, {"input": x.numpy()})[0] - expected.numpy()).max() < 1e-4
 
 
 @pytest.mark.parametrize("family", ["deit", *SWINS])
