@@ -15,7 +15,7 @@ from tiny_vision import FAMILIES, SWINS, images, network, swin
 from torch import Tensor, nn
 
 from sievit.stages.methods import InvalidInput
-from sievit.stages.methods.allocation import Axis, Kept, KeptBlock, Pressure, allocate, at_dial
+from sievit.stages.methods.allocation import Axis, Kept, KeptBlock, Pressure, allocate, at_dial, compose
 from sievit.stages.vision.architecture import Architecture, SwinArchitecture
 from sievit.stages.vision.attention import set_fused
 from sievit.stages.vision.network import Network, rebuild
@@ -320,6 +320,20 @@ def test_a_second_cut_counts_from_the_blocks_that_the_first_has_left(family: str
     again = kept_of(first, AXES["all"], 0.4, seed=3)
     assert torch.allclose(cut(first, again)(x), masked(first, again)(x), atol=1e-4)
     assert [b.place for b in cut(first, again).architecture.blocks] == [b.place for b in first.architecture.blocks]
+
+
+@pytest.mark.parametrize("family", ["deit", "lv-vit", *SWINS])
+def test_two_cuts_are_one_by_what_both_have_left(family: str) -> None:
+    net = of_family(family, depth=4) if family in FAMILIES else of_family(family)
+    first = kept_of(net, AXES["all and depth"], 0.3, seed=1)
+    half = cut(net, first)
+    second = kept_of(half, AXES["all and depth"], 0.5, seed=2)
+    both = compose(first, second)
+    assert both.left == [first.left[number] for number in second.left]
+    twice, once = cut(half, second), cut(net, both)
+    assert once.architecture == twice.architecture != half.architecture != net.architecture
+    theirs = twice.body.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in once.body.state_dict().items())
 
 
 def test_stochastic_depth_rises_over_the_blocks_that_are_left() -> None:

@@ -90,6 +90,18 @@ class Kept:
         return [number for number, block in enumerate(self.blocks) if block is not None]
 
 
+def compose(first: Kept, second: Kept) -> Kept:
+    """One cut for two: `second` counts in what `first` left, the result in what there was at the beginning."""
+    blocks: list[KeptBlock | None] = [None] * len(first.blocks)
+    for number, then in zip(first.left, second.blocks, strict=True):
+        before = first.blocks[number]
+        if before is not None and then is not None:
+            rows = then.heads[:, None]
+            own = before.heads[then.heads], before.qk[rows, then.qk], before.v[rows, then.v], before.mlp[then.mlp]
+            blocks[number] = KeptBlock(*own)
+    return Kept(tuple(blocks), tuple(a[b] for a, b in zip(first.embed, second.embed, strict=True)))
+
+
 def allocate(
     scores: Scores,
     cost: Callable[[Kept], float],
