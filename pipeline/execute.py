@@ -23,6 +23,7 @@ from . import host, records
 from .energy import Meter
 from .errors import InputError, Interrupted, SievitError, Terminated
 from .manifest import FIGURES, canonical
+from .plan import part_of
 from .progress import Notebook
 from .resolve import Inputs
 from .stage import Context, Figure, Part
@@ -94,20 +95,22 @@ def execute(
     material: dict[str, Any],
     draft: Draft,
     setting: Setting,
-    obtain: Callable[[Node], tuple[Artifact, bool]],
+    obtain: Callable[[Node, Inputs], tuple[Artifact, bool]],
 ) -> Artifact:
-    """Run the stage function in a draft and commit what it leaves. obtain: the artifact of a part of the work, and
-    whether it was there.
+    """Run the stage function in a draft and commit what it leaves. obtain: the artifact of a part of the work, which
+    reads these inputs, and whether it was there.
     """
     notebook, launch, team = Notebook(setting.display), setting.plan.spec.launch, setting.team
     parts = Inputs()
     peaks: list[float] = []
 
-    def part(stage: Stage, config: Config, *, role: str, model: ModelConfig | None = None) -> Part:
+    def part(
+        stage: Stage, config: Config, *, role: str, model: ModelConfig | None = None, reads: Sequence[str] = ()
+    ) -> Part:
         peaks.append(host.peak_memory_mb())  # making a part starts the figure anew
-        name = f"{node.entry.name}:{role}"  # no entry is called so: a part never passes for the entry's own artifact
-        entry = replace(node.entry, name=name, uses=stage.name, needs=(), config=config)
-        artifact, cached = obtain(replace(node, stage=stage, entry=entry, inputs=(), model=model or node.model))
+        entry = replace(node.entry, name=part_of(node.entry.name, role), uses=stage.name, needs=(), config=config)
+        given = Inputs({one: inputs.single[one] for one in reads if one in inputs.single})
+        artifact, cached = obtain(replace(node, stage=stage, entry=entry, inputs=(), model=model or node.model), given)
         parts.single[role] = artifact
         setting.team.there(artifact, made=not cached)
         return Part(artifact, made=not cached)

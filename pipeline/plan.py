@@ -9,13 +9,13 @@ file.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from .diagnostics import Problems, Span, suggest
 from .document import Node as YamlNode
 from .spec import ArmSpec, DataConfig, EntrySpec, ModelConfig, PipelineSpec
-from .stage import Reads, Stage
+from .stage import Config, Reads, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,32 @@ def make_plan(spec: PipelineSpec, stages: Sequence[Stage]) -> Plan:
     _check_gates(spec, kinds, problems)
     problems.raise_if_any()
     return Plan(spec, tuple(nodes))
+
+
+def part_of(entry: str, role: str) -> str:
+    """What a part of an entry's work is called. No entry can be, so it never passes for the entry's own artifact."""
+    return f"{entry}:{role}"
+
+
+def beside(plan: Plan, stages: Sequence[Stage], arm: str, stage: Stage, config: Config, *, like: str) -> Node:
+    """A node that no file names: `stage`, reading what the arm's first stage of the kind `like` reads, and called as a
+    part of that one would be; in an arm without one it reads what a last stage would.
+
+    Raises: SpecError when there is nothing for it to read.
+    """
+    spec = plan.spec.arms[arm]
+    model = next((entry for entry in spec.entries if entry.uses == like), None)
+    if model is None:
+        key = plan.spec.root.keys["stages"]
+        model = EntrySpec(like, like, (), config, {}, key, YamlNode({}, key, {}))
+    entry = replace(model, name=part_of(model.name, stage.name), uses=stage.name, config=config)
+    before = [one.name for one in spec.entries].index(model.name) if model in spec.entries else len(spec.entries)
+    entries = (*spec.entries[:before], entry, *spec.entries[before:])
+    problems = Problems()
+    kinds = {one.name: one for one in (*stages, stage)}
+    node = _wired(replace(spec, entries=entries), entry, kinds, problems)
+    problems.raise_if_any()
+    return node
 
 
 def _wired(arm: ArmSpec, entry: EntrySpec, kinds: Mapping[str, Stage], problems: Problems) -> Node:

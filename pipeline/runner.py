@@ -130,6 +130,34 @@ def run_stage(
     return pass_.record
 
 
+def run_part(
+    plan: Plan,
+    node: Node,
+    store: Store,
+    *,
+    progress: Display,
+    inputs_override: Mapping[str, str] | None = None,
+    invalid_input: tuple[type[Exception], ...] = (),
+    force: bool = False,
+    wait_s: float = 0.0,
+    command: Sequence[str] | None = None,
+) -> tuple[Artifact, bool]:
+    """(artifact of a node that stands in no pipeline file, whether it was there). As `run_stage`, but it leaves no run
+    record: a run is of what the file names.
+    """
+    with stoppable():
+        facts = Facts(plan, store, progress)
+        inputs, _ = _alone(plan, node, store, facts, inputs_override or {}, progress, invalid_input, force)
+        with store.in_use(), progress.run(1):
+            pass_ = _Pass(plan, store, facts, progress, invalid_input, force, wait_s, command or sys.argv, None)
+            label = "/".join(place(node))
+            started = time.monotonic()
+            artifact, cached = pass_.part(node, inputs, lambda: progress.begin(1, label))
+            seconds = 0.0 if cached else time.monotonic() - started
+            progress.end(1, label, f"{artifact.ref}{' (cached)' if cached else ''}", seconds)
+    return artifact, cached
+
+
 def ahead_alone(
     plan: Plan, node: Node, store: Store, manner: Manner, *, inputs_override: Mapping[str, str] | None = None
 ) -> bool:
@@ -269,10 +297,11 @@ class _Pass:
 
         return self._found_or_made(node, inputs, material, begin)
 
-    def _part(self, node: Node) -> tuple[Artifact, bool]:
-        """(artifact of a part of a stage's work, whether it was there)."""
-        inputs = Inputs()
-        return self._found_or_made(node, inputs, self.facts.material(node, inputs), lambda: None)
+    def part(self, node: Node, inputs: Inputs, begin: Callable[[], None] = lambda: None) -> tuple[Artifact, bool]:
+        """(artifact of a part of a stage's work, whether it was there). begin: called before it is made."""
+        for artifact in inputs.artifacts():
+            self._verify(artifact)
+        return self._found_or_made(node, inputs, self.facts.material(node, inputs), begin)
 
     def _found_or_made(
         self, node: Node, inputs: Inputs, material: dict[str, Any], begin: Callable[[], None]
@@ -286,7 +315,7 @@ class _Pass:
             if not force and (hit := self._hit(stage, key)):  # made by the process that we waited for
                 return hit, True
             begin()
-            artifact = execute(node, inputs, material, draft, self.setting, self._part)
+            artifact = execute(node, inputs, material, draft, self.setting, self.part)
         self._fresh.add((stage, key))
         self._verify(artifact)
         return artifact, False

@@ -131,12 +131,15 @@ class Stage:
 class PartOf(Protocol):
     """Gives an artifact of its own to a part of a stage's work, so that whatever needs the same part shares it.
 
-    The part is declared as a stage that reads nothing and stands in no pipeline file. Its key covers its own config
-    and what it uses; it is made when no artifact has that key, keeps its checkpoints when killed, and is named in the
-    manifest of the artifact that asked for it under `role`. model: other than the pipeline's.
+    The part is declared as a stage that stands in no pipeline file. Its key covers its own config, what it uses and
+    what it reads; it is made when no artifact has that key, keeps its checkpoints when killed, and is named in the
+    manifest of the artifact that asked for it under `role`. model: other than the pipeline's. reads: roles of the
+    asking stage's inputs that the part is given too, where they are there.
     """
 
-    def __call__(self, stage: Stage, config: Config, *, role: str, model: ModelConfig | None = None) -> Part: ...
+    def __call__(
+        self, stage: Stage, config: Config, *, role: str, model: ModelConfig | None = None, reads: Sequence[str] = ()
+    ) -> Part: ...
 
 
 class Task(Protocol):
@@ -182,7 +185,9 @@ class Part:
     made: bool
 
 
-def _no_store(stage: Stage, config: Config, *, role: str, model: ModelConfig | None = None) -> Part:
+def _no_store(
+    stage: Stage, config: Config, *, role: str, model: ModelConfig | None = None, reads: Sequence[str] = ()
+) -> Part:
     raise RuntimeError(f"there is no store to keep {stage.name} in as {role!r}")
 
 

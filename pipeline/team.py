@@ -285,7 +285,9 @@ class _Helper:
             part=self._part,
         )
 
-    def _part(self, stage: Stage, config: Config, *, role: str, model: ModelConfig | None = None) -> Part:
+    def _part(
+        self, stage: Stage, config: Config, *, role: str, model: ModelConfig | None = None, reads: Sequence[str] = ()
+    ) -> Part:
         while (message := self.channel.hear())["do"] == "run":
             self._run(stage, config, message)
         if message["do"] != "take":

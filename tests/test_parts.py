@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import STAGES, TICKET, BadInput
+from fakes import STAGES, TICKET, TRAIN, BadInput
 
 from sievit.pipeline.collect import collect
 from sievit.pipeline.errors import InputError, IntegrityError
@@ -88,6 +88,31 @@ def test_arms_share_a_part_that_depends_on_nothing_they_differ_in(bench: Bench) 
     keys = [[t.manifest["inputs"][role]["key"] for role in ("first", "second")] for t in tickets]
     assert keys[0] == keys[1] != keys[2]
     assert bench.run().did_nothing and len(bench.calls) == 4
+
+
+def test_a_part_reads_the_inputs_that_it_is_given_and_depends_on_what_they_hold(bench: Bench) -> None:
+    seen: list[dict[str, str]] = []
+
+    def make(ctx: Context) -> None:
+        seen.append({role: artifact.ref for role, artifact in ctx.inputs.items()})
+        (ctx.out / "payload.txt").write_text("the same whatever it reads")
+
+    probe = replace(bench.probe, run=make)
+
+    def train(ctx: Context) -> None:
+        ctx.part(probe, Probe(), role="first", reads=("tickets", "model"))
+        TRAIN.run(ctx)
+
+    bench.stages = tuple(replace(s, run=train) if s.name == "train" else s for s in bench.stages)
+    record = bench.run(arms=["main", "other"])
+    tickets = [record.node(arm, "ticket").ref for arm in ("main", "other")]
+    assert seen == [{"tickets": ref} for ref in tickets]
+    parts = [
+        bench.store.resolve(record.node(arm, "train").ref or "").manifest["inputs"]["first"]["key"]
+        for arm in ("main", "other")
+    ]
+    assert parts[0] != parts[1]
+    assert bench.run(arms=["main", "other"]).did_nothing
 
 
 def test_a_part_outlives_the_failure_of_the_stage_that_asked(bench: Bench) -> None:
