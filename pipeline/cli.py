@@ -48,7 +48,8 @@ def build_app(
     alone: str | None = None,
     team: Team | None = None,
 ) -> typer.Typer:
-    """The whole command line. `commands` stand in for the plain command of the stage that they are named after.
+    """The whole command line. `commands` stand in for the plain command of the stage that they are named after; others
+    come after the stages'.
 
     alone: the one command that will be called. Typer looks at the signature of every command that it is told of, so the
     others are left out; an unknown name leaves out none. team: the processes that run the command.
@@ -70,6 +71,8 @@ def _commands(
         yield "Run", command.__name__, command, inspect.getdoc(command) or ""
     for stage in stages:
         yield "Stages", stage.name, instead.get(stage.name) or cli_run.stage_command(stage), stage.manual
+    for name in instead.keys() - {stage.name for stage in stages}:
+        yield "Stages", name, instead[name], inspect.getdoc(instead[name]) or ""
     for task, several in cli_store.COMMANDS.items():
         for command in several:
             yield task, command.__name__, command, inspect.getdoc(command) or ""

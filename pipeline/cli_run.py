@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .plan import Node, Plan
     from .progress import Display
     from .records import NodeRecord, RunRecord
-    from .stage import Stage
+    from .stage import Config, Stage
     from .store import Artifact, Store
 
 
@@ -268,6 +268,58 @@ def run_stage(
     found = record.node(node.arm, node.entry.name)
     document = {"run": record.id, **_stage(found), **_made(store.open(found.stage, str(found.key)))}
     session.console.result(document, views.stage_outcome)
+
+
+def run_part(
+    session: Session,
+    part: Stage,
+    config_of: Callable[[Config | None], Config],
+    pipeline: Path,
+    *,
+    of: str,
+    overrides: Sequence[str],
+    arm: str,
+    inputs: Sequence[str],
+    force: bool,
+    wait_s: float,
+    store: Store,
+    quiet: bool,
+) -> Document:
+    """Make a part of a stage's work by itself, as the arm's first stage of the kind `of` would ask for it, or a last
+    stage where there is none. config_of: from the config of that stage, None where there is none.
+
+    Returns: what came out, with the path of every file.
+    """
+    from . import runner
+    from .plan import beside
+
+    planned = session.plan(pipeline, overrides)
+    require_arm(planned, arm)
+    asking = next((node for node in planned.nodes if node.arm == arm and node.stage.name == of), None)
+    config = config_of(None if asking is None else asking.entry.config)
+    node = beside(planned, session.stages, arm, part, config, like=of)
+    with results_only():
+        artifact, cached = runner.run_part(
+            planned,
+            node,
+            store,
+            progress=_display(session.console, quiet),
+            inputs_override=_overridden(inputs),
+            invalid_input=session.invalid_input,
+            force=force,
+            wait_s=wait_s,
+        )
+    return {
+        "arm": arm,
+        "entry": node.entry.name,
+        "stage": part.name,
+        "state": "cached" if cached else "done",
+        "ref": artifact.ref,
+        "key": artifact.key,
+        "seconds": 0.0 if cached else artifact.manifest["seconds"],
+        **_made(artifact),
+        "files": {name: str(artifact.root / name) for name in artifact.manifest["files"]},
+    }
 
 
 def _made(artifact: Artifact) -> Document:

@@ -176,6 +176,17 @@ def stage_outcome(document: Document) -> RenderableType:
     return Group(*parts)
 
 
+def sensitivity(document: Document) -> RenderableType:
+    """The end of `sievit sensitivity`: what every cut loses, and where the picture and the table are."""
+    root = document["path"]
+    return Group(
+        stage_outcome(document),
+        Text(""),
+        _path(f"plot:  {root}/figures/sensitivity.svg"),
+        _path(f"table: {root}/sensitivity.json"),
+    )
+
+
 def measurement(document: Document) -> RenderableType:
     """Latency and accuracy of files, a table for each setting (provider, batch, threads, where the data lies)."""
     parts: list[RenderableType] = []

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
+from math import inf
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from sievit.pipeline import options
 from sievit.pipeline.cli import execute
-from sievit.pipeline.cli_run import run_stage
+from sievit.pipeline.cli_run import run_part, run_stage
 from sievit.pipeline.console import results_only
 from sievit.pipeline.errors import Interrupted, SievitError, Terminated, UsageError
 from sievit.pipeline.progress import choose
@@ -23,9 +25,13 @@ from sievit.pipeline.session import DEFAULT_PIPELINE, session_of, store_of
 from sievit.pipeline.settings import LaunchConfig
 from sievit.pipeline.team import Team, follow
 
-from . import benchmark, export, finetune, matrix, prune, quantize, ticket, train
+from . import benchmark, export, finetune, matrix, prune, quantize, sensitivity, ticket, train
 from .deploy.providers import Provider
+from .importances import Importance, Judging
 from .methods import InvalidInput
+
+if TYPE_CHECKING:
+    from sievit.pipeline.stage import Config
 
 STAGES = (
     ticket.STAGE,
@@ -39,6 +45,7 @@ STAGES = (
 )
 
 PROVIDERS = get_args(Provider)
+IMPORTANCES = get_args(Importance)
 
 
 def _on_files(name: str, metavar: str, text: str, *, least: int | None = None) -> Any:
@@ -113,6 +120,96 @@ def measure(
     )
 
 
+def measure_sensitivity(
+    context: typer.Context,
+    *,
+    pipeline: options.Pipeline = DEFAULT_PIPELINE,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--seconds",
+            metavar="S",
+            help="how long cuts are tried; inf: until all are done; default: prune's, 120",
+            min=0.001,
+        ),
+    ] = None,
+    importance: Annotated[
+        str | None, typer.Option("--importance", metavar="NAME", help=f"what goes first: {', '.join(IMPORTANCES)}")
+    ] = None,
+    fraction: Annotated[
+        list[float],
+        typer.Option(
+            "--fraction",
+            metavar="F",
+            help="kept of an axis; repeatable; default: prune's, 0.75, 0.5 and 0.25",
+            default_factory=list,
+            show_default=False,
+            min=0.05,
+            max=0.95,
+        ),
+    ],
+    set_: options.Set,
+    arm: options.StageArm = "main",
+    input_: options.Input,
+    force: options.Force = False,
+    wait: options.Wait = 0.0,
+    store: options.StoreFolder = None,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure what each axis of each block loses when it alone is cut.
+
+    On the newest model that `prune` would read, or the pretrained one of the model block: heads, widths inside heads,
+    MLP units, embedding channels and whole blocks are cut alone, without recovery, to several fractions, and accuracy
+    and loss are looked at on the calibration split. What is not reached in time is told. Importance and the rest are
+    those of the pipeline's prune, unless options say otherwise; `prune: {allocation: sensitivity}` cuts by it.
+
+        sievit sensitivity --seconds 600 --fraction 0.5 --fraction 0.25
+    """
+    from sievit.pipeline import views
+
+    if importance is not None and importance not in IMPORTANCES:
+        raise UsageError(f"there is no importance {importance!r}", hint=f"importances: {', '.join(IMPORTANCES)}")
+    fractions = tuple(sorted(set(fraction), reverse=True))
+    config = partial(_sensitivity_config, importance=importance, seconds=seconds, fractions=fractions)
+    session = session_of(context)
+    document = run_part(
+        session,
+        sensitivity.STAGE,
+        config,
+        pipeline,
+        of=prune.STAGE.name,
+        overrides=set_,
+        arm=arm,
+        inputs=input_,
+        force=force,
+        wait_s=wait,
+        store=store_of(store, pipeline),
+        quiet=quiet,
+    )
+    session.console.result(document, views.sensitivity)
+
+
+def _sensitivity_config(
+    asking: Config | None, *, importance: str | None, seconds: float | None, fractions: tuple[float, ...]
+) -> sensitivity.SensitivityConfig:
+    """As the pipeline's prune has it, where options do not say otherwise."""
+    judging, effort = Judging().model_dump(), sensitivity.Effort().model_dump()
+    if isinstance(asking, prune.PruneConfig):
+        judging, effort = asking.judging.model_dump(), asking.sensitivity.model_dump()
+    if importance is not None:
+        judging["importance"] = importance
+    if seconds is not None:
+        effort["seconds"] = None if seconds == inf else seconds
+    if fractions:
+        effort["fractions"] = fractions
+    return sensitivity.SensitivityConfig(judging=Judging(**judging), effort=sensitivity.Effort(**effort))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"benchmark": measure, "sensitivity": measure_sensitivity}
+
+
 def main() -> int:
     """The console script. Returns the exit code.
 
@@ -138,7 +235,7 @@ def main() -> int:
 
 
 def _command(arguments: list[str], team: Team) -> int:
-    return execute(STAGES, (InvalidInput,), arguments, commands={"benchmark": measure}, team=team)
+    return execute(STAGES, (InvalidInput,), arguments, commands=COMMANDS, team=team)
 
 
 def _start(arguments: list[str], launch: LaunchConfig, device: str) -> int:

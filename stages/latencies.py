@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .deploy.node_times import NodeTime
     from .methods.block_latency import BlockLatency
     from .methods.cost import BlockWidths
-    from .methods.latency_allocation import Milliseconds
+    from .methods.greedy_allocation import Cost
     from .vision.architecture import Architecture, SwinArchitecture
 
     Record = Architecture | SwinArchitecture
@@ -75,9 +75,9 @@ class Table:
             for number, s in enumerate(shapes(architecture))
         ]
 
-    def milliseconds(self, before: Record) -> Milliseconds:
+    def milliseconds(self, before: Record) -> Cost:
         """The same for an allocation that narrows this network."""
-        from .methods.latency_allocation import Milliseconds
+        from .methods.greedy_allocation import Cost
         from .vision.block_shapes import shapes
 
         dense = shapes(before)
@@ -90,7 +90,7 @@ class Table:
             own = {"heads": widths.heads, "qk": widths.qk, "v": widths.v, "mlp": widths.mlp}
             return self.rates.block_ms(replace(dense[number], embed=channels, **own))
 
-        return Milliseconds(block, lambda streams: outside(tuple(streams)))
+        return Cost(block, lambda streams: outside(tuple(streams)))
 
 
 def table(ctx: Context, architecture: Record, batch: int, threads: int) -> Table:

@@ -28,6 +28,11 @@ Allocation   uniform  isomorphic ranking (Fang et al., ECCV 2024): only groups o
                       presses on all axes
              latency  again and again what loses least importance for each millisecond that it saves on target.on,
                       by a table of this network's blocks on this host; whole blocks are weighed like the rest
+             sensitivity  likewise what raises the calibration loss least, as far as that was measured: every axis of
+                      every block is cut alone (sievit sensitivity), and losses between the measured fractions are
+                      interpolated. Saved are milliseconds by that table where the target is timed on the CPU, else
+                      MACs. No axis is cut further than its smallest measured fraction; prune.sensitivity says how
+                      finely and for how long is measured, and what that does not reach is refused
 MLP and embedding widths are multiples of round_to, widths of heads of head_round_to; where time is measured, by default
 of what this host's runtime rewards. What rounding left over goes back to the MLPs. The smaller network is rebuilt from
 its architecture record and its weights are loaded strictly.
@@ -57,23 +62,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage, Task
+from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
+from .importances import WITHOUT_IMAGES, Importance, Judging, check_given
+from .sensitivity import Effort
 from .targets import Target, check_serving
 from .vision.loss_settings import HANDED_ON
 from .vision.recipe import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    import torch
+    from collections.abc import Callable
 
     from .latencies import Table
     from .methods.allocation import Kept, Pressure, Scores
+    from .methods.greedy_allocation import Worth
     from .vision.architecture import Architecture, SwinArchitecture
-    from .vision.dataset import Splits
-    from .vision.network import Network
-    from .vision.preprocessing import Normaliser, Preprocessing
 
     Record = Architecture | SwinArchitecture
     Propose = Callable[[Callable[[Record], float], float], Kept | None]
@@ -107,7 +110,8 @@ class Axes(Settings):
     mlp: Pressed = Field(1.0, description="hidden units of the MLPs")
     embed: float = Field(0.5, ge=0, le=1, description="embedding channels, through the whole network")
     depth: Pressed | None = Field(
-        None, description="whole blocks; null: 1 where milliseconds are weighed (allocation: latency), else 0"
+        None,
+        description="whole blocks; null: 1 where what is lost is weighed (allocation: latency, sensitivity), else 0",
     )
 
     def named(self, depth: float) -> dict[str, Press]:
@@ -119,16 +123,16 @@ class Axes(Settings):
 class PruneConfig(Config):
     """Settings of the prune stage."""
 
-    importance: Literal["taylor", "hessian", "l1", "trained", "random"] = Field(
-        "taylor", description="what decides which parts go first"
-    )
+    importance: Importance = Field("taylor", description="what decides which parts go first")
     target: Target = Field(description="what must be left")
     axes: Axes = Field(Axes(), description="what may be cut, and how hard")
-    allocation: Literal["uniform", "latency"] = Field(
+    allocation: Literal["uniform", "latency", "sensitivity"] = Field(
         "uniform",
         description="uniform: the same share of every axis, by rank; latency: least importance lost for each "
-        "millisecond saved on target.on",
+        "millisecond saved on target.on; sensitivity: least rise of the calibration loss, as it was measured, for each "
+        "millisecond where the target is timed, else for each MAC",
     )
+    sensitivity: Effort = Field(Effort(), description="how finely and for how long allocation sensitivity measures")
     round_to: int | None = Field(
         None,
         ge=1,
@@ -178,67 +182,69 @@ class PruneConfig(Config):
 
     def pressed(self) -> dict[str, Press]:
         """The axes in the long form."""
-        return self.axes.named(1.0 if self.allocation == "latency" else 0.0)
+        return self.axes.named(0.0 if self.allocation == "uniform" else 1.0)
 
     @property
     def timed(self) -> bool:
         """Whether the result hangs on the host."""
         return self.target.timed or self.allocation == "latency"
 
+    @property
+    def judging(self) -> Judging:
+        """What the scores depend on."""
+        return Judging(**{name: getattr(self, name) for name in Judging.model_fields})
+
+    @property
+    def deepest(self) -> float:
+        """The share of an axis that may go, whole blocks apart."""
+        return 1 - min(self.sensitivity.fractions) if self.allocation == "sensitivity" else 1.0
+
 
 def run(ctx: Context) -> None:
     """Gradients, scores, allocation, cut, then what was asked and what was reached."""
     from . import targets
+    from .importances import given, judge
     from .vision import figures
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
     from .vision.repair import ridge
-    from .vision.surgery import cut, kept_architecture, score
-    from .vision.trained_importance import judged
+    from .vision.surgery import cut, kept_architecture
     from .vision.weights import save_network
 
     config: PruneConfig = ctx.config
     device = open_device(ctx.device)
     splits = load_splits(ctx.data.model_dump(), ctx.base)
-    network, preprocessing = _given(ctx, splits)
+    network, preprocessing = given(ctx, splits)
     network, normalise, before = network.to(device), preprocessing.normaliser(device), network.architecture
 
-    calibration = _Calibration(ctx, splits, normalise, device)
-    if config.importance == "taylor":
-        calibration.gradients(network)
-    elif config.importance == "hessian":
-        calibration.squared_gradients(network)
-    if config.importance == "trained":
-        artifact = ctx.inputs["model"]
-        scores = score(judged(network, artifact.root, f"model {artifact.ref}"), "taylor", ctx.seed)
-    else:
-        scores = score(network, config.importance, ctx.seed)
-    network.zero_grad()
+    found_by = judge(ctx, config.judging, network, splits, normalise, device)
+    scores, calibration = found_by.scores, found_by.calibration
     axes = _pressure(ctx, before)
     table = _table(ctx, before)
     rounding = {
         "round_to": config.round_to or (table.round_to if table else 8),
         "head_round_to": config.head_round_to or (table.head_round_to if table else 8),
     }
-    rows = targets.reach(scores, axes, before, table.ms if table else None, rounding)
+    rows = targets.reach(scores, axes, before, table.ms if table else None, rounding, config.deepest)
     ctx.progress.note(f"as far as each axis goes by itself, of the MACs: {targets.summary(rows)}")
     files = targets.Files(ctx, before, config.target)
 
-    if table is not None and config.allocation == "latency":
-        propose = _by_milliseconds(scores, table, axes, before, rounding)
-    else:
+    if config.allocation == "uniform":
         propose = _by_rank(scores, axes, before, rounding)
+    else:
+        worth = _worth(ctx, scores, axes)
+        propose = _by_price(scores, worth, table, axes, before, rounding)
     estimate = table.ms if table else (lambda a: float(a.macs()))
     found = targets.search(config.target, propose, lambda k: kept_architecture(before, k), before, files, estimate)
     if found is None:
-        raise targets.unreachable(config.target, rows)
+        raise targets.unreachable(config.target, rows, config.deepest)
     kept = found.kept
     _refuse_nothing(before, kept_architecture(before, kept))
     whole = network
     if config.repair == "ridge":
         with ctx.progress.task("repair", calibration.images) as task:
-            whole, ctx.metrics["repair"] = ridge(network, kept, calibration.batches(task), config.ridge)
+            whole, ctx.metrics["repair"] = ridge(network, kept, calibration.batches(task.advance), config.ridge)
     smaller = cut(whole, kept)
 
     after = smaller.architecture
@@ -317,13 +323,43 @@ def _by_rank(scores: Scores, axes: Pressure, before: Record, rounding: dict[str,
     return lambda cost, limit: allocate(scores, lambda k: cost(kept_architecture(before, k)), limit, axes, **rounding)
 
 
-def _by_milliseconds(scores: Scores, table: Table, axes: Pressure, before: Record, rounding: dict[str, int]) -> Propose:
-    """Proposals on the way of least importance lost by millisecond."""
+def _worth(ctx: Context, scores: Scores, axes: Pressure) -> Worth:
+    """What cuts lose: importance, or a loss that was measured. Raises: InvalidInput when the time was too short."""
+    from .methods import InvalidInput
+    from .methods.greedy_allocation import ImportanceWorth
+    from .methods.sensitivity import trials
+    from .sensitivity import measured, not_reached
+
+    config: PruneConfig = ctx.config
+    if config.allocation == "latency":
+        return ImportanceWorth(scores)
+    found = measured(ctx, config.judging, config.sensitivity)
+    needed = {(t.axis, t.place) for t in trials(scores, (0.5,)) if getattr(axes, t.axis).touches(t.place)}
+    if missing := found.missing(needed):
+        raise InvalidInput(
+            f"allocation: sensitivity needs every cut of the axes that are on, and {config.sensitivity.seconds:g} s "
+            f"did not reach {not_reached(missing)}",
+            f"set prune.sensitivity.seconds to {found.enough:.0f} or more, or ask for fewer fractions or images, or "
+            "switch axes off (prune.axes)",
+        )
+    return found.worth()
+
+
+def _by_price(
+    scores: Scores, worth: Worth, table: Table | None, axes: Pressure, before: Record, rounding: dict[str, int]
+) -> Propose:
+    """Proposals on the way of least lost by millisecond, without a table by MAC."""
     from .methods.allocation import give_back
-    from .methods.latency_allocation import Worth, kept_of, way
+    from .methods.cost import BlockWidths
+    from .methods.greedy_allocation import ImportanceWorth, kept_of, way
+    from .vision.block_shapes import macs
     from .vision.surgery import kept_architecture
 
-    stops = way(scores, Worth(scores), table.milliseconds(before), axes, **rounding)
+    def gain(block: int, now: int, then: int) -> float:
+        return worth.lost_in_block(block, BlockWidths(1, 1, 1, then), BlockWidths(1, 1, 1, now))
+
+    by = None if isinstance(worth, ImportanceWorth) else gain
+    stops = way(scores, worth, table.milliseconds(before) if table else macs(before), axes, **rounding)
 
     def propose(cost: Callable[[Record], float], limit: float) -> Kept | None:
         def of(kept: Kept) -> float:
@@ -332,7 +368,7 @@ def _by_milliseconds(scores: Scores, table: Table, axes: Pressure, before: Recor
         first = bisect_left(stops, True, key=lambda stop: of(kept_of(stop, scores)) <= limit)
         if first == len(stops):
             return None
-        return give_back(scores, kept_of(stops[first], scores), of, limit, axes.mlp, rounding["round_to"])
+        return give_back(scores, kept_of(stops[first], scores), of, limit, axes.mlp, rounding["round_to"], by)
 
     return propose
 
@@ -384,11 +420,13 @@ def idle(seen: Preflight) -> dict[str, str]:
     """Settings without effect."""
     found = {}
     target: Target = seen.config.target
+    if seen.config.allocation != "sensitivity":
+        found["sensitivity"] = f"allocation is {seen.config.allocation}"
     if not seen.config.timed:
-        found["target.on"] = f"{target.kind} is counted, and allocation uniform weighs no time"
+        found["target.on"] = f"{target.kind} is counted, and allocation {seen.config.allocation} weighs no time"
     if seen.config.repair is None:
         found["ridge"] = "repair is null"
-        if seen.config.importance in ("l1", "trained", "random"):
+        if seen.config.importance in WITHOUT_IMAGES:
             why = f"importance {seen.config.importance} looks at no images, and repair is null"
             found |= dict.fromkeys(("images", "batch_size", "calibration"), why)
     return found
@@ -398,116 +436,20 @@ def preflight(seen: Preflight) -> None:
     """Refuse a network that would be cut untrained, one without the importance that is asked for, a target that cannot
     be timed here, and, as far as it is known, blocks that the network does not have.
     """
-    from .methods import InvalidInput
     from .vision.architecture import load_architecture
     from .vision.network import outline
-    from .vision.trained_importance import check_handed_on
 
     if seen.config.timed:
         check_serving(seen.config.target, seen.at)
     made = seen.reads.get("model")
-    alone = made is None and "model" not in seen.inputs
-    if alone and seen.config.importance == "trained":
-        raise InvalidInput(
-            f"{seen.at('importance')}: trained is what a training hands on, and no stage before it trains",
-            "put a train before it, or use taylor, hessian, l1 or random",
-            field=seen.at("importance"),
-        )
-    if alone and not (seen.model.pretrained or seen.model.weights is not None):
-        raise InvalidInput(
-            f"{seen.at('target')}: no stage before it writes a model, and the one of the model block is untrained",
-            "put train before it, or name weights: model.pretrained or model.weights",
-            field=seen.at("target"),
-        )
+    check_given(seen, seen.config.importance, seen.at)
     if "model" in seen.inputs:
-        given = seen.inputs["model"]
-        architecture = load_architecture(given.root / "architecture.json")
-        if seen.config.importance == "trained":
-            try:
-                check_handed_on(given.root, f"model {given.ref}")
-            except InvalidInput as error:
-                error.field = seen.at("importance")
-                raise
+        architecture = load_architecture(seen.inputs["model"].root / "architecture.json")
     elif made is None or not {"model", "start"} & {*made.reads, *made.inputs}:  # what was cut before may lack blocks
         architecture = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
     else:
         return
     _check_blocks(seen.config, len(architecture.blocks), seen.at)
-
-
-def _given(ctx: Context, splits: Splits) -> tuple[Network, Preprocessing]:
-    """The model that it reads, else the pretrained one of the model block as it is."""
-    from .vision.model_block import begin
-    from .vision.preprocessing import check, load
-    from .vision.weights import load_network
-
-    classes = splits.train.classes
-    if "model" in ctx.inputs:
-        source = ctx.inputs["model"].root
-        network, preprocessing = load_network(source), load(source)
-        check(preprocessing, classes, ctx.data.image_size, f"model {ctx.inputs['model'].ref}")
-        return network, preprocessing
-    network, preprocessing = begin(ctx.model, ctx.data, classes, ctx.base, trained_head=True)
-    return network.eval(), preprocessing
-
-
-class _Calibration:
-    """The images that gradients and repair see: of the ticket's examples or of the training split, the same share of
-    every class, in eval mode and without augmentation.
-    """
-
-    def __init__(self, ctx: Context, splits: Splits, normalise: Normaliser, device: torch.device) -> None:
-        import numpy as np
-
-        from .vision import tickets
-        from .vision.dataset import SPLIT_SEED, at_most
-
-        self.ctx, self.normalise, self.device = ctx, normalise, device
-        loaded = tickets.load(ctx.inputs["tickets"].root) if "tickets" in ctx.inputs else None
-        tickets.check(loaded, splits, None, 0.0)
-        chosen = None if ctx.config.calibration == "split" else loaded
-        members = np.arange(len(splits.train)) if chosen is None else chosen.kept
-        members = at_most(splits.train.labels, members, ctx.config.images, np.random.default_rng(SPLIT_SEED))
-        self.pixels, self.labels = splits.train.pixels(members), splits.train.labels[members]
-        self.images = len(members)
-
-    def batches(self, task: Task, size: int | None = None) -> Iterator[torch.Tensor]:
-        """Normalised images (B, 3, S, S), the task advanced by each batch once it is used."""
-        import numpy as np
-        import torch
-
-        size = size or self.ctx.config.batch_size
-        for start in range(0, self.images, size):
-            part = np.ascontiguousarray(self.pixels[start : start + size])
-            yield self.normalise(torch.from_numpy(part).to(self.device).permute(0, 3, 1, 2).float().div_(255.0))
-            task.advance(len(part))
-
-    def gradients(self, network: Network, size: int | None = None, each: Callable[[], None] = lambda: None) -> None:
-        """dL/dw of the plain cross-entropy, summed over the images. each: called after every batch of `size`."""
-        import torch
-
-        network.eval()
-        seen = 0
-        with self.ctx.progress.task("gradients", self.images) as task:
-            for views in self.batches(task, size):
-                target = torch.from_numpy(self.labels[seen : seen + len(views)]).to(self.device)
-                torch.nn.functional.cross_entropy(network(views), target, reduction="sum").backward()
-                seen += len(views)
-                each()
-
-    def squared_gradients(self, network: Network) -> None:
-        """In the place of the gradients the mean over the images of each one's squared gradient."""
-        squares = {parameter: parameter.detach().new_zeros(parameter.shape) for parameter in network.parameters()}
-
-        def square() -> None:
-            for parameter, total in squares.items():
-                if parameter.grad is not None:
-                    total.addcmul_(parameter.grad, parameter.grad)
-                    parameter.grad = None
-
-        self.gradients(network, 1, square)
-        for parameter, total in squares.items():
-            parameter.grad = total / self.images
 
 
 def _refuse_nothing(before: Architecture | SwinArchitecture, after: Architecture | SwinArchitecture) -> None:

@@ -130,8 +130,11 @@ def reach(
     before: Record,
     estimate: Callable[[Record], float] | None,
     rounding: Mapping[str, int],
+    deepest: float = 1.0,
 ) -> list[Reach]:
-    """Each axis by itself, also those that are off, and all that are on together."""
+    """Each axis by itself, also those that are off, and all that are on together. deepest: the share of an axis that
+    may go, whole blocks apart.
+    """
     from .methods.allocation import Axis, Pressure, at_dial
     from .vision.surgery import kept_architecture
 
@@ -141,11 +144,14 @@ def reach(
         return Reach(name, after.macs() / before.macs(), parameters(after) / parameters(before), time)
 
     rows = []
+    on = {}
     for name in ("heads", "qk", "v", "mlp", "embed", "depth"):
         axis: Axis = getattr(axes, name)
         label = name if axis.press else f"{name} (off)"
-        rows.append(row(label, Pressure(**{name: Axis(1.0, axis.blocks)})))
-    return [*rows, row("all that are on", axes)]
+        most = 1.0 if name == "depth" else deepest
+        on[name] = Axis(min(most, axis.press), axis.blocks)
+        rows.append(row(label, Pressure(**{name: Axis(most, axis.blocks)})))
+    return [*rows, row("all that are on", Pressure(**on))]
 
 
 def summary(rows: Sequence[Reach]) -> str:
@@ -153,14 +159,17 @@ def summary(rows: Sequence[Reach]) -> str:
     return ", ".join(f"{row.axis} {row.macs:.0%}" for row in rows)
 
 
-def unreachable(target: Target, rows: Sequence[Reach]) -> InvalidInput:
-    """The refusal of a target beyond all that the axes can give, with what each of them gives."""
+def unreachable(target: Target, rows: Sequence[Reach], deepest: float = 1.0) -> InvalidInput:
+    """The refusal of a target beyond all that the axes can give, with what each of them gives. deepest: as in reach."""
+    from .methods.allocation import MOST
+
     asked = f"{target.asked:g}" if target.kind in ("size_mb", "latency_ms", "speedup") else f"{target.asked:.1%}"
     table = "\n".join(f"  {row.line()}" for row in rows)
     return InvalidInput(
-        f"target {target.kind}: {asked} is out of reach; cut as far as it goes (95%, widths rounded), each axis by "
-        f"itself leaves\n{table}",
-        "ask for less, switch an axis on or press it harder (prune.axes), or lower round_to",
+        f"target {target.kind}: {asked} is out of reach; cut as far as it goes ({min(MOST, deepest):.0%}, widths "
+        f"rounded), each axis by itself leaves\n{table}",
+        "ask for less, switch an axis on or press it harder (prune.axes), or lower round_to"
+        + (" or the smallest of prune.sensitivity.fractions" if deepest < 1 else ""),
     )
 
 

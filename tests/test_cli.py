@@ -91,7 +91,7 @@ def test_every_command_explains_itself_in_80_columns(
 ) -> None:
     from sievit.stages import __main__ as composition
 
-    assert execute(composition.STAGES, (), [command, "--help"], commands={"benchmark": composition.measure}) == 0
+    assert execute(composition.STAGES, (), [command, "--help"], commands=composition.COMMANDS) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"Usage: sievit {command}")
     assert max(map(len, out.splitlines())) <= 80
@@ -636,8 +636,8 @@ def measure(folder: Path, capfd: pytest.CaptureFixture[str]) -> Sievit:
 
     def call(*arguments: str) -> Answer:
         capfd.readouterr()
-        commands = {"benchmark": composition.measure}
-        code = execute(composition.STAGES, (InvalidInput,), ["benchmark", *arguments], commands=commands)
+        line = ["benchmark", *arguments]
+        code = execute(composition.STAGES, (InvalidInput,), line, commands=composition.COMMANDS)
         out, err = capfd.readouterr()
         return Answer(code, out, err)
 

@@ -32,7 +32,7 @@ from sievit.stages.methods.block_latency import (
     sweep_widths,
 )
 from sievit.stages.methods.cost import BlockWidths
-from sievit.stages.methods.latency_allocation import Milliseconds, Stop, Worth, kept_of, way
+from sievit.stages.methods.greedy_allocation import Cost, ImportanceWorth, Stop, kept_of, way
 from sievit.stages.prune import Axes, PruneConfig
 from sievit.stages.targets import Target
 from sievit.stages.vision import block_shapes
@@ -154,7 +154,7 @@ def scores(*, depth: int = 3, heads: int = 3, width: int = 8, units: int = 32, c
     return Scores(of_heads, qk, v, some(units), some(channels)[:1], torch.rand(depth, generator=draw), (0,) * depth)
 
 
-MS = Milliseconds(
+MS = Cost(
     lambda number, w, channels: 0.3 + 0.1 * w.heads + 0.001 * channels * (w.heads * (w.qk + w.v) + w.mlp),
     lambda streams: 0.02 * sum(streams),
 )
@@ -205,7 +205,7 @@ def neighbours(stop: Stop) -> list[tuple[Stop, float]]:
 
 def test_every_step_loses_least_importance_for_its_milliseconds() -> None:
     given = scores()
-    stops = way(given, Worth(given), MS, ALL, **ROUNDING)
+    stops = way(given, ImportanceWorth(given), MS, ALL, **ROUNDING)
     assert len(stops) > 20
     for before, after in pairwise(stops):
         have = sum(kept_importance(before, given).values())
@@ -223,19 +223,19 @@ def test_every_step_loses_least_importance_for_its_milliseconds() -> None:
 
 def test_what_saves_no_time_is_not_cut() -> None:
     given = scores()
-    only_mlp = Milliseconds(lambda number, w, channels: 0.01 * w.mlp, lambda streams: 1.0)
-    last = way(given, Worth(given), only_mlp, replace(ALL, depth=Axis()), **ROUNDING)[-1]
+    only_mlp = Cost(lambda number, w, channels: 0.01 * w.mlp, lambda streams: 1.0)
+    last = way(given, ImportanceWorth(given), only_mlp, replace(ALL, depth=Axis()), **ROUNDING)[-1]
     assert {(w.heads, w.qk, w.v, w.mlp) for w in last.blocks if w is not None} == {(3, 8, 8, 4)}
     assert last.streams == (24,)
-    by_block = Milliseconds(lambda number, w, channels: 1.0, lambda streams: 1.0)
-    stops = way(given, Worth(given), by_block, ALL, **ROUNDING)
+    by_block = Cost(lambda number, w, channels: 1.0, lambda streams: 1.0)
+    stops = way(given, ImportanceWorth(given), by_block, ALL, **ROUNDING)
     assert [sum(w is None for w in stop.blocks) for stop in stops] == [0, 1, 2]
 
 
 def test_axes_that_are_off_blocks_that_are_spared_and_those_that_are_fixed_stay_whole() -> None:
     given = replace(scores(), fixed=frozenset({2}))
     pressure = Pressure(mlp=Axis(1.0, frozenset({0})), depth=Axis(1.0, frozenset({1, 2})))
-    last = way(given, Worth(given), MS, pressure, **ROUNDING)[-1]
+    last = way(given, ImportanceWorth(given), MS, pressure, **ROUNDING)[-1]
     whole = BlockWidths(3, 8, 8, 32)
     assert last.blocks == (replace(whole, mlp=4), None, whole)
     assert last.streams == (24,)

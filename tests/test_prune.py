@@ -128,17 +128,17 @@ def test_weights_of_other_classes_are_not_cut_untrained(tmp_path: Path) -> None:
 def test_calibration_images_are_of_the_ticket_or_of_the_split_and_of_every_class(
     calibration: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sievit.stages.vision import dataset
+    from sievit.stages.vision import calibration as images_of_calibration
 
     seen: list[tuple[np.ndarray, np.ndarray]] = []
-    chosen = dataset.at_most
+    chosen = images_of_calibration.at_most
 
     def watched(labels: Any, members: Any, most: Any, draw: Any) -> Any:
         made = chosen(labels, members, most, draw)
         seen.append((np.asarray(members), labels[made]))
         return made
 
-    monkeypatch.setattr(dataset, "at_most", watched)
+    monkeypatch.setattr(images_of_calibration, "at_most", watched)
     ticket = "  ticket: {examples: {method: random, keep: 0.6}}\n  prune: {calibration: " + calibration + ", "
     cut(tmp_path, PIPELINE.replace("  prune: {", ticket).replace("images: 8", "images: 4"))
     members, labels = seen[-1]

@@ -26,8 +26,8 @@ class Section:
 
 
 def sections(metrics: Mapping[str, Any]) -> tuple[Section, ...]:
-    """What the metrics of a stage across arms say beyond its rows."""
-    return tuple(section for make in (over_seeds, matrix) if (section := make(metrics)) is not None)
+    """What the metrics of a stage say beyond its rows."""
+    return tuple(section for make in (over_seeds, matrix, sensitivity) if (section := make(metrics)) is not None)
 
 
 def over_seeds(metrics: Mapping[str, Any]) -> Section | None:
@@ -88,6 +88,48 @@ def matrix(metrics: Mapping[str, Any]) -> Section | None:
             "MACs spent are those of training, and of choosing the ticket before it; means over seeds.",
         ),
     )
+
+
+def sensitivity(metrics: Mapping[str, Any]) -> Section | None:
+    """What each axis of each block loses when it alone is cut; None where that was not measured."""
+    found = mapping(metrics, "sensitivity")
+    if not found:
+        return None
+    fractions = [float(fraction) for fraction in listing(found, "fractions")]
+    form = _lost if len(fractions) <= 4 else _points_lost  # more columns of both do not fit on a terminal
+    whole, cuts = mapping(metrics, "whole"), mapping(metrics, "cuts")
+    loss = number(whole, "loss")
+    missed = text(metrics, "not_reached")
+    both = " and rise of the loss" if form is _lost else ""
+    return Section(
+        "sensitivity",
+        "Sensitivity: what is kept of one axis, all else whole",
+        "Every axis of every block cut alone, by importance, without recovery.",
+        ("Axis", *(f"{fraction:.0%}" for fraction in fractions)),
+        tuple(
+            (f"{text(row, 'axis')} {text(row, 'place')}", *map(form, listing(row, "cuts")))
+            for row in listing(found, "rows")
+        ),
+        (
+            f"Top-1 lost in points{both}, on {count(number(metrics, 'images'))} calibration images by importance "
+            f"{text(metrics, 'importance')}; uncut top-1 {percent(number(whole, 'top1'))}, loss {loss:.3f}.",
+            *(f"Most sensitive: {text(cut)}." for cut in listing(metrics, "most")),
+            *(f"Least sensitive: {text(cut)}." for cut in listing(metrics, "least")),
+            *(
+                [f"{count(number(cuts, 'measured'))} of {count(number(cuts, 'of'))} cuts were measured; not {missed}."]
+                if missed
+                else []
+            ),
+        ),
+    )
+
+
+def _lost(cut: Any) -> str:
+    return DASH if cut is None else f"{100 * cut[0]:.1f} {cut[1]:+.3f}"
+
+
+def _points_lost(cut: Any) -> str:
+    return DASH if cut is None else f"{100 * cut[0]:.1f}"
 
 
 def _estimate(cell: Any) -> str:

@@ -205,18 +205,30 @@ def _rounded(count: int, full: int, multiple: int) -> int:
 
 
 def give_back(
-    scores: Scores, kept: Kept, cost: Callable[[Kept], float], target: float, axis: Axis, round_to: int
+    scores: Scores,
+    kept: Kept,
+    cost: Callable[[Kept], float],
+    target: float,
+    axis: Axis,
+    round_to: int,
+    gain: Callable[[int, int, int], float] | None = None,
 ) -> Kept:
-    """Spend what rounding left of the target: widen MLPs by one multiple at a time, the most important cut units
-    first.
+    """Spend what rounding left of the target: widen MLPs by one multiple at a time, where most is won.
+
+    gain: block, units now, units then -> what is won; None: the importance of these units, relative to their layer's.
     """
+
+    def relative(i: int, now: int, then: int) -> float:
+        ranked = _relative(scores.mlp[i]).sort(descending=True, stable=True).values
+        return float(ranked[now:then].mean())
+
+    won = gain or relative
     closed = {i for i, block in enumerate(kept.blocks) if block is None or not axis.touches(i)}
     while True:
         offers = []
         for i, block in enumerate(kept.blocks):
             if block is not None and i not in closed and len(block.mlp) < len(scores.mlp[i]):
-                ranked = _relative(scores.mlp[i]).sort(descending=True, stable=True).values
-                offers.append((-float(ranked[len(block.mlp) : len(block.mlp) + round_to].mean()), i))
+                offers.append((-won(i, len(block.mlp), min(len(scores.mlp[i]), len(block.mlp) + round_to)), i))
         if not offers:
             return kept
         _, chosen = min(offers)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 from ..methods.block_latency import BlockShape, Surroundings, sweep_widths
 from ..methods.cost import BlockWidths, block_macs, window_block_macs
+from ..methods.greedy_allocation import Cost
 from .architecture import Architecture, Block, SwinArchitecture
 
 EMBED = (1.0, 0.75, 0.5)
@@ -32,16 +34,32 @@ def shapes(architecture: Architecture | SwinArchitecture) -> list[BlockShape]:
 
 def surroundings(architecture: Architecture | SwinArchitecture) -> Surroundings:
     """Embedding, norms and head, and in a Swin what merges tokens."""
-    blocks = 0
-    for s in shapes(architecture):
-        widths = BlockWidths(s.heads, s.qk, s.v, s.mlp)
-        if s.window == s.tokens:
-            blocks += block_macs(s.embed, widths, s.tokens, s.left)
-        else:
-            blocks += window_block_macs(s.embed, widths, s.tokens, s.window)
+    blocks = sum(map(macs_of, shapes(architecture)))
     tokens = dict(zip(architecture.stage_of, (s.tokens for s in shapes(architecture)), strict=True))
     activations = sum(tokens[stage] * width for stage, width in enumerate(architecture.streams))
     return Surroundings(activations, architecture.macs() - blocks)
+
+
+def macs_of(s: BlockShape) -> int:
+    """Multiply-accumulates of a block."""
+    widths = BlockWidths(s.heads, s.qk, s.v, s.mlp)
+    if s.window == s.tokens:
+        return block_macs(s.embed, widths, s.tokens, s.left)
+    return window_block_macs(s.embed, widths, s.tokens, s.window)
+
+
+def macs(before: Architecture | SwinArchitecture) -> Cost:
+    """Multiply-accumulates for an allocation that narrows this network."""
+    dense = shapes(before)
+
+    @cache
+    def outside(streams: tuple[int, ...]) -> float:
+        return float(surroundings(before.cut(before.blocks, streams)).macs)
+
+    def block(number: int, w: BlockWidths, channels: int) -> float:
+        return float(macs_of(replace(dense[number], embed=channels, heads=w.heads, qk=w.qk, v=w.v, mlp=w.mlp)))
+
+    return Cost(block, lambda streams: outside(tuple(streams)))
 
 
 def probes(architecture: Architecture | SwinArchitecture) -> list[Architecture | SwinArchitecture]:

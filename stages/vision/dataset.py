@@ -58,6 +58,12 @@ class Images:
         digest = hashlib.sha256(json.dumps(self.classes).encode() + self.labels.astype("<i8").tobytes()).hexdigest()
         return {"images": len(self), "image_size": self.size, "labels": digest[:16]}
 
+    def fewer(self, count: int | None) -> Images:
+        """At most so many of them, every class in proportion; None: all."""
+        chosen = at_most(self.labels, np.arange(len(self)), count, np.random.default_rng(SPLIT_SEED))
+        stored = None if self.stored is None else self.stored[chosen]
+        return replace(self, members=self.members[chosen], stored=stored)
+
     def name(self, index: int) -> str:
         """Where image `index` comes from, for messages."""
         return self.listing.name(int(self.members[index]))

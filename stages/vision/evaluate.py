@@ -1,4 +1,4 @@
-"""Accuracy of a network on a split, under a stated token policy."""
+"""Accuracy and loss of a network on a split, under a stated token policy."""
 
 from __future__ import annotations
 
@@ -61,3 +61,10 @@ def top1(
     """Fraction of the split whose highest logit is the label's."""
     answers = logits(network, images, normalise, device, ranks=ranks, patches=patches).argmax(1).numpy()
     return float((answers == images.labels).mean())
+
+
+def top1_and_loss(network: Network, images: Images, normalise: Normaliser, device: torch.device) -> tuple[float, float]:
+    """Fraction of the split whose highest logit is the label's, and the mean cross-entropy."""
+    answers, labels = logits(network, images, normalise, device), torch.from_numpy(images.labels)
+    loss = torch.nn.functional.cross_entropy(answers.double(), labels)
+    return float((answers.argmax(1) == labels).double().mean()), float(loss)

@@ -1,5 +1,5 @@
 """Pictures of the training side, as SVG text: training curves, patch tickets over real images, widths before and
-after.
+after, what a cut of one axis alone costs.
 """
 
 from __future__ import annotations
@@ -137,4 +137,42 @@ def budget(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, f
     axes.set_xticks([row["block"] for row in before])
     axes.set_ylabel("ms")
     axes.legend(fontsize=7, ncols=2, framealpha=0.9, edgecolor="none")
+    return svg_of(figure)
+
+
+def sensitivity(fractions: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Heat maps of the top-1 lost, one an axis: places down, fractions kept across; grey where nothing was measured.
+
+    rows: axis, place and cuts, which are (top-1 lost, rise of the loss) or None for each of the fractions.
+    """
+    from matplotlib.figure import Figure
+
+    axes_names = list(dict.fromkeys(row["axis"] for row in rows))
+    shown = {name: [0.0] if name == "depth" else [f for f in fractions if f] for name in axes_names}
+    deepest = max((cut[0] for row in rows for cut in row["cuts"] if cut is not None), default=0.0)
+    most = max(len([row for row in rows if row["axis"] == name]) for name in axes_names)
+    figure = Figure(figsize=(9, 1.4 + 0.28 * most))
+    panels = figure.subplots(
+        1, len(axes_names), squeeze=False, gridspec_kw={"width_ratios": [1 + len(shown[name]) for name in axes_names]}
+    )[0]
+    for name, axes in zip(axes_names, panels, strict=True):
+        own = [row for row in rows if row["axis"] == name]
+        columns = [list(fractions).index(fraction) for fraction in shown[name]]
+        points = [[100 * row["cuts"][c][0] if row["cuts"][c] else np.nan for c in columns] for row in own]
+        axes.set_facecolor(PALE)
+        drawn = axes.pcolormesh(
+            np.ma.masked_invalid(np.array(points)),
+            cmap="BuGn",
+            vmin=0,
+            vmax=max(1.0, 100 * deepest),
+            edgecolors="white",
+        )
+        axes.set_title("whole block" if name == "depth" else name, fontsize=9, color=INK)
+        axes.set_xticks(np.arange(len(columns)) + 0.5, [f"{fraction:.0%}" for fraction in shown[name]], fontsize=7)
+        axes.set_yticks(np.arange(len(own)) + 0.5, [str(row["place"]) for row in own], fontsize=7)
+        axes.invert_yaxis()
+        axes.tick_params(colors=INK, length=0)
+        axes.spines[:].set_visible(False)
+    panels[0].set_ylabel("block; of embed: stream")
+    figure.colorbar(drawn, ax=list(panels), label="top-1 lost, points", fraction=0.03)
     return svg_of(figure)

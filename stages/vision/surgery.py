@@ -111,6 +111,11 @@ def kept_architecture(architecture: Architecture | SwinArchitecture, kept: Kept)
     return architecture.cut(blocks, [len(channels) for channels in kept.embed])
 
 
+def narrows_queries(attention: Any) -> bool:
+    """Whether queries and keys of its heads can lose width: not where a norm spans the head."""
+    return isinstance(getattr(attention, "q_norm", nn.Identity()), nn.Identity)
+
+
 def cut(network: Network, kept: Kept) -> Network:
     """A new network without what is not kept; the old one is left as it was. The softmax scale of every block stays
     the trained one.
@@ -143,7 +148,7 @@ def _cut_attention(state: dict[str, Tensor], name: str, attention: Any, own: Blo
     """Keep rows of q and k (the same positions of both), rows of v and the matching columns of proj; of what belongs to
     a head as a whole, its position biases and its learned scale.
     """
-    if keep.qk.shape[1] != own.qk and not isinstance(getattr(attention, "q_norm", nn.Identity()), nn.Identity):
+    if keep.qk.shape[1] != own.qk and not narrows_queries(attention):
         raise InvalidInput(
             "prune.axes.qk: heads with normalised queries and keys cannot lose width, their norm spans the head",
             "set prune.axes.qk: 0",

@@ -1,18 +1,21 @@
-"""How much to cut where, by importance lost per millisecond won.
+"""How much to cut where, by what is lost for each unit of cost that is saved.
 
-From the whole network on, the cut that loses least importance for each millisecond that it saves is made again and
-again: a step of an MLP's units, of the queries' and keys' or the values' width, a head, a step of the embedding, a
-block as a whole. The networks on the way are the candidates for every target, each smaller than the one before.
+From the whole network on, the cut that loses least for what it saves is made again and again: a step of an MLP's units,
+of the queries' and keys' or the values' width, a head, a step of the embedding, a block as a whole. The networks on the
+way are the candidates for every target, each smaller than the one before.
 
-Importance is added up over what goes, so that all axes are weighed in one currency: the scores must be sums over the
-weights, not shares of a layer (what a set of weights is worth to the first order is at most the sum over it). A block
-costs what is left in it at that moment. How hard an axis is pressed divides what its cuts are said to lose.
+Cost is in milliseconds or in multiply-accumulates. What is lost is either importance, added up over what goes, so that
+all axes are weighed in one currency (the scores must be sums over the weights, not shares of a layer: what a set of
+weights is worth to the first order is at most the sum over it), or a loss that was measured (methods/sensitivity.py). A
+block costs what is left in it at that moment. How hard an axis is pressed divides what its cuts are said to lose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +27,10 @@ MLP_STEPS = 32  # an MLP or a stream is cut in at most so many steps, each at le
 
 
 @dataclass(frozen=True)
-class Milliseconds:
-    """block: number of the block, its widths and the channels that it sees -> ms. outside: channels by stream -> ms."""
+class Cost:
+    """What a network takes, in any unit. block: number of the block, its widths and the channels that it sees -> cost.
+    outside: channels by stream -> cost.
+    """
 
     block: Callable[[int, BlockWidths, int], float]
     outside: Callable[[Sequence[int]], float]
@@ -41,7 +46,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """One step, and what it is worth: importance lost (by pressure), milliseconds saved."""
+    """One step: what is lost (by pressure), and the cost that is saved."""
 
     stop: Stop
     lost: float
@@ -52,8 +57,18 @@ class _Cut:
         return self.lost / self.saved
 
 
-class Worth:
-    """Importance of what is left, from scores: of a block's attention and MLP, and of a stream."""
+class Worth(Protocol):
+    """What cuts lose, in one unit for all of them; infinite: nobody knows, and it is not made."""
+
+    def lost_in_block(self, block: int, before: BlockWidths, after: BlockWidths | None) -> float:
+        """By narrowing a block, or by removing what is left of it (None)."""
+
+    def lost_in_stream(self, stream: int, before: int, after: int) -> float:
+        """By taking channels off a residual stream."""
+
+
+class ImportanceWorth:
+    """The importance that goes, from scores."""
 
     def __init__(self, scores: Scores) -> None:
         self._mlp = [_running(s) for s in scores.mlp]
@@ -63,30 +78,30 @@ class Worth:
         self._qk = [_of_heads(s[o]) for s, o in zip(scores.qk, order, strict=True)]
         self._v = [_of_heads(s[o]) for s, o in zip(scores.v, order, strict=True)]
 
-    def attention(self, block: int, widths: BlockWidths) -> float:
-        return float(self._qk[block][widths.heads, widths.qk] + self._v[block][widths.heads, widths.v])
+    def lost_in_block(self, block: int, before: BlockWidths, after: BlockWidths | None) -> float:
+        return self._left(block, before) - (0.0 if after is None else self._left(block, after))
 
-    def mlp(self, block: int, units: int) -> float:
-        return float(self._mlp[block][units])
+    def lost_in_stream(self, stream: int, before: int, after: int) -> float:
+        return float(self._streams[stream][before] - self._streams[stream][after])
 
-    def stream(self, number: int, channels: int) -> float:
-        return float(self._streams[number][channels])
-
-    def block(self, number: int, widths: BlockWidths) -> float:
-        return self.attention(number, widths) + self.mlp(number, widths.mlp)
+    def _left(self, block: int, w: BlockWidths) -> float:
+        attention = self._qk[block][w.heads, w.qk] + self._v[block][w.heads, w.v]
+        return float(attention + self._mlp[block][w.mlp])
 
 
 def way(
-    scores: Scores, worth: Worth, ms: Milliseconds, pressure: Pressure, *, round_to: int, head_round_to: int
+    scores: Scores, worth: Worth, cost: Cost, pressure: Pressure, *, round_to: int, head_round_to: int
 ) -> list[Stop]:
-    """The networks from the whole one down to the smallest that the axes allow."""
-    walk = _Walk(scores, worth, ms, pressure, round_to, head_round_to)
+    """The networks from the whole one down to the smallest that the axes allow, and that the worth knows of. Of cuts at
+    the same price the smallest is made: its steps come closest to a target.
+    """
+    walk = _Walk(scores, worth, cost, pressure, round_to, head_round_to)
     stops = [walk.start()]
     while True:
-        cuts = [cut for cut in walk.cuts(stops[-1]) if cut.saved > 0]
+        cuts = [cut for cut in walk.cuts(stops[-1]) if cut.saved > 0 and cut.lost < inf]
         if not cuts:
             return stops
-        stops.append(min(cuts, key=lambda cut: cut.price).stop)
+        stops.append(min(cuts, key=lambda cut: (cut.price, cut.saved)).stop)
 
 
 def kept_of(stop: Stop, scores: Scores) -> Kept:
@@ -107,9 +122,9 @@ class _Walk:
     """The cuts that are open at a stop. Those of a block are kept until its widths or its channels change."""
 
     def __init__(
-        self, scores: Scores, worth: Worth, ms: Milliseconds, pressure: Pressure, round_to: int, head_round_to: int
+        self, scores: Scores, worth: Worth, cost: Cost, pressure: Pressure, round_to: int, head_round_to: int
     ) -> None:
-        self.scores, self.worth, self.ms, self.pressure = scores, worth, ms, pressure
+        self.scores, self.worth, self.cost, self.pressure = scores, worth, cost, pressure
         self.round_to, self.head_round_to = round_to, head_round_to
         self._known: dict[tuple[int, BlockWidths, int], list[tuple[BlockWidths, float, float]]] = {}
 
@@ -134,12 +149,12 @@ class _Walk:
                 yield _Cut(_with(stop, i, after), lost, saved)
             last = left.count(self.scores.stage[i]) == 1
             if self.pressure.depth.touches(i) and i not in self.scores.fixed and not last:
-                lost = self.worth.block(i, widths) / self.pressure.depth.press
-                yield _Cut(_with(stop, i, None), lost, self.ms.block(i, widths, channels))
+                lost = self.worth.lost_in_block(i, widths, None) / self.pressure.depth.press
+                yield _Cut(_with(stop, i, None), lost, self.cost.block(i, widths, channels))
         yield from self._thinner(stop)
 
     def _narrower(self, i: int, w: BlockWidths, channels: int) -> Iterator[tuple[BlockWidths, float, float]]:
-        whole = self.ms.block(i, w, channels)
+        whole = self.cost.block(i, w, channels)
         p, s = self.pressure, self.scores
         options: list[tuple[Axis, BlockWidths | None]] = [
             (p.heads, replace(w, heads=w.heads - 1) if w.heads > _least(len(s.heads[i]), 1) else None),
@@ -149,8 +164,8 @@ class _Walk:
         ]
         for axis, after in options:
             if after is not None and axis.touches(i):
-                lost = self.worth.block(i, w) - self.worth.block(i, after)
-                yield after, lost / axis.press, whole - self.ms.block(i, after, channels)
+                lost = self.worth.lost_in_block(i, w, after)
+                yield after, lost / axis.press, whole - self.cost.block(i, after, channels)
 
     def _thinner(self, stop: Stop) -> Iterator[_Cut]:
         axis = self.pressure.embed
@@ -162,11 +177,11 @@ class _Walk:
             if after is None:
                 continue
             streams = (*stop.streams[:number], after, *stop.streams[number + 1 :])
-            saved = self.ms.outside(stop.streams) - self.ms.outside(streams)
+            saved = self.cost.outside(stop.streams) - self.cost.outside(streams)
             for i, widths in enumerate(stop.blocks):
                 if widths is not None and self.scores.stage[i] == number:
-                    saved += self.ms.block(i, widths, channels) - self.ms.block(i, widths, after)
-            lost = self.worth.stream(number, channels) - self.worth.stream(number, after)
+                    saved += self.cost.block(i, widths, channels) - self.cost.block(i, widths, after)
+            lost = self.worth.lost_in_stream(number, channels, after)
             yield _Cut(Stop(stop.blocks, streams), lost / axis.press, saved)
 
 
