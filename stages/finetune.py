@@ -154,14 +154,8 @@ def run(ctx: Context) -> None:
             "before": before,
             "density": masks.densities(network, config.masks.mode),
         }
-    ctx.ledger |= {
-        "images": fitted.images,
-        "tokens_per_image": round(fitted.tokens / fitted.images, 2),
-        "epochs": round(fitted.steps / -(-len(pool.members) // config.batch_size), 3),
-        "steps": fitted.steps,
-        "train_macs": 3 * fitted.macs,
+    ctx.ledger |= reports.cost(fitted) | {
         "scoring_macs": 0 if teaching is None else teaching.macs(pool, fitted.images),
-        "peak_gpu_memory_mb": fitted.peak_gpu_mb,
         "seconds": round(fitted.seconds, 3),
     }
     ctx.figure("curve", figures.curve(fitted.curve), title="Fine-tuning", caption="Accuracy on the calibration split.")

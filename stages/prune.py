@@ -40,6 +40,9 @@ its architecture record and its weights are loaded strictly.
 Cutting embedding channels changes what the LayerNorms see: expect low accuracy until `finetune`. Blocks are numbered
 from 0 in order of execution, and the blocks that are left get new numbers: `finetune.tokens.blocks` means those.
 
+Rounds       {count: 3, recover: {epochs: 2}}: several cuts, each by scores of its own and the same ratio nearer to the
+             target, with a short training between them, in which labels and the network as it was given teach; the
+             last cut alone is measured, and `finetune` recovers from it
 Repair       ridge    what the removed MLP units and values of heads said is predicted from the kept ones, by ridge
                       regression on the calibration images (no labels), and folded into the layer that reads them
 Without a train before it, it cuts the pretrained network of the model block: with repair and finetune: null a smaller
@@ -48,6 +51,7 @@ network in minutes. The classes must then be those of the weights, in their orde
 reads    model (optional: else model.pretrained or model.weights); tickets (optional: their examples are the
          calibration images)
 writes   model.safetensors, architecture.json, preprocessing.json, plan.json (the kept indices)
+ledger   with rounds what their trainings took, as train
 fails    when nothing was cut, or when the axes that are on cannot reach the target (it says how far each reaches)
 
     sievit prune pipeline.yaml --set prune.target.macs=0.4
@@ -56,68 +60,28 @@ fails    when nothing was cut, or when the axes that are on cannot reach the tar
 from __future__ import annotations
 
 import json
-from bisect import bisect_left
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
+from .axes import Axes, Press, check_blocks
 from .importances import WITHOUT_IMAGES, Importance, Judging, check_given
+from .rounds import Rounds
 from .sensitivity import Effort
 from .targets import Target, check_serving
 from .vision.loss_settings import HANDED_ON
-from .vision.recipe import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from .latencies import Table
-    from .methods.allocation import Kept, Pressure, Scores
-    from .methods.greedy_allocation import Worth
+    from .methods.allocation import Kept
+    from .proposals import Outlook, Rule
     from .vision.architecture import Architecture, SwinArchitecture
+    from .vision.network import Network
 
     Record = Architecture | SwinArchitecture
-    Propose = Callable[[Callable[[Record], float], float], Kept | None]
-
-
-class Press(Settings):
-    """How hard an axis is pressed, and in which blocks."""
-
-    press: float = Field(ge=0, le=1, description="relative to the other axes; 0 leaves the axis alone")
-    blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        None, min_length=1, description="the only blocks that it is about, numbered from 0; null: all"
-    )
-    spare: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="blocks that it leaves alone")
-
-    @model_validator(mode="after")
-    def _one_list(self) -> Press:
-        if self.blocks is not None and self.spare:
-            raise ValueError("spare: contradicts blocks, which names the only ones; give one of the two")
-        return self
-
-
-Pressed = Annotated[float, Field(ge=0, le=1)] | Press
-
-
-class Axes(Settings):
-    """How hard each axis is pressed, relative to the others: 0 leaves it alone; or {press: 1.0, blocks: [0, 1]}."""
-
-    heads: Pressed = Field(1.0, description="whole attention heads")
-    qk: Pressed = Field(0.5, description="width of queries and keys inside heads")
-    v: Pressed = Field(0.5, description="width of values inside heads")
-    mlp: Pressed = Field(1.0, description="hidden units of the MLPs")
-    embed: float = Field(0.5, ge=0, le=1, description="embedding channels, through the whole network")
-    depth: Pressed | None = Field(
-        None,
-        description="whole blocks; null: 1 where what is lost is weighed (allocation: latency, sensitivity), else 0",
-    )
-
-    def named(self, depth: float) -> dict[str, Press]:
-        """Every axis in the long form; depth: what null means."""
-        axes = {name: depth if axis is None else axis for name, axis in self}
-        return {name: axis if isinstance(axis, Press) else Press(press=axis) for name, axis in axes.items()}
 
 
 class PruneConfig(Config):
@@ -143,6 +107,7 @@ class PruneConfig(Config):
     head_round_to: int | None = Field(
         None, ge=1, le=256, description="widths of heads are multiples of this, null likewise; odd widths are slow"
     )
+    rounds: Rounds | None = Field(None, description="several cuts with a training between them; null: one cut")
     repair: Literal["ridge"] | None = Field(
         None, description="ridge: kept MLP units and values make up for removed ones, in closed form; null: no repair"
     )
@@ -201,15 +166,16 @@ class PruneConfig(Config):
 
 
 def run(ctx: Context) -> None:
-    """Gradients, scores, allocation, cut, then what was asked and what was reached."""
+    """Gradients, scores, allocation, cut, in rounds where they are asked for; what was asked and what was reached."""
     from . import targets
-    from .importances import given, judge
-    from .vision import figures
+    from .importances import given
+    from .methods.allocation import compose
+    from .proposals import look, rule_of
+    from .rounds import Approach, approach
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
-    from .vision.repair import ridge
-    from .vision.surgery import cut, kept_architecture
+    from .vision.surgery import kept_architecture
     from .vision.weights import save_network
 
     config: PruneConfig = ctx.config
@@ -218,39 +184,48 @@ def run(ctx: Context) -> None:
     network, preprocessing = given(ctx, splits)
     network, normalise, before = network.to(device), preprocessing.normaliser(device), network.architecture
 
-    found_by = judge(ctx, config.judging, network, splits, normalise, device)
-    scores, calibration = found_by.scores, found_by.calibration
-    axes = _pressure(ctx, before)
-    table = _table(ctx, before)
-    rounding = {
-        "round_to": config.round_to or (table.round_to if table else 8),
-        "head_round_to": config.head_round_to or (table.head_round_to if table else 8),
-    }
-    rows = targets.reach(scores, axes, before, table.ms if table else None, rounding, config.deepest)
-    ctx.progress.note(f"as far as each axis goes by itself, of the MACs: {targets.summary(rows)}")
+    rule = rule_of(ctx, before)
+    first = look(ctx, rule, network, None, splits, normalise, device)
+    ctx.progress.note(f"as far as each axis goes by itself, of the MACs: {targets.summary(first.reach)}")
     files = targets.Files(ctx, before, config.target)
 
-    if config.allocation == "uniform":
-        propose = _by_rank(scores, axes, before, rounding)
-    else:
-        worth = _worth(ctx, scores, axes)
-        propose = _by_price(scores, worth, table, axes, before, rounding)
-    estimate = table.ms if table else (lambda a: float(a.macs()))
-    found = targets.search(config.target, propose, lambda k: kept_architecture(before, k), before, files, estimate)
+    def outlook(current: Network, so_far: Kept | None) -> Outlook:
+        return first if so_far is None else look(ctx, rule, current, so_far, splits, normalise, device)
+
+    def partly(current: Network, so_far: Kept | None, along: float) -> tuple[Network, Kept]:
+        seen = outlook(current, so_far)
+        kept = seen.propose(*targets.part_way(config.target, before, files, rule.estimate, along))
+        if kept is None:
+            raise targets.unreachable(config.target, first.reach, config.deepest)
+        return _smaller(ctx, current, kept, seen), kept
+
+    reached = Approach(network)
+    if config.rounds is not None:
+        reached = approach(ctx, config.rounds, network, preprocessing, splits, device, partly)
+        ctx.metrics["rounds"] = reached.told
+        ctx.ledger |= reached.ledger()
+    current = reached.network
+    last = outlook(current, reached.kept)
+    found = targets.search(
+        config.target,
+        last.propose,
+        lambda kept: kept_architecture(current.architecture, kept),
+        before,
+        files,
+        rule.estimate,
+    )
     if found is None:
-        raise targets.unreachable(config.target, rows, config.deepest)
-    kept = found.kept
+        raise targets.unreachable(config.target, first.reach, config.deepest)
+    kept = found.kept if reached.kept is None else compose(reached.kept, found.kept)
     _refuse_nothing(before, kept_architecture(before, kept))
-    whole = network
-    if config.repair == "ridge":
-        with ctx.progress.task("repair", calibration.images) as task:
-            whole, ctx.metrics["repair"] = ridge(network, kept, calibration.batches(task.advance), config.ridge)
-    smaller = cut(whole, kept)
+    smaller = _smaller(ctx, current, found.kept, last)
 
     after = smaller.architecture
     save_network(smaller, ctx.out)
     preprocessing.save(ctx.out)
-    _save_plan(ctx, kept)
+    # The kept indices, for a reader who wants to check the cut against the masked network.
+    plan = json.dumps({"schema": 2} | kept.as_json(), sort_keys=True)
+    (ctx.out / "plan.json").write_text(plan + "\n", encoding="utf-8")
     parameters = {"before": network.parameter_count(), "after": smaller.parameter_count()}
     ctx.metrics |= {
         "importance": config.importance,
@@ -261,8 +236,8 @@ def run(ctx: Context) -> None:
             config.target.kind: found.reached,
         },
         "allocation": config.allocation,
-        "multiples": rounding,
-        "feasible": [asdict(row) for row in rows],
+        "multiples": rule.rounding,
+        "feasible": [asdict(row) for row in first.reach],
         "candidates": found.trials,
         "before": {"macs": before.macs(), "parameters": parameters["before"]},
         "after": {"macs": after.macs(), "parameters": parameters["after"]},
@@ -275,14 +250,34 @@ def run(ctx: Context) -> None:
         "top1_before_recovery": top1(smaller.to(device), splits.test, normalise, device),
     }
     ctx.progress.note(targets.in_words(config.target, found.reached))
+    _show(ctx, rule, before, after, kept)
+
+
+def _smaller(ctx: Context, network: Network, kept: Kept, seen: Outlook) -> Network:
+    """Repaired where that is asked for, and cut."""
+    from .vision.repair import ridge
+    from .vision.surgery import cut
+
+    if ctx.config.repair is None:
+        return cut(network, kept)
+    with ctx.progress.task("repair", seen.calibration.images) as task:
+        views = seen.calibration.batches(task.advance)
+        whole, ctx.metrics["repair"] = ridge(network, kept, views, ctx.config.ridge)
+    return cut(whole, kept)
+
+
+def _show(ctx: Context, rule: Rule, before: Record, after: Record, kept: Kept) -> None:
+    """The widths, and where time counts the milliseconds, before and after."""
+    from .vision import figures
+
     ctx.figure(
         "widths",
         figures.widths(_widths(before), _widths(after, kept)),
         title="Widths by block",
         caption=f"Embedding width {_in_words(before.streams)} before, {_in_words(after.streams)} after.",
     )
-    if table is not None:
-        _show_budget(ctx, table, before, after, kept)
+    if rule.table is not None:
+        _show_budget(ctx, rule.table, before, after, kept)
 
 
 def _show_budget(ctx: Context, table: Table, before: Record, after: Record, kept: Kept) -> None:
@@ -304,107 +299,22 @@ def _show_budget(ctx: Context, table: Table, before: Record, after: Record, kept
     )
 
 
-def _table(ctx: Context, before: Record) -> Table | None:
-    """What blocks take on this host, where that is asked for and can be told by operators."""
-    from .latencies import table
-
-    config: PruneConfig = ctx.config
-    serving = config.target.serving
-    if not config.timed or serving.provider != "cpu":
-        return None
-    return table(ctx, before, serving.batch, serving.threads)
-
-
-def _by_rank(scores: Scores, axes: Pressure, before: Record, rounding: dict[str, int]) -> Propose:
-    """Proposals of the uniform rule."""
-    from .methods.allocation import allocate
-    from .vision.surgery import kept_architecture
-
-    return lambda cost, limit: allocate(scores, lambda k: cost(kept_architecture(before, k)), limit, axes, **rounding)
-
-
-def _worth(ctx: Context, scores: Scores, axes: Pressure) -> Worth:
-    """What cuts lose: importance, or a loss that was measured. Raises: InvalidInput when the time was too short."""
-    from .methods import InvalidInput
-    from .methods.greedy_allocation import ImportanceWorth
-    from .methods.sensitivity import trials
-    from .sensitivity import measured, not_reached
-
-    config: PruneConfig = ctx.config
-    if config.allocation == "latency":
-        return ImportanceWorth(scores)
-    found = measured(ctx, config.judging, config.sensitivity)
-    needed = {(t.axis, t.place) for t in trials(scores, (0.5,)) if getattr(axes, t.axis).touches(t.place)}
-    if missing := found.missing(needed):
-        raise InvalidInput(
-            f"allocation: sensitivity needs every cut of the axes that are on, and {config.sensitivity.seconds:g} s "
-            f"did not reach {not_reached(missing)}",
-            f"set prune.sensitivity.seconds to {found.enough:.0f} or more, or ask for fewer fractions or images, or "
-            "switch axes off (prune.axes)",
-        )
-    return found.worth()
-
-
-def _by_price(
-    scores: Scores, worth: Worth, table: Table | None, axes: Pressure, before: Record, rounding: dict[str, int]
-) -> Propose:
-    """Proposals on the way of least lost by millisecond, without a table by MAC."""
-    from .methods.allocation import give_back
-    from .methods.cost import BlockWidths
-    from .methods.greedy_allocation import ImportanceWorth, kept_of, way
-    from .vision.block_shapes import macs
-    from .vision.surgery import kept_architecture
-
-    def gain(block: int, now: int, then: int) -> float:
-        return worth.lost_in_block(block, BlockWidths(1, 1, 1, then), BlockWidths(1, 1, 1, now))
-
-    by = None if isinstance(worth, ImportanceWorth) else gain
-    stops = way(scores, worth, table.milliseconds(before) if table else macs(before), axes, **rounding)
-
-    def propose(cost: Callable[[Record], float], limit: float) -> Kept | None:
-        def of(kept: Kept) -> float:
-            return cost(kept_architecture(before, kept))
-
-        first = bisect_left(stops, True, key=lambda stop: of(kept_of(stop, scores)) <= limit)
-        if first == len(stops):
-            return None
-        return give_back(scores, kept_of(stops[first], scores), of, limit, axes.mlp, rounding["round_to"], by)
-
-    return propose
-
-
-def _pressure(ctx: Context, architecture: Architecture | SwinArchitecture) -> Pressure:
-    """The axes with the blocks that they are about. Raises: InvalidInput for a block that the network does not have."""
-    from .methods.allocation import Axis, Pressure
-
-    depth = len(architecture.blocks)
-    _check_blocks(ctx.config, depth)
-    axes = {}
-    for name, axis in ctx.config.pressed().items():
-        about = range(depth) if axis.blocks is None else axis.blocks
-        axes[name] = Axis(axis.press, None if name == "embed" else frozenset(about) - frozenset(axis.spare))
-    return Pressure(**axes)
-
-
-def _check_blocks(config: PruneConfig, depth: int, at: Callable[[str], str] = str) -> None:
-    from .methods import InvalidInput
-
-    for name, axis in config.pressed().items():
-        for field, blocks in (("blocks", axis.blocks or ()), ("spare", axis.spare)):
-            if blocks and max(blocks) >= depth:
-                raise InvalidInput(
-                    f"prune.axes.{name}.{field}: {list(blocks)} for a network of {depth} blocks",
-                    f"use numbers from 0 to {depth - 1}",
-                    field=at(f"axes.{name}.{field}"),
-                )
-
-
 def coherent(seen: Preflight) -> None:
-    """Refuse to rank by what the stage before it does not hand on."""
+    """Refuse to rank by what the stage before it does not hand on, and rounds by what is known of the first network
+    alone.
+    """
     from .methods import InvalidInput
 
+    config: PruneConfig = seen.config
+    for name, what in (("importance", "trained"), ("allocation", "sensitivity")):
+        if config.rounds is not None and getattr(config, name) == what:
+            raise InvalidInput(
+                f"{seen.at('rounds')}: {name} {what} tells of the network as it was given, and rounds change it",
+                f"use another {name}, or leave rounds out",
+                field=seen.at("rounds"),
+            )
     made = seen.reads.get("model")
-    if seen.config.importance != "trained" or made is None:
+    if config.importance != "trained" or made is None:
         return
     penalty = getattr(made.config, "weights", None)
     if penalty is None or penalty.method not in HANDED_ON:
@@ -418,8 +328,11 @@ def coherent(seen: Preflight) -> None:
 
 def idle(seen: Preflight) -> dict[str, str]:
     """Settings without effect."""
+    config: PruneConfig = seen.config
     found = {}
-    target: Target = seen.config.target
+    if config.rounds is not None:
+        found |= {f"rounds.recover.{name}": why for name, why in config.rounds.recover.idle().items()}
+    target = config.target
     if seen.config.allocation != "sensitivity":
         found["sensitivity"] = f"allocation is {seen.config.allocation}"
     if not seen.config.timed:
@@ -437,10 +350,14 @@ def preflight(seen: Preflight) -> None:
     be timed here, and, as far as it is known, blocks that the network does not have.
     """
     from .vision.architecture import load_architecture
+    from .vision.forward import check_compiler
     from .vision.network import outline
 
-    if seen.config.timed:
-        check_serving(seen.config.target, seen.at)
+    config: PruneConfig = seen.config
+    if config.timed:
+        check_serving(config.target, seen.at)
+    if config.rounds is not None and config.rounds.recover.compile:
+        check_compiler(seen.device, seen.at("rounds.recover.compile"))
     made = seen.reads.get("model")
     check_given(seen, seen.config.importance, seen.at)
     if "model" in seen.inputs:
@@ -449,7 +366,7 @@ def preflight(seen: Preflight) -> None:
         architecture = outline(seen.model.name, image_size=seen.data.image_size, args=seen.model.args)
     else:
         return
-    _check_blocks(seen.config, len(architecture.blocks), seen.at)
+    check_blocks(config.pressed(), len(architecture.blocks), seen.at)
 
 
 def _refuse_nothing(before: Architecture | SwinArchitecture, after: Architecture | SwinArchitecture) -> None:
@@ -473,19 +390,6 @@ def _widths(architecture: Architecture | SwinArchitecture, kept: Kept | None = N
 
 def _in_words(widths: tuple[int, ...]) -> str:
     return ", ".join(map(str, widths))
-
-
-def _save_plan(ctx: Context, kept: Kept) -> None:
-    """The kept indices, for a reader who wants to check the cut against the masked network; null: a block is gone."""
-    blocks = [
-        None
-        if b is None
-        else {"heads": b.heads.tolist(), "qk": b.qk.tolist(), "v": b.v.tolist(), "mlp": b.mlp.tolist()}
-        for b in kept.blocks
-    ]
-    embed = [channels.tolist() for channels in kept.embed]
-    text = json.dumps({"schema": 2, "embed": embed, "blocks": blocks}, sort_keys=True)
-    (ctx.out / "plan.json").write_text(text + "\n", encoding="utf-8")
 
 
 STAGE = Stage(

@@ -357,6 +357,18 @@ def search(
     return Found(cuts[_name(chosen.candidate)], reached, rows)
 
 
+def part_way(
+    target: Target, before: Record, files: Files, estimate: Callable[[Record], float], along: float
+) -> tuple[Callable[[Record], float], float]:
+    """A cost and its limit for a cut that goes only a share `along` of the way: equal shares take equal ratios."""
+    if target.kind in ("macs", "params"):
+        count = _macs if target.kind == "macs" else _parameters
+        return count, count(before) * target.asked**along
+    guess, ask, _ = _measured(target, before, files, estimate)
+    full = guess(before)
+    return guess, full * (ask / full) ** along
+
+
 def _macs(architecture: Record) -> float:
     return float(architecture.macs())
 

@@ -15,7 +15,7 @@ from tiny_vision import ARGS, image_folder, network, swin
 from sievit.pipeline import keys
 from sievit.pipeline.settings import DataConfig, ModelConfig
 from sievit.pipeline.stage import Context
-from sievit.stages import prune, targets
+from sievit.stages import proposals, prune, targets
 from sievit.stages.methods import InvalidInput
 from sievit.stages.methods.allocation import Axis, Pressure, at_dial
 from sievit.stages.methods.target_search import best, meet
@@ -144,7 +144,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, asked: list[Any]) -> None:
         return {"p50_ms": ms, "dense_p50_ms": dense, "speedup": dense / ms}
 
     monkeypatch.setattr(targets.Files, "_time", time)
-    monkeypatch.setattr(prune, "_table", lambda ctx, before: None)
+    monkeypatch.setattr(proposals, "_table", lambda ctx, before: None)
 
 
 @pytest.mark.parametrize("target", [{"speedup": 2.0}, {"latency_ms": 3.5}])

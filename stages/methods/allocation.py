@@ -10,8 +10,9 @@ they would have kept does not compete with the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,22 @@ class Kept:
     def left(self) -> list[int]:
         """The numbers of the blocks that stay."""
         return [number for number, block in enumerate(self.blocks) if block is not None]
+
+    def as_json(self) -> dict[str, Any]:
+        """Lists of indices; null: a block is gone."""
+        blocks = [
+            None if b is None else {name: getattr(b, name).tolist() for name in ("heads", "qk", "v", "mlp")}
+            for b in self.blocks
+        ]
+        return {"embed": [channels.tolist() for channels in self.embed], "blocks": blocks}
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> Kept:
+        """What as_json wrote."""
+        blocks = (
+            None if b is None else KeptBlock(**{k: torch.tensor(v) for k, v in b.items()}) for b in record["blocks"]
+        )
+        return Kept(tuple(blocks), tuple(map(torch.tensor, record["embed"])))
 
 
 def compose(first: Kept, second: Kept) -> Kept:
