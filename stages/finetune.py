@@ -22,7 +22,7 @@ All weights train, also those that `train` or a mask has set to zero; with `mask
 
 reads    model; tickets (optional, their examples); the teacher
 writes   model.safetensors, architecture.json, preprocessing.json
-ledger   as train; the teacher's forward passes are in scoring_macs
+ledger   as train; the teacher's forward passes are in scoring_macs, those before the first step in scoring_seconds
 
     sievit finetune pipeline.yaml --set finetune.epochs=4
 """
@@ -156,6 +156,7 @@ def run(ctx: Context) -> None:
         }
     ctx.ledger |= reports.cost(fitted) | {
         "scoring_macs": 0 if teaching is None else teaching.macs(pool, fitted.images),
+        "scoring_seconds": 0.0 if teaching is None else round(teaching.seconds, 3),
         "seconds": round(fitted.seconds, 3),
     }
     ctx.figure("curve", figures.curve(fitted.curve), title="Fine-tuning", caption="Accuracy on the calibration split.")

@@ -9,6 +9,7 @@ train with the student and are no part of it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -97,7 +98,7 @@ class Teaching:
 
     pairs: blocks that are compared, the student's number and the teacher's, from 0 in order of execution. projections:
     to be trained beside the student (training.fit). remembered (M, K): the teacher's answers to the images of the
-    split, once it was asked about all of them; rows of images outside the pool are zeros.
+    split, once it was asked about all of them; rows of images outside the pool are zeros. seconds: what that took.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Teaching:
         self.pairs: list[tuple[int, int]] = []
         self.projections = nn.ModuleDict()
         self.remembered: Tensor | None = None
+        self.seconds = 0.0
         student.set_distilled_training(True)
         if settings.features is None:
             return
@@ -136,7 +138,7 @@ class Teaching:
 
         size: images a batch; normalise: the student's; tick: called with the number of images that were answered.
         """
-        split, members = pool.images, pool.members
+        begun, split, members = time.monotonic(), pool.images, pool.members
         order, turns = processes.dealt(len(members), size)
 
         def answers() -> Iterator[np.ndarray]:
@@ -149,13 +151,16 @@ class Teaching:
         found = np.concatenate(list(processes.in_order(answers(), turns))).astype(np.float32)
         self.remembered = torch.zeros(len(split), found.shape[1])
         self.remembered[torch.from_numpy(members)] = torch.from_numpy(found)
+        self.seconds = time.monotonic() - begun
 
     def macs(self, pool: Pool, images: int) -> int:
         """Of the teacher's forward passes in a training on so many images."""
         return self.teacher.macs * (images if self.remembered is None else len(pool.members))
 
     def __call__(self, current: Forward, batch: Batch) -> Tensor:
-        """(1 - weight) * labels + weight * answers + features.weight * states: the mean over the batch, ()."""
+        """(1 - weight) * labels + weight * answers + features.weight * states: the mean over the batch, (). States are
+        those of whole images: a batch of tickets has none to compare.
+        """
         settings = self.settings
         if self.pairs:
             own, others = (tuple(numbers) for numbers in zip(*self.pairs, strict=True))
