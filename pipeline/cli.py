@@ -71,8 +71,9 @@ def _commands(
         yield "Run", command.__name__, command, inspect.getdoc(command) or ""
     for stage in stages:
         yield "Stages", stage.name, instead.get(stage.name) or cli_run.stage_command(stage), stage.manual
-    for name in instead.keys() - {stage.name for stage in stages}:
-        yield "Stages", name, instead[name], inspect.getdoc(instead[name]) or ""
+    for name, command in instead.items():
+        if name not in {stage.name for stage in stages}:
+            yield "Stages", name, command, inspect.getdoc(command) or ""
     for task, several in cli_store.COMMANDS.items():
         for command in several:
             yield task, command.__name__, command, inspect.getdoc(command) or ""

@@ -7,7 +7,6 @@ measures is what the other removes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -39,18 +38,11 @@ class Judging(Settings):
     batch_size: int = Field(16, ge=1, description="as prune.batch_size")
 
 
-@dataclass(frozen=True)
-class Judged:
-    """scores: of everything that can go. calibration: the images, on the device."""
-
-    scores: Scores
-    calibration: Calibration
-
-
 def judge(
     ctx: Context, judging: Judging, network: Network, splits: Splits, normalise: Normaliser, device: torch.device
-) -> Judged:
-    """The importance of all parts of the network, which lies on the device. Its gradients are gone afterwards.
+) -> tuple[Scores, Calibration]:
+    """The importance of all parts of the network, which lies on the device, and the images. Its gradients are gone
+    afterwards.
 
     Raises: InvalidInput for tickets of other data, and where `trained` finds nothing that was handed on.
     """
@@ -73,7 +65,7 @@ def judge(
                     calibration.squared_gradients(network, task.advance)
         scores = score(network, judging.importance, ctx.seed)
     network.zero_grad()
-    return Judged(scores, calibration)
+    return scores, calibration
 
 
 def given(ctx: Context, splits: Splits) -> tuple[Network, Preprocessing]:

@@ -92,15 +92,15 @@ def look(
     from .targets import reach
 
     config, record = ctx.config, network.architecture
-    found = judge(ctx, config.judging, network, splits, normalise, device)
+    scores, calibration = judge(ctx, config.judging, network, splits, normalise, device)
     axes = pressure(config.pressed(), rule.depth, so_far)
     table, rounding = rule.table, rule.rounding
     if config.allocation == "uniform":
-        propose = _by_rank(found.scores, axes, record, rounding)
+        propose = _by_rank(scores, axes, record, rounding)
     else:
-        propose = _by_price(found.scores, _worth(ctx, found.scores, axes), table, axes, record, rounding)
-    rows = reach(found.scores, axes, record, table.ms if table else None, rounding, config.deepest)
-    return Outlook(propose, rows, found.calibration)
+        propose = _by_price(scores, _worth(ctx, scores, axes), table, axes, record, rounding)
+    rows = reach(scores, axes, record, table.ms if table else None, rounding, config.deepest)
+    return Outlook(propose, rows, calibration)
 
 
 def _table(ctx: Context, before: Record) -> Table | None:
@@ -126,12 +126,12 @@ def _worth(ctx: Context, scores: Scores, axes: Pressure) -> Worth:
     """What cuts lose: importance, or a loss that was measured. Raises: InvalidInput when the time was too short."""
     from .methods.greedy_allocation import ImportanceWorth
     from .methods.sensitivity import trials
-    from .sensitivity import measured, not_reached
+    from .sensitivity import not_reached, sensitivity_of
 
     config = ctx.config
     if config.allocation == "latency":
         return ImportanceWorth(scores)
-    found = measured(ctx, config.judging, config.sensitivity)
+    found = sensitivity_of(ctx, config.judging, config.sensitivity)
     needed = {(t.axis, t.place) for t in trials(scores, (0.5,)) if getattr(axes, t.axis).touches(t.place)}
     if missing := found.missing(needed):
         raise InvalidInput(

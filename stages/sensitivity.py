@@ -125,7 +125,7 @@ class Sensitivity:
         return LossWorth(curves, whole)
 
 
-def measured(ctx: Context, judging: Judging, effort: Effort) -> Sensitivity:
+def sensitivity_of(ctx: Context, judging: Judging, effort: Effort) -> Sensitivity:
     """Of the network that the asking stage reads: from the store, or measured."""
     from .methods.sensitivity import Trial
 
@@ -154,7 +154,7 @@ def run(ctx: Context) -> None:
     splits = load_splits(ctx.data.model_dump(), ctx.base)
     network, preprocessing = given(ctx, splits)
     network, normalise = network.to(device), preprocessing.normaliser(device)
-    scores = judge(ctx, config.judging, network, splits, normalise, device).scores
+    scores, _ = judge(ctx, config.judging, network, splits, normalise, device)
     images = splits.calibration.fewer(config.effort.images)
 
     def look(kept: Kept) -> Answer:

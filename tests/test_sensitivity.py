@@ -5,12 +5,12 @@ makes of it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from math import inf
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import save_file
-from test_latencies import scores
+from test_latencies import ALL, MS, ROUNDING, neighbours, scores, total
 from test_surgery import masked
 from test_targets import context
 from tiny_vision import image_folder, network, swin
@@ -30,11 +30,12 @@ from sievit.stages import __main__ as composition
 from sievit.stages import sensitivity
 from sievit.stages.importances import Judging
 from sievit.stages.methods import InvalidInput
-from sievit.stages.methods.allocation import Kept, KeptBlock, Scores
+from sievit.stages.methods.allocation import Axis, Kept, KeptBlock, Pressure, Scores, at_dial, give_back
 from sievit.stages.methods.cost import BlockWidths
+from sievit.stages.methods.greedy_allocation import way
 from sievit.stages.methods.sensitivity import Curve, LossWorth, Trial, alone, coarse_first, count_of, trials
 from sievit.stages.sensitivity import Effort, SensitivityConfig
-from sievit.stages.vision import block_shapes, dataset, evaluate
+from sievit.stages.vision import block_shapes, dataset, evaluate, figures
 from sievit.stages.vision.architecture import TokenDrop
 from sievit.stages.vision.dataset import load_splits
 from sievit.stages.vision.network import Network
@@ -42,6 +43,12 @@ from sievit.stages.vision.surgery import score
 from sievit.stages.vision.weights import load_network
 
 HALF = Effort(fractions=(0.5,), seconds=None)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these networks."""
+    monkeypatch.setattr(figures, "sensitivity", lambda *drawn: "<svg/>")
 
 
 def measure(folder: Path, effort: Effort = HALF) -> Any:
@@ -114,6 +121,7 @@ def test_every_row_is_what_the_masked_network_answers_on_the_calibration_split(t
     assert [figure.name for figure in ctx.figures] == ["sensitivity"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_test_split_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Forbidden:
         def __getattr__(self, name: str) -> Any:
@@ -139,6 +147,17 @@ def test_blocks_that_must_stay_and_what_cannot_be_cut_are_not_tried() -> None:
     wanted = trials(replace(scores(), fixed=frozenset({1})), (0.5,), frozenset({("qk", 0)}))
     assert [t.place for t in wanted if t.axis == "depth"] == [0, 2]
     assert [t.place for t in wanted if t.axis == "qk"] == [1, 2]
+
+
+def test_the_picture_has_a_panel_an_axis_and_leaves_what_was_not_measured_empty() -> None:
+    rows: list[dict[str, Any]] = [{"axis": "mlp", "place": n, "cuts": [(0.1 * n, 0.2), None]} for n in range(3)]
+    rows.append({"axis": "depth", "place": 0, "cuts": [None, (0.3, 0.9)]})
+    drawn = figures.sensitivity([0.5, 0.0], rows)
+    for word in ("mlp", "whole block", "50%", "0%", "top-1 lost, points"):
+        assert f">{word}<" in drawn
+    assert drawn == figures.sensitivity([0.5, 0.0], rows)
+    fewer = figures.sensitivity([0.5, 0.0], [{**row, "cuts": [None, row["cuts"][1]]} for row in rows])
+    assert len(set(re.findall("fill: #......", drawn)) - set(re.findall("fill: #......", fewer))) == 3
 
 
 # ---- a measurement that is stopped
@@ -171,6 +190,7 @@ class Clock:
         return self.looks // 2
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_budget_ends_after_the_cut_that_uses_it_up_and_the_rest_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,10 +207,9 @@ def test_a_budget_ends_after_the_cut_that_uses_it_up_and_the_rest_is_told(
         "qk at 50% of 0, 1, 2; embed at 50% of 0"
     )
     assert ctx.ledger["seconds"] == 4.0
-    monkeypatch.setattr(sensitivity, "time", SimpleNamespace(monotonic=lambda: 0.0))
-    assert table(measure(tmp_path / "more", Effort(fractions=(0.5,), seconds=0.001)))["left"] == []
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_killed_measurement_goes_on_and_looks_at_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +235,7 @@ def test_a_killed_measurement_goes_on_and_looks_at_nothing_twice(
     assert table(ctx) == table(measure(tmp_path / "whole"))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_fraction_that_rounds_to_another_ones_cut_takes_no_look_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +303,40 @@ def test_macs_of_blocks_and_of_all_else_are_those_of_the_network(family: str) ->
             cost.block(n, w, made.streams[stage]) for n, (w, stage) in enumerate(zip(own, made.stage_of, strict=True))
         ]
         assert sum(blocks) + cost.outside(made.streams) == made.macs()
+
+
+# ---- how much to cut where
+
+
+def test_of_cuts_that_lose_nothing_the_smallest_comes_first() -> None:
+    free = {(axis, block): Curve({1: 1.0, 64: 1.0}) for axis in ("heads", "qk", "v", "mlp") for block in range(3)}
+    worth = LossWorth({**free, ("embed", 0): Curve({4: 1.0, 24: 1.0})}, dict.fromkeys(range(3), 0.0))  # type: ignore[dict-item]
+    stops = way(scores(), worth, MS, ALL, **ROUNDING)
+    for before, after in pairwise(stops):
+        saved = [total(before) - total(stop) for stop, _ in neighbours(before)]
+        assert total(before) - total(after) == pytest.approx(min(one for one in saved if one > 0))
+
+
+def test_no_axis_goes_further_than_it_was_measured() -> None:
+    measured = {("mlp", 0): Curve({16: 1.0, 32: 0.0}), ("embed", 0): Curve({12: 1.0, 24: 0.0})}
+    last = way(scores(), LossWorth(measured, {2: 0.5}), MS, ALL, **ROUNDING)[-1]  # type: ignore[arg-type]
+    whole = BlockWidths(3, 8, 8, 32)
+    assert (last.blocks, last.streams) == ((replace(whole, mlp=16), whole, None), (12,))
+
+
+def test_what_rounding_left_over_goes_where_it_wins_most() -> None:
+    given = scores()
+    narrow = at_dial(given, 0.5, Pressure(mlp=Axis(1.0)), round_to=4, head_round_to=2)
+
+    def units(kept: Kept) -> list[int]:
+        return [count_of(kept, "mlp", block) for block in range(3)]
+
+    for most in range(3):
+        wider = give_back(
+            given, narrow, lambda kept: sum(units(kept)), sum(units(narrow)) + 5, Axis(1.0), 4,
+            lambda block, now, then, most=most: (block == most) * (then - now),
+        )  # fmt: skip
+        assert [w - n for w, n in zip(units(wider), units(narrow), strict=True)] == [4 * (b == most) for b in range(3)]
 
 
 # ---- what prune makes of it, and the command
@@ -368,6 +422,7 @@ def test_an_mlp_that_says_nothing_goes_first_and_the_measurement_is_shared_with_
     }
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_options_say_otherwise_than_the_file_and_without_prune_the_last_model_is_read(sievit: Project) -> None:
     line = ["sensitivity", "--json", "--seconds", "inf", "--importance", "random", "--fraction", "0.3"]
     first = json.loads(sievit(*line)[1])
@@ -389,6 +444,7 @@ def test_options_say_otherwise_than_the_file_and_without_prune_the_last_model_is
     assert runs and not any("sensitivity@" in run for run in runs), "a run is of what the file names"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_budget_that_is_too_short_for_prune_names_the_remedy_and_cuts_nothing(
     sievit: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

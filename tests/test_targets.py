@@ -102,6 +102,10 @@ def test_reach_is_what_is_counted_on_the_networks_themselves(family: str) -> Non
     alone = kept_architecture(before, at_dial(scores, 1.0, Pressure(mlp=Axis(1.0, frozenset({0}))), **rounding))
     assert rows["mlp"].params == pytest.approx(rebuild(alone).parameter_count() / made.parameter_count())
     assert rows["mlp"].macs == pytest.approx(alone.macs() / before.macs())
+    less = {row.axis: row for row in reach(scores, axes, before, None, rounding, deepest=0.5)}
+    alone = kept_architecture(before, at_dial(scores, 0.5, Pressure(mlp=Axis(1.0, frozenset({0}))), **rounding))
+    assert less["mlp"].macs == pytest.approx(alone.macs() / before.macs()) and less["mlp"].macs > rows["mlp"].macs
+    assert less["depth (off)"].macs == rows["depth (off)"].macs
     assert rows["heads"].time == 1.0 > (rows["depth (off)"].time or 1.0)
     assert rows["all that are on"].macs < min(rows["heads"].macs, 1.0)
 

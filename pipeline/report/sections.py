@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .numbers import DASH, big, count, interval, percent, ratio
+from .numbers import DASH, big, count, interval, percent, ratio, significant
 from .reading import listing, mapping, number, text
 
 
@@ -98,7 +98,6 @@ def sensitivity(metrics: Mapping[str, Any]) -> Section | None:
     fractions = [float(fraction) for fraction in listing(found, "fractions")]
     form = _lost if len(fractions) <= 4 else _points_lost  # more columns of both do not fit on a terminal
     whole, cuts = mapping(metrics, "whole"), mapping(metrics, "cuts")
-    loss = number(whole, "loss")
     missed = text(metrics, "not_reached")
     both = " and rise of the loss" if form is _lost else ""
     return Section(
@@ -112,7 +111,8 @@ def sensitivity(metrics: Mapping[str, Any]) -> Section | None:
         ),
         (
             f"Top-1 lost in points{both}, on {count(number(metrics, 'images'))} calibration images by importance "
-            f"{text(metrics, 'importance')}; uncut top-1 {percent(number(whole, 'top1'))}, loss {loss:.3f}.",
+            f"{text(metrics, 'importance')}; uncut top-1 {percent(number(whole, 'top1'))}, loss "
+            f"{significant(number(whole, 'loss'))}.",
             *(f"Most sensitive: {text(cut)}." for cut in listing(metrics, "most")),
             *(f"Least sensitive: {text(cut)}." for cut in listing(metrics, "least")),
             *(
