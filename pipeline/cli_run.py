@@ -298,17 +298,9 @@ def run_part(
     asking = next((node for node in planned.nodes if node.arm == arm and node.stage.name == of), None)
     config = config_of(None if asking is None else asking.entry.config)
     node = beside(planned, session.stages, arm, part, config, like=of)
+    manner = runner.Manner(_display(session.console, quiet), session.invalid_input, force, wait_s)
     with results_only():
-        artifact, cached = runner.run_part(
-            planned,
-            node,
-            store,
-            progress=_display(session.console, quiet),
-            inputs_override=_overridden(inputs),
-            invalid_input=session.invalid_input,
-            force=force,
-            wait_s=wait_s,
-        )
+        artifact, cached = runner.run_part(planned, node, store, manner, inputs_override=_overridden(inputs))
     return {
         "arm": arm,
         "entry": node.entry.name,

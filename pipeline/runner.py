@@ -131,30 +131,21 @@ def run_stage(
 
 
 def run_part(
-    plan: Plan,
-    node: Node,
-    store: Store,
-    *,
-    progress: Display,
-    inputs_override: Mapping[str, str] | None = None,
-    invalid_input: tuple[type[Exception], ...] = (),
-    force: bool = False,
-    wait_s: float = 0.0,
-    command: Sequence[str] | None = None,
+    plan: Plan, node: Node, store: Store, manner: Manner, *, inputs_override: Mapping[str, str] | None = None
 ) -> tuple[Artifact, bool]:
     """(artifact of a node that stands in no pipeline file, whether it was there). As `run_stage`, but it leaves no run
     record: a run is of what the file names.
     """
+    display = manner.progress
     with stoppable():
-        facts = Facts(plan, store, progress)
-        inputs, _ = _alone(plan, node, store, facts, inputs_override or {}, progress, invalid_input, force)
-        with store.in_use(), progress.run(1):
-            pass_ = _Pass(plan, store, facts, progress, invalid_input, force, wait_s, command or sys.argv, None)
+        facts = Facts(plan, store, display)
+        inputs, _ = _alone(plan, node, store, facts, inputs_override or {}, manner)
+        with store.in_use(), display.run(1):
             label = "/".join(place(node))
             started = time.monotonic()
-            artifact, cached = pass_.part(node, inputs, lambda: progress.begin(1, label))
+            artifact, cached = _Pass(plan, store, facts, manner).part(node, inputs, lambda: display.begin(1, label))
             seconds = 0.0 if cached else time.monotonic() - started
-            progress.end(1, label, f"{artifact.ref}{' (cached)' if cached else ''}", seconds)
+            display.end(1, label, f"{artifact.ref}{' (cached)' if cached else ''}", seconds)
     return artifact, cached
 
 

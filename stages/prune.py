@@ -329,7 +329,7 @@ def coherent(seen: Preflight) -> None:
 def idle(seen: Preflight) -> dict[str, str]:
     """Settings without effect."""
     config: PruneConfig = seen.config
-    found = {}
+    found: dict[str, str] = {}
     if config.rounds is not None:
         found |= {f"rounds.recover.{name}": why for name, why in config.rounds.recover.idle().items()}
     target = config.target
