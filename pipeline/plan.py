@@ -58,11 +58,14 @@ def make_plan(spec: PipelineSpec, stages: Sequence[Stage]) -> Plan:
     nodes: list[Node] = []
     for arm in spec.arms.values():
         own = Problems()
-        wired = [_wired(arm, entry, kinds, own) for entry in arm.entries if not kinds[entry.uses].across_arms]
+        entries = [entry for entry in arm.entries if not kinds[entry.uses].across_arms]
+        wired = [_wired(arm, entry, kinds, spec.arms, own) for entry in entries]
         if not own.errors:
             nodes += _ordered(wired, own)
         told = {error.where for error in problems.errors}  # an arm shares most lines with main, and their mistakes
         problems.errors += [error for error in own.errors if error.where not in told]
+    if not problems.errors:
+        nodes = _ordered(nodes, problems)  # once more: an arm may name a stage of another
     main = spec.arms["main"]
     for entry in main.entries:
         if kinds[entry.uses].across_arms:
@@ -94,14 +97,16 @@ def beside(plan: Plan, stages: Sequence[Stage], arm: str, stage: Stage, config: 
     entries = (*spec.entries[:before], entry, *spec.entries[before:])
     problems = Problems()
     kinds = {one.name: one for one in (*stages, stage)}
-    node = _wired(replace(spec, entries=entries), entry, kinds, problems)
+    node = _wired(replace(spec, entries=entries), entry, kinds, plan.spec.arms, problems)
     problems.raise_if_any()
     return node
 
 
-def _wired(arm: ArmSpec, entry: EntrySpec, kinds: Mapping[str, Stage], problems: Problems) -> Node:
+def _wired(
+    arm: ArmSpec, entry: EntrySpec, kinds: Mapping[str, Stage], arms: Mapping[str, ArmSpec], problems: Problems
+) -> Node:
     stage = kinds[entry.uses]
-    edges = [*_inputs(arm, entry, stage, kinds, problems), *_references(arm, entry, stage, kinds, problems)]
+    edges = [*_inputs(arm, entry, stage, kinds, problems), *_references(arm, entry, stage, kinds, arms, problems)]
     return Node(arm.name, entry, stage, tuple(edges), arm.seed, arm.data, arm.model)
 
 
@@ -158,34 +163,55 @@ def _left_out(field: str, name: str, arm: ArmSpec, span: Span, problems: Problem
 
 
 def _references(
-    arm: ArmSpec, entry: EntrySpec, stage: Stage, kinds: Mapping[str, Stage], problems: Problems
+    arm: ArmSpec,
+    entry: EntrySpec,
+    stage: Stage,
+    kinds: Mapping[str, Stage],
+    arms: Mapping[str, ArmSpec],
+    problems: Problems,
 ) -> Iterator[Edge]:
-    """An edge for each input that a field of the config names."""
+    """An edge for each input that a field of the config names: a stage of this arm, or of another one, ARM/STAGE, under
+    the same seed.
+    """
     for role, text in stage.references(entry.config).items():
         path, span = _field(entry.node, text, role, _path(arm, entry)) or (_path(arm, entry), entry.key)
-        other = arm.entry(text)
         if text.startswith("timm:"):
             yield Edge(role, None, text)
-        elif "@" in text:
+            continue
+        if "@" in text:
             kind = text.split("@")[0]
             if kind not in kinds:
                 problems.add(f"{path}: there is no stage '{kind}'", span, suggest(kind, kinds, kind="stages"))
             yield Edge(role, None, text)
-        elif other is not None and kinds[other.uses].across_arms:
+            continue
+        place, _, name = text.rpartition("/")
+        owner = _same_seed(place, arm, arms) if place else arm
+        if owner is None:
+            known = [other.partition("@")[0] for other in arms]
+            problems.add(f"{path}: there is no arm '{place}'", span, suggest(place, dict.fromkeys(known), kind="arms"))
+            continue
+        other, wanted = owner.entry(name), stage.reference_kind
+        writers = _writers(wanted, owner, entry, kinds)
+        if other is not None and kinds[other.uses].across_arms:
             problems.add(f"{path}: '{text}' stands once for all arms and runs after them", span)
-        elif other is not None and kinds[other.uses].writes != stage.reference_kind:
-            hint = (
-                f"name a stage that writes {stage.reference_kind}: {_writers(stage.reference_kind, arm, entry, kinds)}"
-            )
-            problems.add(f"{path}: '{text}' writes {kinds[other.uses].writes}, not {stage.reference_kind}", span, hint)
+        elif other is not None and kinds[other.uses].writes != wanted:
+            hint = f"name a stage that writes {wanted}: {writers}"
+            problems.add(f"{path}: '{text}' writes {kinds[other.uses].writes}, not {wanted}", span, hint)
         elif other is not None:
-            yield Edge(role, (arm.name, text))
-        elif text in arm.left_out:
-            _left_out(path, text, arm, span, problems)
+            yield Edge(role, (owner.name, name))
+        elif name in owner.left_out:
+            _left_out(path, name, owner, span, problems)
         else:
-            hint = suggest(text, _writers(stage.reference_kind, arm, entry, kinds).split(", "), kind="stages")
+            hint = suggest(name, writers.split(", "), kind="stages")
             message = f"{path}: '{text}' is no stage of this pipeline"
-            problems.add(message, span, f"{hint}; or an artifact such as train@latest, or timm:<model>")
+            others = "one of another arm such as dense/train, an artifact such as train@latest, or timm:<model>"
+            problems.add(message, span, f"{hint}; or {others}")
+
+
+def _same_seed(name: str, arm: ArmSpec, arms: Mapping[str, ArmSpec]) -> ArmSpec | None:
+    """The arm of that name in the file, under the seed of this one."""
+    _, at, seed = arm.name.partition("@")
+    return arms.get(f"{name}{at}{seed}")
 
 
 def _writers(kind: str, arm: ArmSpec, entry: EntrySpec, kinds: Mapping[str, Stage]) -> str:
@@ -212,46 +238,49 @@ def _across(entry: EntrySpec, spec: PipelineSpec, kinds: Mapping[str, Stage], pr
             message = f"{_path(main, entry)} reads {reads.kind}, and no stage writes it"
             problems.add(message, entry.key, _producers(reads, main, kinds))
         yield from (Edge(reads.role, source) for source in sources)
-    yield from _references(main, entry, stage, kinds, problems)
+    yield from _references(main, entry, stage, kinds, spec.arms, problems)
 
 
 def _ordered(nodes: list[Node], problems: Problems) -> list[Node]:
-    """The nodes of one arm so that each stands after what it reads, otherwise in the order of the file."""
-    waiting = {node.entry.name: node for node in nodes}
+    """The nodes so that each stands after those of them that it reads, otherwise in the order that they come in."""
+    waiting = {(node.arm, node.entry.name): node for node in nodes}
     done: list[Node] = []
     while waiting:
         ready = next((n for n in waiting.values() if not any(s in waiting for s in _sources(n))), None)
         if ready is None:
             _add_cycle(waiting, problems)
             break
-        done.append(waiting.pop(ready.entry.name))
+        done.append(waiting.pop((ready.arm, ready.entry.name)))
     return done
 
 
-def _sources(node: Node) -> list[str]:
-    return [edge.source[1] for edge in node.inputs if edge.source is not None]
+def _sources(node: Node) -> list[tuple[str, str]]:
+    return [edge.source for edge in node.inputs if edge.source is not None]
 
 
-def _add_cycle(waiting: Mapping[str, Node], problems: Problems) -> None:
+def _add_cycle(waiting: Mapping[tuple[str, str], Node], problems: Problems) -> None:
     """Name one way round. Every waiting node reads a waiting one, so walking back must come round."""
     way = [next(iter(waiting))]
     while way.count(way[-1]) < 2:
         way.append(next(s for s in _sources(waiting[way[-1]]) if s in waiting))
     way = way[way.index(way[-1]) :]
-    names = list(waiting)
+    order = list(waiting)
     # The edge that reads a later stage closes the way round: it was written out, so its place can be shown.
-    reader, read = next((a, b) for a, b in pairwise(way) if names.index(b) >= names.index(a))
+    reader, read = next((a, b) for a, b in pairwise(way) if order.index(b) >= order.index(a))
     node = waiting[reader]
-    span = _item(node.entry, read) if read in node.entry.needs else None
+    within = len({arm for arm, _ in way}) == 1
+    names = {place: place[1] if within else "/".join(place) for place in way}
+    span = _item(node.entry, read[1]) if read[1] in node.entry.needs else None
     if span is None:
-        field = _field(node.entry.node, read, "", "")
+        field = _field(node.entry.node, read[1] if within else names[read], "", "")
         span = field[1] if field else node.entry.key
-    round_trip = " -> ".join(reversed(way))
-    arm = "" if node.arm == "main" else f" in arm '{node.arm}'"
+    arm = "" if node.arm == "main" or not within else f" in arm '{node.arm}'"
     message = (
-        f"'{reader}' reads itself{arm}" if len(way) == 2 else f"these stages wait for each other{arm}: {round_trip}"
+        f"'{names[reader]}' reads itself{arm}"
+        if len(way) == 2
+        else f"these stages wait for each other{arm}: {' -> '.join(names[place] for place in reversed(way))}"
     )
-    problems.add(message, span, f"let '{reader}' read an earlier stage")
+    problems.add(message, span, f"let '{names[reader]}' read an earlier stage")
 
 
 def _check_gates(spec: PipelineSpec, kinds: Mapping[str, Stage], problems: Problems) -> None:

@@ -1,9 +1,10 @@
 """Recover what a cut took: train the smaller network, taught by the one it was cut from, on what will be deployed.
 
-The teacher is any earlier stage (`teacher: train`), any model artifact (`teacher: train@7`), or any timm model
-(`teacher: "timm:regnety_160"`). Soft distillation is Hinton's, hard is DeiT's; a distilled DeiT learns from the
-teacher through its distillation token. Where nothing about the views is drawn (no mixing, and an `augment` without
-shift, flip, zoom, erase and rand), the teacher is asked once about each image, and its answers are looked up.
+The teacher is any earlier stage (`teacher: train`), that of another arm under the same seed (`dense/train`), any model
+artifact (`train@7`), or any timm model (`"timm:regnety_160"`). Soft distillation is Hinton's, hard is DeiT's; a
+distilled DeiT learns from the teacher through its distillation token. Where nothing about the views is drawn (no
+mixing, and an `augment` without shift, flip, zoom, erase and rand), the teacher is asked once about each image, and its
+answers are looked up.
 
 `distill: {features: {}}` compares hidden states as well: all tokens, after all blocks or those that are named, each
 with the teacher's as its block of the same place leaves it. Where a cut has made the student narrower, a linear

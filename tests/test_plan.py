@@ -256,8 +256,46 @@ invalid pipeline: stages.finetune.distill.teacher: 'trian' is no stage of this p
  4 |   finetune: {distill: {teacher: trian}}
    |                                 ^^^^^
   help: did you mean 'train'? valid stages: train, prune; \
-or an artifact such as train@latest, or timm:<model>"""
+or one of another arm such as dense/train, an artifact such as train@latest, or timm:<model>"""
     )
+
+
+def test_a_stage_of_another_arm_is_read_under_the_same_seed_and_made_before(tmp_path: Path) -> None:
+    text = CHAIN.replace("finetune: {}", "finetune: {distill: {teacher: dense/train}}")
+    text += "arms: {dense: {train: {epochs: 2}, finetune: {distill: {teacher: train}}}}\nseeds: [3, 4]\n"
+    made = plan(tmp_path, text)
+    order = [(node.arm, node.entry.name) for node in made.nodes]
+    for seed in ("", "@seed4"):
+        taught = made.node(f"main{seed}", "finetune")
+        assert taught is not None
+        assert {edge.role: edge.source for edge in taught.inputs}["teacher"] == (f"dense{seed}", "train")
+        assert order.index((f"dense{seed}", "train")) < order.index((f"main{seed}", "finetune"))
+    assert [entry for arm, entry in order if arm == "main"] == ["train", "prune", "finetune", "export"], (
+        "else as in the file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("teacher", "arms", "message"),
+    [
+        ("dence/train", "{dense: {train: {epochs: 2}}}", "there is no arm 'dence'"),
+        ("dense/trian", "{dense: {train: {epochs: 2}}}", "'dense/trian' is no stage of this pipeline"),
+        ("dense/prune", "{dense: {prune: null, finetune: null}}", "arm 'dense' leaves out 'prune' (line 6)"),
+    ],
+)
+def test_a_stage_of_another_arm_that_is_not_there_is_refused(
+    tmp_path: Path, teacher: str, arms: str, message: str
+) -> None:
+    text = CHAIN.replace("finetune: {}", f"finetune: {{distill: {{teacher: {teacher}}}}}") + f"arms: {arms}\n"
+    assert (f"stages.finetune.distill.teacher: {message}", "4:33") in told(tmp_path, text)
+
+
+def test_arms_that_wait_for_each_other_are_refused_naming_the_way_round(tmp_path: Path) -> None:
+    text = CHAIN.replace("finetune: {}", "finetune: {distill: {teacher: a/finetune}}")
+    text += "arms: {a: {finetune: {distill: {teacher: main/finetune}}}}\n"
+    ((message, where),) = told(tmp_path, text)
+    assert message == "these stages wait for each other: main/finetune -> a/finetune -> main/finetune"
+    assert where in ("4:33", "5:33")
 
 
 def test_a_reference_to_an_artifact_of_no_stage_is_refused(tmp_path: Path) -> None:

@@ -227,7 +227,20 @@ def test_a_record_that_lacks_nearly_everything_still_makes_a_page(tmp_path: Path
 def test_metrics_of_the_wrong_shape_become_dashes_not_errors(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     wrong: list[Any] = [None, 3, "text", [], [1, None], {"a": 1}, {"before": 3}, True]
-    names = ("examples", "patches", "top1", "curve", "asked", "reached", "widths", "parity", "nodes", "speedup", "rows")
+    names: tuple[str, ...] = (
+        "examples",
+        "patches",
+        "top1",
+        "curve",
+        "asked",
+        "reached",
+        "widths",
+        "parity",
+        "nodes",
+        "speedup",
+        "rows",
+    )
+    names += ("feasible", "candidates", "rounds", "multiples")
     for stage in ("ticket", "train", "prune", "finetune", "export", "quantize", "benchmark", "other"):
         for i, value in enumerate(wrong):
             fields: dict[str, Any] = {"ledger": value, "inputs": value, "notes": value, "command": value, "host": value}
@@ -619,3 +632,31 @@ def test_the_ledger_says_how_many_processes_shared_the_work_where_it_was_not_one
             told = {line[1].strip(): line[column].strip() for line in table[2:] if len(line) == len(table[0])}
             assert (told["main"], told["dense"]) == ("4", "1")
             assert told["old"] not in ("1", "4")
+
+
+def test_a_cut_is_told_in_the_unit_of_its_target_with_what_was_tried_on_the_way(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    metrics = prune_metrics() | {
+        "importance": "taylor",
+        "asked": {"speedup": 2.0},
+        "reached": {"macs": 0.481, "params": 0.467, "speedup": 2.04},
+        "allocation": "latency",
+        "multiples": {"round_to": 32, "head_round_to": 4},
+        "feasible": [
+            {"axis": "mlp", "macs": 0.55, "params": 0.5, "time": 0.625},
+            {"axis": "embed (off)", "macs": 0.25, "params": 0.2, "time": None},
+        ],
+        "candidates": [{"asked": 0.5, "measured": 0.53, "estimated": 0.4875}],
+        "rounds": [{"round": 1, "macs": 0.7, "top1_calibration_cut": 0.61, "top1_calibration": 0.88}],
+    }
+    bench.add("main", "prune", metrics)
+    page, _ = written(bench.record(), bench.shelf)
+    said = " ".join(page.text.split())
+    for part in (
+        "Asked to keep 2.00 times the speed; reached 48.1% of MACs, 46.7% of parameters, 2.04 times the speed.",
+        "Cut by taylor, allocation latency; widths are multiples of 32, in heads of 4.",
+        "mlp 55.0% of MACs, 50.0% of parameters, 1.60 times the speed by estimate; embed (off) 25.0% of MACs",
+        "Candidates as files, of 0.500 asked: 0.530 (estimated 0.487).",
+        "70.0% of MACs, 61.0% cut and 88.0% recovered.",
+    ):
+        assert part in said, part

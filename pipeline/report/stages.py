@@ -107,13 +107,34 @@ def _masks(masks: Mapping[str, Any]) -> list[str]:
 
 
 def _prune(metrics: Mapping[str, Any]) -> list[str]:
-    asked = ", ".join(
-        f"{percent(number(metrics, 'asked', name))} of {_unit(name)}" for name in mapping(metrics, "asked")
-    )
-    reached = ", ".join(
-        f"{percent(number(metrics, 'reached', name))} of {_unit(name)}" for name in mapping(metrics, "reached")
-    )
+    asked = ", ".join(_target(name, number(metrics, "asked", name)) for name in mapping(metrics, "asked"))
+    reached = ", ".join(_target(name, number(metrics, "reached", name)) for name in mapping(metrics, "reached"))
     said = [f"Asked to keep {asked}; reached {reached}." if asked and reached else ""]
+    rule, multiples = text(metrics, "allocation"), mapping(metrics, "multiples")
+    if rule and multiples:
+        said.append(
+            f"Cut by {text(metrics, 'importance')}, allocation {rule}; widths are multiples of "
+            f"{count(number(multiples, 'round_to'))}, in heads of {count(number(multiples, 'head_round_to'))}."
+        )
+    far = [_reach(row) for row in listing(metrics, "feasible")]
+    if far:
+        said.append(f"As far as each axis goes by itself: {'; '.join(far)}.")
+    tried = [
+        f"{significant(number(row, 'measured'))} (estimated {significant(number(row, 'estimated'))})"
+        for row in listing(metrics, "candidates")
+    ]
+    if tried:
+        said.append(
+            f"Candidates as files, of {significant(number(listing(metrics, 'candidates')[0], 'asked'))} asked: "
+            f"{', '.join(tried)}."
+        )
+    rounds = [
+        f"{percent(number(row, 'macs'))} of MACs, {percent(number(row, 'top1_calibration_cut'))} cut and "
+        f"{percent(number(row, 'top1_calibration'))} recovered"
+        for row in listing(metrics, "rounds")
+    ]
+    if rounds:
+        said.append(f"Rounds before the last cut, top-1 on the calibration split: {'; '.join(rounds)}.")
     cuts = []
     for name in ("macs", "parameters"):
         before, after = number(metrics, "before", name), number(metrics, "after", name)
@@ -126,6 +147,27 @@ def _prune(metrics: Mapping[str, Any]) -> list[str]:
     if before_recovery is not None:
         said.append(f"Top-1 {percent(before_recovery)} straight after the cut, before fine-tuning.")
     return said
+
+
+def _target(name: str, value: float | None) -> str:
+    """A target of prune, asked or reached: a share, or what a file is and takes."""
+    match name:
+        case "size_mb":
+            return f"{significant(value)} MB"
+        case "latency_ms":
+            return f"{significant(value)} ms"
+        case "speedup":
+            return f"{significant(value)} times the speed"
+        case _:
+            return f"{percent(value)} of {_unit(name)}"
+
+
+def _reach(row: Mapping[str, Any]) -> str:
+    """Such as "mlp 41.2% of MACs, 38.0% of parameters, 1.92 times the speed by estimate"."""
+    time = number(row, "time")
+    fast = f", {significant(1 / time)} times the speed by estimate" if time else ""
+    macs, params = percent(number(row, "macs")), percent(number(row, "params"))
+    return f"{text(row, 'axis')} {macs} of MACs, {params} of parameters{fast}"
 
 
 def _export(metrics: Mapping[str, Any]) -> list[str]:

@@ -36,7 +36,9 @@ class Features(Settings):
 class Distill(Settings):
     """Learning from a teacher's answers, and from what it makes of an image on the way to them."""
 
-    teacher: str = Field("train", description="a stage of this pipeline, an artifact (train@7), or timm:<model>")
+    teacher: str = Field(
+        "train", description="a stage (train; of another arm dense/train), an artifact (train@7), or timm:<model>"
+    )
     kind: Literal["soft", "hard"] = Field("soft", description="soft: softened outputs; hard: the teacher's decision")
     weight: float = Field(0.5, gt=0, le=1, description="share of the distillation loss; the rest is the labels'")
     temperature: float = Field(2.0, gt=0, le=100, description="softening of both outputs, kind: soft only")
