@@ -107,25 +107,30 @@ def test_rounds_that_were_killed_again_and_again_end_with_the_same_bits(
     from sievit.stages.vision import training
 
     whole = training.fit
-    for after in (2, 1, 3, 2, 0):
+
+    def ticked(*given: Any, **named: Any) -> Any:
         told = 0
 
-        def ticked(*given: Any, after: int = after, **named: Any) -> Any:
-            def tick(steps: int, values: Any) -> None:
-                nonlocal told
-                told += 1
-                if told > after:
-                    raise Killed
+        def tick(steps: int, values: Any) -> None:
+            nonlocal told
+            told += 1
+            if told > 1:
+                raise Killed
 
-            return whole(*given, **(named | {"tick": tick, "checkpoint_seconds": 0.0}))
+        return whole(*given, **(named | {"tick": tick, "checkpoint_seconds": 0.0}))
 
-        monkeypatch.setattr(training, "fit", ticked)
-        with pytest.raises(Killed):
-            prune.run(context(tmp_path, config, "killed"))
-    monkeypatch.setattr(training, "fit", whole)
-    again = context(tmp_path, config, "killed")
-    prune.run(again)
-    assert sorted(path.name for path in (again.work).glob("round-*") if path.is_dir()) == ["round-1", "round-2"]
+    monkeypatch.setattr(training, "fit", ticked)
+    kills, done = 0, False
+    while not done:
+        again = context(tmp_path, config, "killed")
+        try:
+            prune.run(again)
+            done = True
+        except Killed:
+            kills += 1
+            assert kills < 20
+    assert kills >= 4
+    assert sorted(path.name for path in again.work.glob("round-*") if path.is_dir()) == ["round-1", "round-2"]
     for path in undisturbed.out.iterdir():
         assert (again.out / path.name).read_bytes() == path.read_bytes(), path.name
     assert again.metrics["rounds"] == undisturbed.metrics["rounds"]
