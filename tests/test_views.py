@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from report_run import measurement
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 
 from sievit.pipeline import views
 from sievit.pipeline.diagnostics import Source, Span, located
@@ -98,3 +98,22 @@ def test_a_difference_ends_with_what_both_have_in_common() -> None:
     assert [line.split() for line in shown[-2:]] == [
         ["images_jaccard", "0.25"], ["patches_of", "9", "training", "images"],
     ]  # fmt: skip
+
+
+def test_a_matrix_of_three_kinds_of_patches_fits_80_columns_with_its_intervals_whole() -> None:
+    kinds = ("ticket", "random", "full")
+    cells = [
+        {"arm": "magnitude", "test": kind, "mean": 0.295, "low": 0.2731, "high": 0.3172, "seeds": [0.295]}
+        for kind in kinds
+    ]
+    spent = {"steps": 128, "macs": 600e9, "scoring_macs": 30e9}
+    matrix = {
+        "test": list(kinds), "arms": [{"arm": "magnitude", "spent": [spent]}], "cells": cells, "seeds": ["0", "1"],
+        "claims": [], "budget": "epochs", "test_images": 3000,
+    }  # fmt: skip
+    lines = drawn(Group(*views.further({"matrix": matrix}))).splitlines()
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert text.count("27.3–31.7%") == 3
+    for whole in ("magnitude", "On ticket", "On random", "On full", "Steps", "MACs spent", "630 G"):
+        assert whole in text
