@@ -77,9 +77,10 @@ def test_scores_are_those_of_torch_prunings_own_groups(family: str, method: Any)
     net = network(family)
     torch.nn.functional.cross_entropy(net(images(8)), torch.arange(8) % 5).backward()
     scores = score(net, method, 0)
-    scorer: Any = tp.importance.GroupMagnitudeImportance(p=1)
+    added: Any = {"group_reduction": "sum", "normalizer": None}
+    scorer: Any = tp.importance.GroupMagnitudeImportance(p=1, **added)
     if method == "taylor":
-        scorer = tp.importance.GroupTaylorImportance()
+        scorer = tp.importance.GroupTaylorImportance(**added)
     graph = graph_of(net)
     ours = [scores.embed[0], *scores.mlp]
     for mine, (_, layer, function, size) in zip(ours, roots(net), strict=True):

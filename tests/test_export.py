@@ -37,18 +37,23 @@ def variant(kind: str) -> Network:
     "kind",
     [
         "dense",
-        "distilled",
-        "registers",
-        "lv-vit",
-        "pruned",
         "pruned distilled",
-        "reduced",
-        "pruned reduced",
         "pruned reduced lv-vit",
         "reduced fused",
         "merged",
-        "merged distilled",
-        "pruned merged registers",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in (
+                "distilled",
+                "registers",
+                "lv-vit",
+                "pruned",
+                "reduced",
+                "pruned reduced",
+                "merged distilled",
+                "pruned merged registers",
+            )
+        ),
     ],
 )
 def test_the_file_answers_as_the_network_at_batch_1_and_n(kind: str, tmp_path: Path) -> None:

@@ -109,15 +109,20 @@ def same_weights(folder: Path, other: Path) -> bool:
     return all(bool((one[name] == two[name]).all()) for name in one | two)
 
 
-def test_what_was_made_says_how_many_made_it_and_a_second_run_starts_none(undisturbed: Path) -> None:
-    made = manifest(undisturbed)
+def test_what_was_made_says_how_many_made_it_and_a_second_run_starts_none(tmp_path: Path) -> None:
+    folder = project(tmp_path / "project")
+    short = ("run", "--json", "--set", "train.epochs=2")
+    code, out, error = sievit(folder, *short)
+    assert code == 0 and error == "", error
+    assert json.loads(out)["state"] == "complete", "stdout is one document, by one process"
+    made = manifest(folder)
     assert made["processes"]["count"] == 2 and made["processes"]["sharding"] == "ddp"
     assert all(memory > 50 for memory in made["processes"]["peak_memory_mb"])
-    assert made["ledger"]["images"] == 60 * 64 and made["command"] == "sievit run --json"
-    code = "import sys; from sievit.stages.__main__ import main; code = main(); assert 'torch' not in sys.modules; "
+    assert made["ledger"]["images"] == 2 * 64 and made["command"] == f"sievit {' '.join(short)}"
+    program = "import sys; from sievit.stages.__main__ import main; code = main(); assert 'torch' not in sys.modules; "
     environment = os.environ | {"PYTHONPATH": str(ROOT / ".typing")}
-    again = [sys.executable, "-c", code + "sys.exit(code)", "run", "--json"]
-    done = subprocess.run(again, cwd=undisturbed, env=environment, capture_output=True, text=True, timeout=60)
+    again = [sys.executable, "-c", program + "sys.exit(code)", *short]
+    done = subprocess.run(again, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and json.loads(done.stdout)["stages"][0]["state"] == "cached", done.stderr
 
 
