@@ -6,8 +6,8 @@ No pipeline file names this module; `prune` looks at a network by it before each
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sievit.pipeline.stage import Context
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .latencies import Table
     from .methods.allocation import Kept, Pressure, Scores
-    from .methods.greedy_allocation import Worth
+    from .methods.greedy_allocation import Stop, Worth
     from .targets import Reach
     from .vision.architecture import Architecture, SwinArchitecture
     from .vision.calibration import Calibration
@@ -147,7 +147,7 @@ def _by_price(
     scores: Scores, worth: Worth, table: Table | None, axes: Pressure, before: Record, rounding: dict[str, int]
 ) -> Propose:
     """Proposals on the way of least lost by millisecond, without a table by MAC."""
-    from .methods.allocation import give_back
+    from .methods.allocation import Axis, Pressure, give_back
     from .methods.cost import BlockWidths
     from .methods.greedy_allocation import ImportanceWorth, kept_of, way
     from .vision.block_shapes import macs
@@ -157,15 +157,29 @@ def _by_price(
         return worth.lost_in_block(block, BlockWidths(1, 1, 1, then), BlockWidths(1, 1, 1, now))
 
     by = None if isinstance(worth, ImportanceWorth) else gain
-    stops = way(scores, worth, table.milliseconds(before) if table else macs(before), axes, **rounding)
+    saved = table.milliseconds(before) if table else macs(before)
+    stops = way(scores, worth, saved, axes, **rounding)
+    finer = (replace(axes, depth=Axis(), embed=Axis()), Pressure(mlp=axes.mlp))
 
     def propose(cost: Callable[[Record], float], limit: float) -> Kept | None:
         def of(kept: Kept) -> float:
             return cost(kept_architecture(before, kept))
 
-        first = bisect_left(stops, True, key=lambda stop: of(kept_of(stop, scores)) <= limit)
+        def crossing(some: Sequence[Stop]) -> int:
+            return bisect_left(some, True, key=lambda stop: of(kept_of(stop, scores)) <= limit)
+
+        first = crossing(stops)
         if first == len(stops):
             return None
-        return give_back(scores, kept_of(stops[first], scores), of, limit, axes.mlp, rounding["round_to"], by)
+        found, last = kept_of(stops[first], scores), stops[first - 1] if first else None
+        for part in finer:  # the step that crosses the limit may be a whole block: smaller ones come nearer
+            if last is None:
+                break
+            more = way(scores, worth, saved, part, **rounding, start=last)
+            first = crossing(more)
+            if first < len(more):
+                found = max(kept_of(more[first], scores), found, key=of)
+            last = more[first - 1]
+        return give_back(scores, found, of, limit, axes.mlp, rounding["round_to"], by)
 
     return propose

@@ -63,11 +63,13 @@ def test_a_bar_that_is_missed_is_told_and_one_that_holds_is_not(bench: ModuleTyp
     rows = [
         {"model": "m", "cut": "uniform", "kind": "macs", "asked": 0.5, "reached": 0.491, "speedup": 1.8},
         {"model": "m", "cut": "by latency", "kind": "macs", "asked": 0.5, "reached": 0.48, "speedup": 2.2},
-        {"model": "m", "cut": "to a speed-up", "kind": "speedup", "asked": 2.0, "reached": 2.09, "speedup": 1.7},
+        {"model": "m", "cut": "to a speed-up", "kind": "speedup", "asked": 2.0, "reached": 2.1, "speedup": 1.7},
         {"model": "m", "cut": "Torch-Pruning", "kind": "macs", "asked": None, "reached": None, "speedup": 1.8},
+        {"model": "n", "cut": "to a speed-up", "kind": "speedup", "asked": 2.0, "reached": 2.11, "speedup": 1.7},
         {"model": "n", "cut": "uniform", "kind": "macs", "asked": 0.5, "reached": 0.5, "speedup": 1.1},
     ]
     assert bench.missed(rows) == [
         "m, uniform: 1.80x, Torch-Pruning 1.80x",
         "m, by latency: 0.480 where 0.5 was asked",
+        "n, to a speed-up: 2.110 where 2.0 was asked",
     ]

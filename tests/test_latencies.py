@@ -19,7 +19,7 @@ from test_targets import context
 from tiny_vision import network, swin
 
 from sievit.pipeline.stage import Part
-from sievit.stages import latencies, prune
+from sievit.stages import latencies, proposals, prune
 from sievit.stages.methods.allocation import Axis, Pressure, Scores
 from sievit.stages.methods.block_latency import (
     BlockLatency,
@@ -38,6 +38,7 @@ from sievit.stages.targets import Target
 from sievit.stages.vision import block_shapes
 from sievit.stages.vision.architecture import TokenDrop
 from sievit.stages.vision.block_shapes import probes, shapes, surroundings
+from sievit.stages.vision.surgery import kept_architecture, score
 from sievit.stages.vision.weights import load_network
 
 RATES = BlockLatency(
@@ -239,6 +240,24 @@ def test_axes_that_are_off_blocks_that_are_spared_and_those_that_are_fixed_stay_
     whole = BlockWidths(3, 8, 8, 32)
     assert last.blocks == (replace(whole, mlp=4), None, whole)
     assert last.streams == (24,)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.75, 0.6, 0.45])
+def test_a_step_of_a_whole_block_does_not_leave_a_proposal_far_below_its_limit(share: float) -> None:
+    """Blocks that are worth little go first; what one of them goes too far is made up in units of others."""
+    net = network(depth=4)
+    before = net.architecture
+    given = score(net, "l1", 0)
+    of_blocks = Pressure(mlp=Axis(0.001), heads=Axis(0.001), depth=Axis(1.0))
+    propose = proposals._by_price(given, ImportanceWorth(given), None, of_blocks, before, ROUNDING)
+    limit = share * before.macs()
+    kept = propose(lambda record: float(record.macs()), limit)
+    assert kept is not None
+    unit = before.macs() - before.cut([replace(before.blocks[0], mlp=before.blocks[0].mlp - 4), *before.blocks[1:]],
+                                      before.streams).macs()  # fmt: skip
+    reached = kept_architecture(before, kept).macs()
+    assert limit - unit < reached <= limit
+    assert len(kept.left) == -(-int(1000 * share) // 250), "all blocks went that the limit has room for, and no more"
 
 
 # ---- the stage

@@ -90,13 +90,20 @@ class ImportanceWorth:
 
 
 def way(
-    scores: Scores, worth: Worth, cost: Cost, pressure: Pressure, *, round_to: int, head_round_to: int
+    scores: Scores,
+    worth: Worth,
+    cost: Cost,
+    pressure: Pressure,
+    *,
+    round_to: int,
+    head_round_to: int,
+    start: Stop | None = None,
 ) -> list[Stop]:
-    """The networks from the whole one down to the smallest that the axes allow, and that the worth knows of. Of cuts at
-    the same price the smallest is made: its steps come closest to a target.
+    """The networks from `start`, None: the whole one, down to the smallest that the axes allow, and that the worth
+    knows of. Of cuts at the same price the smallest is made: its steps come closest to a target.
     """
     walk = _Walk(scores, worth, cost, pressure, round_to, head_round_to)
-    stops = [walk.start()]
+    stops = [start or walk.start()]
     while True:
         cuts = [cut for cut in walk.cuts(stops[-1]) if cut.saved > 0 and cut.lost < inf]
         if not cuts:
