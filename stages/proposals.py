@@ -158,7 +158,12 @@ def _by_price(
 
     by = None if isinstance(worth, ImportanceWorth) else gain
     saved = table.milliseconds(before) if table else macs(before)
-    stops = way(scores, worth, saved, axes, **rounding)
+    multiples = rounding["round_to"], rounding["head_round_to"]
+
+    def down(pressure: Pressure, start: Stop | None = None) -> list[Stop]:
+        return way(scores, worth, saved, pressure, round_to=multiples[0], head_round_to=multiples[1], start=start)
+
+    stops = down(axes)
     finer = (replace(axes, depth=Axis(), embed=Axis()), Pressure(mlp=axes.mlp))
 
     def propose(cost: Callable[[Record], float], limit: float) -> Kept | None:
@@ -175,7 +180,7 @@ def _by_price(
         for part in finer:  # the step that crosses the limit may be a whole block: smaller ones come nearer
             if last is None:
                 break
-            more = way(scores, worth, saved, part, **rounding, start=last)
+            more = down(part, last)
             first = crossing(more)
             if first < len(more):
                 found = max(kept_of(more[first], scores), found, key=of)
