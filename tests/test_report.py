@@ -346,7 +346,7 @@ def test_each_stage_tells_what_was_asked_and_what_was_reached(run: tuple[dict[st
     told = (
         "Examples by el2n: kept 970 of 1,212 (80.0%), asked 80.0%.",
         "Top-1 95.1% on the test split with ticket patches only.",
-        "Asked to keep 50.0% of MACs; reached 48.1% of MACs, 46.7% of parameters.",
+        "Asked for 50.0% of MACs; reached 48.1% of MACs, 46.7% of parameters.",
         "logits differ by at most 2.4e-6, same top-1 on 100%, at batch 1 and 7.",
         "Chosen: INT8, because it is 1.25x faster and loses 0.2 points.",
         "Top-1 on the calibration split: FP32 97.8% → INT8 97.6% (drop 0.2 points, 1.0 points allowed).",
@@ -653,7 +653,7 @@ def test_a_cut_is_told_in_the_unit_of_its_target_with_what_was_tried_on_the_way(
     page, _ = written(bench.record(), bench.shelf)
     said = " ".join(page.text.split())
     for part in (
-        "Asked to keep 2.00 times the speed; reached 48.1% of MACs, 46.7% of parameters, 2.04 times the speed.",
+        "Asked for 2.00 times the speed; reached 48.1% of MACs, 46.7% of parameters, 2.04 times the speed.",
         "Cut by taylor, allocation latency; widths are multiples of 32, in heads of 4.",
         "mlp 55.0% of MACs, 50.0% of parameters, 1.60 times the speed by estimate; embed (off) 25.0% of MACs",
         "Candidates as files, of 0.500 asked: 0.530 (estimated 0.487).",

@@ -109,7 +109,7 @@ def _masks(masks: Mapping[str, Any]) -> list[str]:
 def _prune(metrics: Mapping[str, Any]) -> list[str]:
     asked = ", ".join(_target(name, number(metrics, "asked", name)) for name in mapping(metrics, "asked"))
     reached = ", ".join(_target(name, number(metrics, "reached", name)) for name in mapping(metrics, "reached"))
-    said = [f"Asked to keep {asked}; reached {reached}." if asked and reached else ""]
+    said = [f"Asked for {asked}; reached {reached}." if asked and reached else ""]
     rule, multiples = text(metrics, "allocation"), mapping(metrics, "multiples")
     if rule and multiples:
         said.append(
