@@ -62,7 +62,8 @@ class Target(Settings):
     def _one(self) -> Target:
         given = [name for name in _KINDS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of {', '.join(_KINDS[:-1])} and {_KINDS[-1]}")
+            both = f"; {' and '.join(given)} are given: set one of them to null" if given else ""
+            raise ValueError(f"give exactly one of {', '.join(_KINDS[:-1])} and {_KINDS[-1]}{both}")
         return self
 
     @property
