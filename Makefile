@@ -18,6 +18,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 run: $(VENV)/run.stamp
 	$(BIN)/sievit run $(PIPELINE)
 
+# One thread a process: as many processes as cores with as many threads each spend their time waiting for each other.
+test: export OMP_NUM_THREADS := 1
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
