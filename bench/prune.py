@@ -47,10 +47,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sievit.pipeline.progress import Silent
+from sievit.stages.candidates import OPSET, Serving, setting_of
 from sievit.stages.deploy.latency import Plan, Subject, measure
 from sievit.stages.deploy.statistics import percentile_interval, ratio_interval
 from sievit.stages.methods.cost import BlockWidths
-from sievit.stages.targets import OPSET, Serving, setting_of
 from sievit.stages.vision.architecture import Architecture
 from sievit.stages.vision.network import Network, create
 from sievit.stages.vision.onnx_export import clean, export, export_shape

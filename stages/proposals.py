@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sievit.pipeline.stage import Context
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from .latencies import Table
     from .methods.allocation import Kept, Pressure, Scores
     from .methods.greedy_allocation import Stop, Worth
-    from .targets import Reach
     from .vision.architecture import Architecture, SwinArchitecture
     from .vision.calibration import Calibration
     from .vision.dataset import Splits
@@ -55,11 +55,12 @@ class Rule:
 @dataclass(frozen=True)
 class Outlook:
     """What can become of a network. propose: (cost, limit) -> the largest cut whose cost is at most the limit, None
-    when there is none; reach: how far each axis goes by itself; calibration: the images that importance was judged by.
+    when there is none; scores, axes: what it goes by; calibration: the images that importance was judged by.
     """
 
     propose: Propose
-    reach: list[Reach]
+    scores: Scores
+    axes: Pressure
     calibration: Calibration
 
 
@@ -89,18 +90,15 @@ def look(
     sensitivity was too short.
     """
     from .importances import judge
-    from .targets import reach
 
     config, record = ctx.config, network.architecture
     scores, calibration = judge(ctx, config.judging, network, splits, normalise, device)
     axes = pressure(config.pressed(), rule.depth, so_far)
-    table, rounding = rule.table, rule.rounding
     if config.allocation == "uniform":
-        propose = _by_rank(scores, axes, record, rounding)
+        propose = _by_rank(scores, rule, axes, record)
     else:
-        propose = _by_price(scores, _worth(ctx, scores, axes), table, axes, record, rounding)
-    rows = reach(scores, axes, record, table.ms if table else None, rounding, config.deepest)
-    return Outlook(propose, rows, calibration)
+        propose = _by_price(scores, _worth(ctx, scores, axes), rule, axes, record)
+    return Outlook(propose, scores, axes, calibration)
 
 
 def _table(ctx: Context, before: Record) -> Table | None:
@@ -114,12 +112,15 @@ def _table(ctx: Context, before: Record) -> Table | None:
     return table(ctx, before, serving.batch, serving.threads)
 
 
-def _by_rank(scores: Scores, axes: Pressure, before: Record, rounding: dict[str, int]) -> Propose:
+def _by_rank(scores: Scores, rule: Rule, axes: Pressure, before: Record) -> Propose:
     """Proposals of the uniform rule."""
     from .methods.allocation import allocate
     from .vision.surgery import kept_architecture
 
-    return lambda cost, limit: allocate(scores, lambda k: cost(kept_architecture(before, k)), limit, axes, **rounding)
+    def propose(cost: Callable[[Record], float], limit: float) -> Kept | None:
+        return allocate(scores, lambda k: cost(kept_architecture(before, k)), limit, axes, **rule.rounding)
+
+    return propose
 
 
 def _worth(ctx: Context, scores: Scores, axes: Pressure) -> Worth:
@@ -143,9 +144,7 @@ def _worth(ctx: Context, scores: Scores, axes: Pressure) -> Worth:
     return found.worth()
 
 
-def _by_price(
-    scores: Scores, worth: Worth, table: Table | None, axes: Pressure, before: Record, rounding: dict[str, int]
-) -> Propose:
+def _by_price(scores: Scores, worth: Worth, rule: Rule, axes: Pressure, before: Record) -> Propose:
     """Proposals on the way of least lost by millisecond, without a table by MAC."""
     from .methods.allocation import Axis, Pressure, give_back
     from .methods.cost import BlockWidths
@@ -157,11 +156,8 @@ def _by_price(
         return worth.lost_in_block(block, BlockWidths(1, 1, 1, then), BlockWidths(1, 1, 1, now))
 
     by = None if isinstance(worth, ImportanceWorth) else gain
-    saved = table.milliseconds(before) if table else macs(before)
-    multiples = rounding["round_to"], rounding["head_round_to"]
-
-    def down(pressure: Pressure, start: Stop | None = None) -> list[Stop]:
-        return way(scores, worth, saved, pressure, round_to=multiples[0], head_round_to=multiples[1], start=start)
+    saved = rule.table.milliseconds(before) if rule.table else macs(before)
+    down = partial(way, scores, worth, saved, round_to=rule.round_to, head_round_to=rule.head_round_to)
 
     stops = down(axes)
     finer = (replace(axes, depth=Axis(), embed=Axis()), Pressure(mlp=axes.mlp))
@@ -180,11 +176,11 @@ def _by_price(
         for part in finer:  # the step that crosses the limit may be a whole block: smaller ones come nearer
             if last is None:
                 break
-            more = down(part, last)
+            more = down(part, start=last)
             first = crossing(more)
             if first < len(more):
                 found = max(kept_of(more[first], scores), found, key=of)
             last = more[first - 1]
-        return give_back(scores, found, of, limit, axes.mlp, rounding["round_to"], by)
+        return give_back(scores, found, of, limit, axes.mlp, rule.round_to, by)
 
     return propose

@@ -61,6 +61,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
@@ -168,6 +169,7 @@ class PruneConfig(Config):
 def run(ctx: Context) -> None:
     """Gradients, scores, allocation, cut, in rounds where they are asked for; what was asked and what was reached."""
     from . import targets
+    from .candidates import Files
     from .importances import given
     from .methods.allocation import compose
     from .proposals import look, rule_of
@@ -186,8 +188,11 @@ def run(ctx: Context) -> None:
 
     rule = rule_of(ctx, before)
     first = look(ctx, rule, network, None, splits, normalise, device)
-    ctx.progress.note(f"as far as each axis goes by itself, of the MACs: {targets.summary(first.reach)}")
-    files = targets.Files(ctx, before, config.target)
+    time = rule.table.ms if rule.table else None
+    reach = targets.reach(first.scores, first.axes, before, time, rule.rounding, config.deepest)
+    ctx.progress.note(f"as far as each axis goes by itself, of the MACs: {targets.summary(reach)}")
+    refused = partial(targets.unreachable, config.target, reach, config.deepest)
+    files = Files(ctx, before, config.target.serving)
 
     def outlook(current: Network, so_far: Kept | None) -> Outlook:
         return first if so_far is None else look(ctx, rule, current, so_far, splits, normalise, device)
@@ -196,7 +201,7 @@ def run(ctx: Context) -> None:
         seen = outlook(current, so_far)
         kept = seen.propose(*targets.part_way(config.target, before, files, rule.estimate, along))
         if kept is None:
-            raise targets.unreachable(config.target, first.reach, config.deepest)
+            raise refused()
         return _smaller(ctx, current, kept, seen), kept
 
     reached = Approach(network)
@@ -213,9 +218,8 @@ def run(ctx: Context) -> None:
         before,
         files,
         rule.estimate,
+        refused,
     )
-    if found is None:
-        raise targets.unreachable(config.target, first.reach, config.deepest)
     kept = found.kept if reached.kept is None else compose(reached.kept, found.kept)
     _refuse_nothing(before, kept_architecture(before, kept))
     smaller = _smaller(ctx, current, found.kept, last)
@@ -237,7 +241,7 @@ def run(ctx: Context) -> None:
         },
         "allocation": config.allocation,
         "multiples": rule.rounding,
-        "feasible": [asdict(row) for row in first.reach],
+        "feasible": [asdict(row) for row in reach],
         "candidates": found.trials,
         "before": {"macs": before.macs(), "parameters": parameters["before"]},
         "after": {"macs": after.macs(), "parameters": parameters["after"]},

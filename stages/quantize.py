@@ -31,6 +31,7 @@ from sievit.pipeline.errors import SievitError
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 from .methods import InvalidInput
+from .vision.notes import write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -166,9 +167,7 @@ def _choose(
         ctx.metrics["speedup"] = kept["speedup"]
         return kept["chosen"], kept["reason"]
     chosen, reason, speed = _decide(ctx, config, source, best, drop)
-    partial = decision.with_suffix(".part")
-    partial.write_text(json.dumps({"chosen": chosen, "reason": reason, "speedup": speed}), encoding="utf-8")
-    partial.replace(decision)
+    write_whole(decision, {"chosen": chosen, "reason": reason, "speedup": speed})
     ctx.metrics["speedup"] = speed
     return chosen, reason
 

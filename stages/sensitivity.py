@@ -18,7 +18,6 @@ writes   sensitivity.json: for every cut what is kept, top-1 and mean cross-entr
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from pydantic import Field, model_validator
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 from .importances import Judging, check_given
+from .vision.notes import write_whole
 from .vision.recipe import Settings
 
 if TYPE_CHECKING:
@@ -192,12 +192,7 @@ class _Measured:
         self.seconds += seconds
         self.known[name] = answer
         known = {name: asdict(answer) for name, answer in self.known.items()}
-        temporary = self._path.with_suffix(".part")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump({"seconds": self.seconds, "known": known}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        write_whole(self._path, {"seconds": self.seconds, "known": known})
         return answer
 
 

@@ -312,7 +312,7 @@ def test_variants_are_interleaved_in_random_order_with_the_baseline_twice(tmp_pa
 def test_a_worker_runs_on_as_many_cores_as_threads(tmp_path: Path) -> None:
     path = tiny_onnx.linear(tmp_path / "a.onnx")
     with Child("worker", "a") as process:
-        command = latency._load("load", subject(path), Setting("cpu", 1, 1, "host"), str(tmp_path))
+        command = latency.load_command("load", subject(path), Setting("cpu", 1, 1, "host"), str(tmp_path))
         process.ask(command, 60)
         assert os.sched_getaffinity(process._process.pid) == set(isa.measuring_cores(1))
     assert len(isa.measuring_cores(1)) == 1

@@ -248,8 +248,9 @@ def test_a_step_of_a_whole_block_does_not_leave_a_proposal_far_below_its_limit(s
     net = network(depth=4)
     before = net.architecture
     given = score(net, "l1", 0)
+    rule = proposals.Rule(len(before.blocks), None, **ROUNDING)
     of_blocks = Pressure(mlp=Axis(0.001), heads=Axis(0.001), depth=Axis(1.0))
-    propose = proposals._by_price(given, ImportanceWorth(given), None, of_blocks, before, ROUNDING)
+    propose = proposals._by_price(given, ImportanceWorth(given), rule, of_blocks, before)
     limit = share * before.macs()
     kept = propose(lambda record: float(record.macs()), limit)
     assert kept is not None

@@ -15,12 +15,13 @@ from tiny_vision import ARGS, image_folder, network, swin
 from sievit.pipeline import keys
 from sievit.pipeline.settings import DataConfig, ModelConfig
 from sievit.pipeline.stage import Context
-from sievit.stages import proposals, prune, targets
+from sievit.stages import candidates, proposals, prune
+from sievit.stages.candidates import Serving
 from sievit.stages.methods import InvalidInput
 from sievit.stages.methods.allocation import Axis, Pressure, at_dial
 from sievit.stages.methods.target_search import best, meet
 from sievit.stages.prune import Axes, PruneConfig
-from sievit.stages.targets import Serving, Target, reach
+from sievit.stages.targets import Target, reach
 from sievit.stages.vision.network import rebuild
 from sievit.stages.vision.onnx_export import export
 from sievit.stages.vision.preprocessing import choose
@@ -133,7 +134,7 @@ def context(tmp_path: Path, config: PruneConfig, **args: int) -> Context:
 def test_a_size_is_that_of_the_file_which_is_exported(tmp_path: Path) -> None:
     ctx = context(tmp_path, PruneConfig(importance="l1", target=Target(size_mb=0.15)), depth=1)
     prune.run(ctx)
-    export(load_network(ctx.out), tmp_path / "served.onnx", targets.OPSET)
+    export(load_network(ctx.out), tmp_path / "served.onnx", candidates.OPSET)
     served = (tmp_path / "served.onnx").stat().st_size / 1e6
     assert ctx.metrics["reached"]["size_mb"] == pytest.approx(served, rel=1e-3)
     assert 0.95 * 0.15 <= served <= 0.15
@@ -147,7 +148,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, asked: list[Any]) -> None:
         ms, dense = (1 + sum(b.mlp for b in a.blocks) / 100 for a in (architecture, network().architecture))
         return {"p50_ms": ms, "dense_p50_ms": dense, "speedup": dense / ms}
 
-    monkeypatch.setattr(targets.Files, "_time", time)
+    monkeypatch.setattr(candidates.Files, "_time", time)
     monkeypatch.setattr(proposals, "_table", lambda ctx, before: None)
 
 
@@ -201,6 +202,20 @@ def test_a_target_beyond_all_axes_is_refused_with_what_each_can_give(tmp_path: P
     assert "prune.axes" in refusal.value.hint
 
 
+def test_a_target_that_the_clock_never_meets_is_refused_with_how_near_it_came_and_what_each_axis_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this host every network takes as long as the dense one, whatever the estimate says."""
+    same = {"p50_ms": 1.0, "dense_p50_ms": 1.0, "speedup": 1.0}
+    monkeypatch.setattr(candidates.Files, "_time", lambda self, architecture: same)
+    monkeypatch.setattr(proposals, "_table", lambda ctx, before: None)
+    with pytest.raises(InvalidInput, match=r"speedup: 2 is out of reach \(the nearest .* needs 2\.00 times") as refusal:
+        prune.run(context(tmp_path, PruneConfig(importance="l1", target=Target(speedup=2.0))))
+    assert "\n  mlp " in str(refusal.value)
+    assert "quieter host" in refusal.value.hint
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_candidates_are_timed_as_files_beside_the_dense_one(tmp_path: Path) -> None:
     """A whole network against a few units of it: the one comparison whose outcome no busy host turns round."""
     dense = network(embed_dim=96, depth=6).architecture
@@ -209,9 +224,9 @@ def test_candidates_are_timed_as_files_beside_the_dense_one(tmp_path: Path) -> N
                        head_round_to=4)
     )  # fmt: skip
     ctx = context(tmp_path, PruneConfig(target=Target(speedup=2.0)))
-    files = targets.Files(ctx, dense, Target(speedup=2.0, on=Serving(seconds=0.15)))
+    files = candidates.Files(ctx, dense, Serving(seconds=0.15))
     found = files.timing(least)
     assert found["speedup"] > 1.5
     assert found["p50_ms"] < found["dense_p50_ms"]
     assert found["noise"] >= 1
-    assert targets.Files(ctx, dense, Target(speedup=2.0)).timing(least) == found
+    assert candidates.Files(ctx, dense, Serving()).timing(least) == found

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +152,7 @@ def _slot_seconds(plan: Plan) -> float:
 def _placement(subject: Subject, setting: Setting, cache: str, plan: Plan) -> dict[str, Any]:
     """Which provider ran which operators, from a process that ends before timing starts; also proof that it runs."""
     with Child("worker", subject.name, limited=setting.provider not in GRAPHICS) as child:
-        return child.ask(_load("place", subject, setting, cache), plan.timeout_s)
+        return child.ask(load_command("place", subject, setting, cache), plan.timeout_s)
 
 
 def _session(
@@ -204,7 +204,7 @@ def _prepare(
     into: Measured,
 ) -> int:
     """Load, first call, warm-up; returns how many calls fill a slot."""
-    loaded = child.ask(_load("load", subject, setting, cache), plan.timeout_s)
+    loaded = child.ask(load_command("load", subject, setting, cache), plan.timeout_s)
     cold[subject.name] = loaded.get("load_ms", cold.get(subject.name, 0.0))
     into.load_ms.append(cold[subject.name])
     prepare = {"do": "prepare", "shape": [setting.batch, *subject.image], "io": setting.io}
@@ -215,7 +215,8 @@ def _prepare(
     return max(1, min(1000, round(_slot_seconds(plan) * 1e3 / max(call_ms, 1e-3))))
 
 
-def _load(do: str, subject: Subject, setting: Setting, cache: str) -> Mapping[str, Any]:
+def load_command(do: str, subject: Subject, setting: Setting, cache: str) -> dict[str, Any]:
+    """What a worker is told to open a file; do: "load", "place" or "trace"."""
     return {
         "do": do,
         "path": str(subject.path.absolute()),

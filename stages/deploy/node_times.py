@@ -12,8 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from .child import Child
-from .isa import measuring_cores
-from .latency import Progress, Setting, Subject
+from .latency import Progress, Setting, Subject, load_command
 
 ROUNDS = 6
 SLOT_SECONDS = 0.25
@@ -42,19 +41,7 @@ def node_times(
         children = [stack.enter_context(Child("worker", subject.name)) for subject in subjects]
         calls = {}
         for place, (child, subject) in enumerate(zip(children, subjects, strict=True)):
-            child.ask(
-                {
-                    "do": "trace",
-                    "path": str(subject.path.absolute()),
-                    "provider": setting.provider,
-                    "threads": setting.threads,
-                    "cores": measuring_cores(setting.threads),
-                    "input": {"name": subject.input, "dtype": subject.dtype},
-                    "shape": [setting.batch, *subject.image],
-                    "cache": cache,
-                },
-                timeout_s,
-            )
+            child.ask(load_command("trace", subject, setting, cache), timeout_s)
             child.ask({"do": "prepare", "shape": [setting.batch, *subject.image], "io": setting.io}, timeout_s)
             call_ms = child.ask({"do": "warm", "limit_s": 1.0}, timeout_s)["call_ms"]
             calls[place] = max(1, min(200, round(SLOT_SECONDS * 1e3 / max(call_ms, 1e-3))))
