@@ -92,7 +92,7 @@ def run(ctx: Context) -> None:
 
 STAGE = Stage(
     name="proxy",
-    version=3,  # raise ticket's with it: a ticket's key covers the proxy's settings and not this code
+    version=4,  # raise ticket's with it: a ticket's key covers the proxy's settings and not this code
     config=ProxyRun,
     run=run,
     reads=(),

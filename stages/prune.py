@@ -398,7 +398,7 @@ def _in_words(widths: tuple[int, ...]) -> str:
 
 STAGE = Stage(
     name="prune",
-    version=5,
+    version=6,
     config=PruneConfig,
     run=run,
     reads=(Reads("model", "model", optional=True), Reads("tickets", "tickets", optional=True)),

@@ -104,6 +104,15 @@ class TicketConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _method_is_used(self) -> TicketConfig:
+        if "method" in self.patches.model_fields_set and self.whole and self.patches.keep is None:
+            raise ValueError(
+                f"patches.method: {self.patches.method} is named, and nothing says how many patches are kept; give "
+                "patches.keep (1.0: all) or selector.keep_per_stage"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _falling(self) -> TicketConfig:
         if self.selected and self.selector.adaptation and self.selector.lr < self.proxy.min_lr:
             raise ValueError(
@@ -407,7 +416,7 @@ def _references(config: TicketConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="ticket",
-    version=6,
+    version=7,
     config=TicketConfig,
     run=run,
     reads=(),

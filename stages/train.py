@@ -456,7 +456,7 @@ def _references(config: TrainConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="train",
-    version=10,
+    version=11,
     config=TrainConfig,
     run=run,
     reads=(Reads("tickets", "tickets", optional=True),),

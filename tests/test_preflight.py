@@ -540,6 +540,7 @@ def test_cutmix_goes_with_tickets_of_the_view_and_with_whole_images(patches: str
     ("patches", "selector", "message"),
     [
         ("{keep: 0.7}", "{keep_per_stage: 0.9}", "0.7 is overall, selector.keep_per_stage 0.9 of each stage"),
+        ("{method: inverse}", "{}", "patches.method: inverse is named, and nothing says how many patches are kept"),
         ("{keep: 0.7, view: online, method: random_fixed}", "{}", "random_fixed draws once for each image"),
         ("{keep: 0.7}", "{mode: paper, adapt_epochs: 2.0}", "mode: paper does not adapt the selector"),
         ("{keep: 0.7, method: random, view: online}", "{}", "patches.view has no effect: patches.method is random"),

@@ -23,7 +23,9 @@ def open_device(name: str) -> torch.device:
         # The fused attention kernels' backward passes add in an order that varies; the plain products do not.
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_flash_sdp(False)
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    # On a CPU too: the gradient of an indexed table is added up by all threads at once, in the order they come in.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a check of torch's own, at a pass over all memory
     return torch.device(name)
 
 
