@@ -121,10 +121,10 @@ def test_probes_hold_every_width_of_the_sweeps_and_can_be_built() -> None:
 
 
 def test_operators_are_booked_to_their_block_and_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a real file: one block with a wide MLP and one head, one with a narrow MLP and many."""
-    dense = network(embed_dim=96, depth=2, num_heads=4).architecture
+    """On a real file: one block with a wide MLP and one narrow head, one with a narrow MLP and many wide ones."""
+    dense = network(embed_dim=96, depth=2, num_heads=8).architecture
     wide, narrow = dense.blocks
-    odd = dense.cut([replace(wide, mlp=1536, heads=1), replace(narrow, mlp=8, qk=96, v=96)], dense.streams)
+    odd = dense.cut([replace(wide, mlp=1536, heads=1, qk=8, v=8), replace(narrow, mlp=8, qk=96, v=96)], dense.streams)
     monkeypatch.setattr(block_shapes, "probes", lambda architecture: [odd])
     for folder in ("out", "work"):
         (tmp_path / folder).mkdir()

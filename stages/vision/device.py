@@ -25,7 +25,8 @@ def open_device(name: str) -> torch.device:
         torch.backends.cuda.enable_flash_sdp(False)
     # On a CPU too: the gradient of an indexed table is added up by all threads at once, in the order they come in.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a check of torch's own, at a pass over all memory
+    # Filling what is still empty is a check of torch's own, at a pass over all memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return torch.device(name)
 
 
