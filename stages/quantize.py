@@ -1,19 +1,25 @@
-"""Post-training INT8 with nncf, kept only where it is as good as float and faster on this machine.
+"""Post-training INT8 in the form that is fastest here, kept only where it is as good as float and faster.
 
 The linear layers become 8-bit; patch embedding, residual additions, norms, softmax, GELU and the products inside the
-attention stay float. Calibrated on ticket examples when there are tickets (training images that were kept, balanced
-over classes), else on the calibration split. Whether INT8 is good enough is decided on the calibration split, never on
-the test split; whether it is faster, by the benchmark's own protocol on both files in turn.
+attention stay float. Three schemes: `static` (nncf; ranges recorded on ticket examples when there are tickets, training
+images that were kept, balanced over classes, else on the calibration split), `dynamic` (ONNX Runtime; each call takes
+its own ranges) and `weights` (stored in 8 bits, multiplied in float: for size alone). Each also with attention as one
+operator. Which form is fastest differs by processor and network, so all are made and timed in turn with the float file
+by the benchmark's own protocol; a float file with attention as one operator takes part too.
 
-SmoothQuant moves the outliers of activations into the weights, at the cost of a multiplication before each layer. With
-`smooth_quant: auto` it is tried only if the file without it loses more than `max_drop`.
+Whether a file is good enough is decided on the calibration split, never on the test split. Where a scheme loses more
+than `max_drop`, `static` is tried with SmoothQuant (it moves the outliers of activations into the weights), and then
+the half blocks that 8 bits hurt most are left float, as few as suffice.
+
+Processors without 8-bit dot products add products in pairs of 16 bits, which saturate; there the weights take 7 bits.
 
 reads    an onnx file, tickets (optional)
-writes   model.onnx, model.json: the product, INT8 or the float file as it was;
-         int8.onnx, int8.json: the INT8 file when it was made but not chosen; the benchmark measures it too
+writes   model.onnx, model.json: the product, INT8 or float;
+         int8.onnx, int8.json: the best INT8 file when it was not chosen; the benchmark measures it too
 papers   SmoothQuant: Xiao et al., ICML 2023, arXiv 2211.10438
 
     sievit quantize pipeline.yaml --set quantize.max_drop=0.005
+    sievit quantize pipeline.yaml --set 'quantize.schemes=[weights]' --set quantize.min_speedup=null
 """
 
 from __future__ import annotations
@@ -21,15 +27,16 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sievit.pipeline.errors import SievitError
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
+from .forms import Candidate, Forge, reason_against
 from .methods import InvalidInput
 from .vision.notes import write_whole
 
@@ -40,15 +47,25 @@ if TYPE_CHECKING:
     from .deploy.bundle import Bundle
     from .deploy.predict import Accuracy
 
-# Half way: nncf's own 0.95 costs more accuracy than the outliers it removes (docs: onnx-details, outlier stress test).
-SMOOTH = 0.5
-
 
 class QuantizeConfig(Config):
     """What INT8 may cost, and what it must bring."""
 
+    schemes: Annotated[tuple[Literal["static", "dynamic", "weights"], ...], Field(min_length=1)] = Field(
+        default=("static", "dynamic"), description="how layers become 8-bit; all are made, the fastest good one wins"
+    )
+    weight_bits: Literal["auto", 7, 8] = Field(
+        default="auto", description="bits of the weights; auto: 7 where this processor's 8-bit sums saturate, else 8"
+    )
+    fuse_attention: bool = Field(default=True, description="try attention as one operator too, on the CPU")
     max_drop: float = Field(
         default=0.01, ge=0, le=1, description="top-1 that INT8 may lose on the calibration split, a fraction"
+    )
+    revert_seconds: float = Field(
+        default=120.0,
+        ge=0,
+        le=86_400,
+        description="for finding the blocks that must stay float where INT8 loses more; 0: do not look",
     )
     calibration_images: int = Field(
         default=256, ge=1, le=100_000, description="images whose ranges are recorded; fewer if there are fewer"
@@ -65,32 +82,51 @@ class QuantizeConfig(Config):
     batch: int = Field(default=1, ge=1, le=4096, description="images at once when speed is judged")
     threads: int = Field(default=1, ge=1, le=1024, description="threads of one operator when speed is judged")
     seconds: float = Field(default=1.0, gt=0, le=600, description="timed calls of each file, seconds")
-    timeout: float = Field(default=3600.0, ge=1, le=86_400, description="seconds after which nncf's process is ended")
+    timeout: float = Field(default=3600.0, ge=1, le=86_400, description="seconds after which a quantizer is ended")
+
+    @model_validator(mode="after")
+    def _each_for_what_it_can(self) -> QuantizeConfig:
+        if twice := next((name for n, name in enumerate(self.schemes) if name in self.schemes[:n]), None):
+            raise ValueError(f"schemes: {twice} stands there twice; name each once")
+        if "weights" in self.schemes and (len(self.schemes) > 1 or self.min_speedup is not None):
+            raise ValueError(
+                "schemes: weights makes a file smaller and not faster; name it alone, with min_speedup: null"
+            )
+        if "dynamic" in self.schemes and self.provider != "cpu":
+            raise ValueError(f"schemes: dynamic is for provider: cpu, not {self.provider}; set schemes: [static]")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """An INT8 file that was made."""
+class Speed:
+    """How many times as fast as the float file, with its 95 % interval; noise: ratios up to it are noise."""
 
-    path: Path
-    alpha: float | None  # SmoothQuant's strength; None: without
-    graph: dict[str, Any]  # quantized_nodes, float_nodes, astray
-    accuracy: Accuracy
+    ratio: float
+    low: float
+    high: float
+    noise: float
 
 
 def run(ctx: Context) -> None:
-    """Make INT8, judge it, write the product; see the module's docstring."""
+    """Make the forms, judge them, write the product; see the module's docstring."""
     from .deploy.bundle import open_bundle
 
     config: QuantizeConfig = ctx.config
     start = time.perf_counter()
     source = open_bundle(ctx.inputs["onnx"].file("model.onnx"))
-    sidecar = source.sidecar
-    if sidecar is None or sidecar.precision != "fp32":
+    if source.sidecar is None or source.sidecar.precision != "fp32":
         raise InvalidInput(f"{source.path} is not a float file", "let quantize read the artifact of export")
     pixels, origin = _calibration(ctx, config)
-    before, best = _candidates(ctx, config, source, pixels)
+    forge = Forge(ctx, config, source, pixels)
+    before = forge.before
+    schemes = [forge.scheme(scheme) for scheme in config.schemes]
+    good = [made for made in schemes if reason_against(config, before, made) is None]
+    candidates = [*good, *forge.fused(good)]
+    chosen, reason, speeds = _choose(ctx, config, source, schemes, candidates, before)
+    best = chosen if chosen is not None and chosen.form.scheme else _best(schemes, candidates, before, speeds)
+    precision: Literal["int8", "fp32"] = "int8" if best is chosen else "fp32"
     drop = before.top1 - best.accuracy.top1
+    speed = speeds.get(best.form.text())
     ctx.metrics |= {
         "top1": {"fp32": before.top1, "int8": best.accuracy.top1},
         "drop": drop,
@@ -99,102 +135,117 @@ def run(ctx: Context) -> None:
         "bytes": {"fp32": source.path.stat().st_size, "int8": best.path.stat().st_size},
         "calibration_images": len(pixels),
         "calibrated_on": origin,
-        "smooth_quant": best.alpha,
+        "weight_bits": forge.bits,
+        "smooth_quant": best.form.alpha,
         **best.graph,
+        "form": best.form.text(),
+        "left_float": list(best.left_float),
+        "sensitivity": forge.sensitivity,
+        "forms": [_row(made, before, speeds, chosen) for made in _each_once([*schemes, *candidates])],
+        "speedup": None if speed is None else {n: getattr(speed, n) for n in ("ratio", "low", "high", "noise")},
+        "chosen": precision,
+        "product": "float" if chosen is None else chosen.form.text(),
+        "reason": reason,
     }
-    chosen, reason = _choose(ctx, config, source, best, drop)
-    ctx.metrics |= {"chosen": chosen, "reason": reason}
     ctx.ledger |= {"seconds": time.perf_counter() - start, "images": 0}
     _write(ctx, source, best, chosen)
-    if chosen == "fp32":
+    if precision == "fp32":
         ctx.progress.note(f"float is kept: {reason}")
 
 
-def _candidates(
-    ctx: Context, config: QuantizeConfig, source: Bundle, pixels: NDArray[np.uint8]
-) -> tuple[Accuracy, Candidate]:
-    """The float file's accuracy, and the first INT8 file that is good enough, else the most accurate one."""
-    import numpy as np
-
-    from .vision.dataset import load_split
-
-    calibration = ctx.work / "calibration.npy"
-    np.save(calibration, pixels, allow_pickle=False)
-    judge = load_split(ctx.data.model_dump(), ctx.base, "calibration")
-    before = _accuracy(source.path, judge, ctx)
-    alphas: list[float | None] = [None]
-    match config.smooth_quant:
-        case "auto":
-            alphas = [None, SMOOTH]
-        case float() as strength:
-            alphas = [strength]
-    made: list[Candidate] = []
-    for alpha in alphas:
-        target = ctx.work / f"int8-{'plain' if alpha is None else alpha}.onnx"
-        graph = _quantized(ctx, config, source.path, target, calibration, alpha)
-        _sidecar(target, source, ctx)
-        made.append(Candidate(target, alpha, graph, _accuracy(target, judge, ctx)))
-        if before.top1 - made[-1].accuracy.top1 <= config.max_drop and not graph["astray"]:
-            return before, made[-1]
-    return before, max(made, key=lambda candidate: (not candidate.graph["astray"], candidate.accuracy.top1))
-
-
-def _quantized(
-    ctx: Context, config: QuantizeConfig, source: Path, target: Path, pixels: Path, alpha: float | None
-) -> dict[str, Any]:
-    from .deploy.child import Child, ChildFailed
-
-    command = {"do": "quantize", "source": str(source.absolute()), "target": str(target.absolute())}
-    label = "INT8" if alpha is None else f"INT8, SmoothQuant {alpha:g}"
-    with ctx.progress.task(label, 1) as task, Child("quantizer", "nncf", limited=False) as child:
-        try:
-            graph = child.ask(command | {"pixels": str(pixels.absolute()), "alpha": alpha}, config.timeout)
-        except ChildFailed as error:
-            raise SievitError(
-                f"{error}", where=str(source), hint="leave quantize out (quantize: null), or export with opset 20"
-            ) from error
-        task.advance()
-    return graph
-
-
 def _choose(
-    ctx: Context, config: QuantizeConfig, source: Bundle, best: Candidate, drop: float
-) -> tuple[Literal["int8", "fp32"], str]:
-    """The decision and its reason, kept in the work folder: a resumed run must not decide anew by other timings."""
+    ctx: Context,
+    config: QuantizeConfig,
+    source: Bundle,
+    schemes: Sequence[Candidate],
+    candidates: Sequence[Candidate],
+    before: Accuracy,
+) -> tuple[Candidate | None, str, dict[str, Speed]]:
+    """The product (None: the float file as it is), the reason, and every form's speed. It is kept in the work folder: a
+    resumed run must not decide anew by other timings.
+    """
     decision = ctx.work / "decision.json"
-    if decision.is_file():
-        kept = json.loads(decision.read_text(encoding="utf-8"))
-        ctx.metrics["speedup"] = kept["speedup"]
-        return kept["chosen"], kept["reason"]
-    chosen, reason, speed = _decide(ctx, config, source, best, drop)
-    write_whole(decision, {"chosen": chosen, "reason": reason, "speedup": speed})
-    ctx.metrics["speedup"] = speed
-    return chosen, reason
+    if not decision.is_file():
+        chosen, reason, speeds = _decide(ctx, config, source, schemes, candidates, before)
+        record = {"chosen": None if chosen is None else chosen.form.text(), "reason": reason}
+        told = {name: {n: getattr(speed, n) for n in Speed.__slots__} for name, speed in speeds.items()}
+        write_whole(decision, record | {"speeds": told})
+    kept = json.loads(decision.read_text(encoding="utf-8"))
+    of_name = {made.form.text(): made for made in candidates}
+    speeds = {name: Speed(**speed) for name, speed in kept["speeds"].items()}
+    return of_name.get(kept["chosen"]), kept["reason"], speeds
 
 
 def _decide(
-    ctx: Context, config: QuantizeConfig, source: Bundle, best: Candidate, drop: float
-) -> tuple[Literal["int8", "fp32"], str, dict[str, float] | None]:
-    if best.graph["astray"]:
-        names = ", ".join(f"{count} {name}" for name, count in best.graph["astray"].items())
-        return "fp32", f"nncf quantized more than linear layers ({names})", None
-    if not best.graph["quantized_nodes"]:
-        return "fp32", "nncf found no linear layer to quantize", None
-    if drop > config.max_drop:
-        told = f"{100 * drop:.1f} points of top-1 on the calibration split"
-        return "fp32", f"INT8 loses {told}, {100 * config.max_drop:.1f} are allowed", None
-    if config.min_speedup is None:
-        return "int8", f"INT8 loses {100 * drop:.1f} points of top-1; its speed was not asked for", None
-    speed = _speedup(ctx, config, source, best)
-    said = f"{speed['ratio']:.2f} times as fast as float here ({speed['low']:.2f} to {speed['high']:.2f})"
-    if speed["low"] <= config.min_speedup or speed["ratio"] <= speed["noise"]:
-        needed = f"more than {config.min_speedup:g} and beyond the noise of {100 * (speed['noise'] - 1):.1f} % is asked"
-        return "fp32", f"INT8 is {said}; {needed}", speed
-    return "int8", f"INT8 is {said}", speed
+    ctx: Context,
+    config: QuantizeConfig,
+    source: Bundle,
+    schemes: Sequence[Candidate],
+    candidates: Sequence[Candidate],
+    before: Accuracy,
+) -> tuple[Candidate | None, str, dict[str, Speed]]:
+    eight = [made for made in candidates if made.form.scheme]
+    if config.min_speedup is None and eight:
+        lost = 100 * (before.top1 - eight[0].accuracy.top1)
+        return eight[0], f"INT8 loses {lost:.1f} points of top-1; its speed was not asked for", {}
+    against = [reason for made in schemes if (reason := reason_against(config, before, made))]
+    if config.min_speedup is None or not candidates:
+        return None, "; ".join(dict.fromkeys(against)), {}
+    speeds = _speeds(ctx, config, source, candidates)
+    fastest = max(eight, key=lambda made: speeds[made.form.text()].ratio, default=None)
+    if fastest is not None:
+        said = f"INT8 ({fastest.form.text()}) is {_said(speeds[fastest.form.text()])}"
+        if _is_faster(speeds[fastest.form.text()], config.min_speedup):
+            return fastest, said, speeds
+        noise = 100 * (speeds[fastest.form.text()].noise - 1)
+        against = [f"{said}; more than {config.min_speedup:g} and beyond the noise of {noise:.1f} % is asked"]
+    whole = next((made for made in candidates if made.form.scheme is None), None)
+    if whole is not None and _is_faster(speeds[whole.form.text()], 1.0):
+        against.append(f"with attention as one operator it is {_said(speeds[whole.form.text()])}")
+        return whole, "; ".join(dict.fromkeys(against)), speeds
+    return None, "; ".join(dict.fromkeys(against)), speeds
 
 
-def _speedup(ctx: Context, config: QuantizeConfig, source: Bundle, best: Candidate) -> dict[str, float]:
-    """Float against INT8 by the benchmark's protocol, interleaved, with an A/A pair."""
+def _is_faster(speed: Speed, than: float) -> bool:
+    return speed.low > than and speed.ratio > speed.noise
+
+
+def _said(speed: Speed) -> str:
+    return f"{speed.ratio:.2f} times as fast as float here ({speed.low:.2f} to {speed.high:.2f})"
+
+
+def _best(
+    schemes: Sequence[Candidate], candidates: Sequence[Candidate], before: Accuracy, speeds: dict[str, Speed]
+) -> Candidate:
+    """The INT8 file that is shown when none is the product: the fastest good one, else the most accurate."""
+    eight = [made for made in candidates if made.form.text() in speeds and made.form.scheme]
+    if eight:
+        return max(eight, key=lambda made: speeds[made.form.text()].ratio)
+    return max(schemes, key=lambda made: (not made.graph["astray"], made.accuracy.top1))
+
+
+def _each_once(made: Sequence[Candidate]) -> list[Candidate]:
+    return list({one.form: one for one in made}.values())
+
+
+def _row(made: Candidate, before: Accuracy, speeds: dict[str, Speed], chosen: Candidate | None) -> dict[str, Any]:
+    """A line of the table of forms."""
+    speed = speeds.get(made.form.text())
+    return {
+        "form": made.form.text(),
+        "top1": made.accuracy.top1,
+        "drop": before.top1 - made.accuracy.top1,
+        "bytes": made.path.stat().st_size,
+        "left_float": list(made.left_float),
+        "speedup": speed.ratio if speed else None,
+        "speedup_low": speed.low if speed else None,
+        "speedup_high": speed.high if speed else None,
+        "chosen": made == chosen,
+    }
+
+
+def _speeds(ctx: Context, config: QuantizeConfig, source: Bundle, candidates: Sequence[Candidate]) -> dict[str, Speed]:
+    """Float against all candidates by the benchmark's protocol, interleaved, with an A/A pair: form -> speed."""
     from .deploy.bundle import open_bundle
     from .deploy.child import ChildFailed
     from .deploy.comparison import host_state, watch
@@ -202,14 +253,11 @@ def _speedup(ctx: Context, config: QuantizeConfig, source: Bundle, best: Candida
     from .deploy.statistics import noise_factor, ratio_interval
 
     settings = settings_of([config.provider], [config.threads], [config.batch])[:1]
-    int8 = open_bundle(best.path)
     assert source.sidecar is not None
     pre = source.sidecar.preprocessing
     image = (len(pre.mean), pre.size, pre.size)
-    subjects = [
-        Subject(name, bundle.path, bundle.signature.input, bundle.signature.dtype, image)
-        for name, bundle in (("fp32", source), ("int8", int8))
-    ]
+    files = {"fp32": source} | {made.form.text(): open_bundle(made.path) for made in candidates}
+    subjects = [Subject(n, b.path, b.signature.input, b.signature.dtype, image) for n, b in files.items()]
     before = watch()
     try:
         results = measure(subjects, settings, Plan(seconds=config.seconds, seed=ctx.seed), ctx.progress)
@@ -217,9 +265,12 @@ def _speedup(ctx: Context, config: QuantizeConfig, source: Bundle, best: Candida
         raise SievitError(str(error), where=str(source.path)) from error
     ctx.metrics |= host_state(before, results, settings, ctx.progress)
     first = results["fp32", settings[0]].slots
-    ratio = ratio_interval(first, results["int8", settings[0]].slots)
     noise = noise_factor(ratio_interval(first, results[TWIN, settings[0]].slots))
-    return {"ratio": ratio.value, "low": ratio.low, "high": ratio.high, "noise": noise}
+    found = {}
+    for name in list(files)[1:]:
+        ratio = ratio_interval(first, results[name, settings[0]].slots)
+        found[name] = Speed(ratio.value, ratio.low, ratio.high, noise)
+    return found
 
 
 def _calibration(ctx: Context, config: QuantizeConfig) -> tuple[NDArray[np.uint8], str]:
@@ -256,44 +307,10 @@ def balanced(labels: NDArray[np.int64], members: NDArray[np.int64], count: int, 
     return np.sort(shuffled[np.argsort(turn, kind="stable")[:count]])
 
 
-def _accuracy(path: Path, images: Any, ctx: Context) -> Accuracy:
-    import numpy as np
-
-    from .deploy.isa import usable_cores
-    from .deploy.predict import accuracy, scores
-
-    with ctx.progress.task(f"accuracy of {path.name}", len(images)) as task:
-        scored = scores(
-            path,
-            lambda start, stop: images.pixels(np.arange(start, stop)),
-            len(images),
-            threads=len(usable_cores()),
-            done=task.advance,
-        )
-    return accuracy(scored, images.labels)
-
-
-def _sidecar(target: Path, source: Bundle, ctx: Context) -> None:
-    from .deploy.bundle import open_bundle, write_sidecar
-
-    assert source.sidecar is not None
-    artifact = ctx.inputs["onnx"]
-    write_sidecar(
-        target,
-        preprocessing=source.sidecar.raw["preprocessing"],
-        classes=source.sidecar.classes,
-        precision="int8",
-        parameters=source.sidecar.parameters,
-        macs=source.sidecar.macs,
-        opset=open_bundle(target, sidecar_required=False).opset,
-        source={"stage": artifact.kind_of_stage, "key": artifact.key, "digest": artifact.digest},
-    )
-
-
-def _write(ctx: Context, source: Bundle, best: Candidate, chosen: Literal["int8", "fp32"]) -> None:
-    """The product, and the INT8 file beside it when float is the product."""
-    product = best.path if chosen == "int8" else source.path
-    written = [("model", product)] + ([("int8", best.path)] if chosen == "fp32" else [])
+def _write(ctx: Context, source: Bundle, best: Candidate, chosen: Candidate | None) -> None:
+    """The product, and the best INT8 file beside it when float is the product."""
+    written = [("model", source.path if chosen is None else chosen.path)]
+    written += [] if best is chosen else [("int8", best.path)]
     for stem, path in written:
         for suffix in (".onnx", ".json"):
             shutil.copyfile(path.with_suffix(suffix), ctx.out / f"{stem}{suffix}")
@@ -314,7 +331,7 @@ def preflight(seen: Preflight) -> None:
 
 STAGE = Stage(
     name="quantize",
-    version=1,
+    version=2,
     config=QuantizeConfig,
     run=run,
     reads=(Reads("onnx", "onnx"), Reads("tickets", "tickets", optional=True)),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ from sievit.pipeline.errors import SievitError
 from sievit.pipeline.settings import DataConfig, ModelConfig
 from sievit.pipeline.stage import Context
 from sievit.stages import quantize
+from sievit.stages.deploy import block_sensitivity
 from sievit.stages.deploy.bundle import open_bundle
+from sievit.stages.deploy.eight_bit import Form, Workshop
 from sievit.stages.deploy.predict import Accuracy, accuracy, scores
 from sievit.stages.deploy.preprocess import normalise
-from sievit.stages.deploy.quantizer import describe, fold_scales
+from sievit.stages.deploy.quantized_graph import describe, fold_scales, linear_layers, name_nodes
+from sievit.stages.forms import Candidate, Forge
 from sievit.stages.methods import InvalidInput
 from sievit.stages.vision.dataset import load_split
 
@@ -164,41 +169,53 @@ def test_float_is_kept_when_int8_is_not_faster_and_the_int8_file_stays_beside_it
 
 @pytest.fixture
 def ready(chosen: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INT8 files come from `chosen` instead of another run of nncf."""
+    """Every INT8 file is the one of `chosen`, instead of another run of nncf."""
 
-    def copied(ctx: Context, config: Any, source: Path, target: Path, *_: Any) -> dict[str, Any]:
-        shutil.copyfile(chosen.out / "model.onnx", target)
-        return {name: chosen.metrics[name] for name in ("quantized_nodes", "float_nodes", "astray")}
+    def copied(workshop: Workshop, form: Form) -> Path | None:
+        target = workshop._path(form)
+        if form.attention != "plain":
+            return None
+        if form.scheme is not None:
+            shutil.copyfile(chosen.out / "model.onnx", target)
+        return target
 
-    monkeypatch.setattr(quantize, "_quantized", copied)
+    monkeypatch.setattr(Workshop, "make", copied)
 
 
 @pytest.mark.usefixtures("ready")
 def test_a_resumed_run_keeps_the_decision_that_was_taken(exported: Folder, tmp_path: Path) -> None:
-    ctx = context(tmp_path, exported, max_drop=1.0)
+    ctx = context(tmp_path, exported, max_drop=1.0, schemes=("static",), fuse_attention=False)
     speed = {"ratio": 0.5, "low": 0.4, "high": 0.6, "noise": 1.01}
-    decision = {"chosen": "fp32", "reason": "it was slower before the kill", "speedup": speed}
+    decision = {"chosen": None, "reason": "it was slower before the kill", "speeds": {"static": speed}}
     (ctx.work / "decision.json").write_text(json.dumps(decision))
     quantize.run(ctx)
-    assert {name: ctx.metrics[name] for name in decision} == decision
+    assert (ctx.metrics["chosen"], ctx.metrics["reason"]) == ("fp32", "it was slower before the kill")
+    assert ctx.metrics["speedup"] == speed
     assert (ctx.out / "model.onnx").read_bytes() == exported.file("model.onnx").read_bytes()
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, good: Callable[[Form], bool]) -> list[str]:
+    """Let files of forms that are not `good` lose 90 points; the forms that are judged are in the answer."""
+    judged: list[str] = []
+    real = Forge._judged
+
+    def judge(forge: Forge, path: Path, form: Form, left: tuple[str, ...]) -> Candidate:
+        judged.append(form.text())
+        top1 = forge.before.top1 if good(form) else forge.before.top1 - 0.9
+        return replace(real(forge, path, form, left), accuracy=Accuracy(0, 10, top1, 0.0, 1.0))
+
+    monkeypatch.setattr(Forge, "_judged", judge)
+    return judged
 
 
 @pytest.mark.usefixtures("ready")
 def test_float_is_kept_when_int8_loses_too_much_and_smoothing_was_tried(
     exported: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged: list[str] = []
-
-    def spoiled(path: Path, images: Any, ctx: Context) -> Accuracy:
-        judged.append(path.name)
-        top1 = 0.0 if "int8" in path.name else 0.9
-        return Accuracy(round(10 * top1), 10, top1, 0.0, 1.0)
-
-    monkeypatch.setattr(quantize, "_accuracy", spoiled)
-    ctx = context(tmp_path, exported)
+    judged = spoil(monkeypatch, lambda form: False)
+    ctx = context(tmp_path, exported, schemes=("static",), revert_seconds=0.0, fuse_attention=False)
     quantize.run(ctx)
-    assert judged == ["model.onnx", "int8-plain.onnx", "int8-0.5.onnx"]
+    assert judged == ["static", "static, SmoothQuant 0.5"]
     assert ctx.metrics["chosen"] == "fp32"
     assert ctx.metrics["reason"] == "INT8 loses 90.0 points of top-1 on the calibration split, 1.0 are allowed"
     assert ctx.metrics["speedup"] is None
@@ -209,14 +226,40 @@ def test_float_is_kept_when_more_than_linear_layers_became_8_bit(
     exported: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = {"quantized_nodes": 13, "float_nodes": {}, "astray": {"Add": 4}}
-    copied = quantize._quantized
-    monkeypatch.setattr(quantize, "_quantized", lambda *arguments: copied(*arguments) | graph)
-    ctx = context(tmp_path, exported, max_drop=1.0, min_speedup=None)
+    real = Forge._judged
+    monkeypatch.setattr(Forge, "_judged", lambda *arguments: replace(real(*arguments), graph=graph))
+    ctx = context(tmp_path, exported, max_drop=1.0, min_speedup=None, schemes=("static",))
     quantize.run(ctx)
     assert (ctx.metrics["chosen"], ctx.metrics["reason"]) == (
         "fp32",
-        "nncf quantized more than linear layers (4 Add)",
+        "more than linear layers became 8-bit (4 Add)",
     )
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_the_half_block_that_spoils_the_answers_stays_float_and_it_alone(
+    scheme: str, exported: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file is good if one layer computes in float, which bisection over the ranked layers has to find."""
+    model = onnx.load(exported.file("model.onnx"))
+    name_nodes(model)
+    groups = {layer.node: layer.group for layer in linear_layers(model)}
+    guilty = "fc2_1_product"
+    culprits = {node for node, group in groups.items() if group == guilty}
+    assert culprits
+    spoil(monkeypatch, lambda form: culprits <= form.kept_float)
+    monkeypatch.setattr(
+        block_sensitivity, "rank", lambda names, *_: dict.fromkeys(dict.fromkeys([guilty, *names]), 0.0)
+    )
+    ctx = context(tmp_path, exported, schemes=(scheme,), smooth_quant="off", min_speedup=None)
+    quantize.run(ctx)
+    assert ctx.metrics["chosen"] == "int8"
+    assert ctx.metrics["left_float"] == [guilty]
+    assert ctx.metrics["quantized_nodes"] == len(groups) - len(culprits)
+    assert ctx.metrics["sensitivity"][scheme].keys() == set(groups.values())
+    float_weights = {t.name for t in onnx.load(ctx.out / "model.onnx").graph.initializer if len(t.dims) == 2}
+    kept = {name for node in model.graph.node if node.name in culprits for name in node.input}
+    assert len(kept & float_weights) == len(culprits)
 
 
 def test_calibration_takes_ticket_examples_only_and_all_classes_alike(exported: Folder, tmp_path: Path) -> None:
@@ -262,7 +305,12 @@ def test_a_quantized_residual_is_noticed() -> None:
     ]
     graph = helper.make_graph(nodes, "g", [], [], [scale, zero, weight])
     model = helper.make_model(graph)
-    assert describe(model) == {"quantized_nodes": 1, "float_nodes": {"Transpose": 1, "Add": 1}, "astray": {}}
+    assert describe(model) == {
+        "quantized_nodes": 1,
+        "weight_only_nodes": 0,
+        "float_nodes": {"Transpose": 1, "Add": 1},
+        "astray": {},
+    }
     graph.node[-1].input[1] = "turned"
     assert describe(helper.make_model(graph))["astray"] == {"Add": 1}
 
@@ -306,5 +354,5 @@ def test_a_graph_that_nncf_cannot_take_gives_its_own_message(tmp_path: Path) -> 
     tiny_onnx.sidecar(path, classes=10, opset=9)
     with pytest.raises(SievitError) as error:
         quantize.run(context(tmp_path, Folder(tmp_path)))
-    assert "nncf: quantize failed" in error.value.message
+    assert "nncf: static failed" in error.value.message
     assert "opset version < 10" in error.value.message

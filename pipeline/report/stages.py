@@ -210,6 +210,15 @@ def _quantize(metrics: Mapping[str, Any]) -> list[str]:
         said.append(
             f"INT8 against FP32: {ratio(number(speed, 'ratio'))}{f' (95% interval {within})' if within else ''}."
         )
+    timed = [row for row in listing(metrics, "forms") if number(row, "speedup") is not None]
+    if timed:
+        each = ", ".join(f"{text(row, 'form')} {ratio(number(row, 'speedup'))}" for row in timed)
+        said.append(f"Forms tried, in times of the float file's speed: {each}.")
+    if left := [str(group) for group in listing(metrics, "left_float")]:
+        said.append(f"Left float, since INT8 lost too much with them: {', '.join(left)}.")
+    for scheme, costs in mapping(metrics, "sensitivity").items():
+        worst = ", ".join(f"{group} {number(costs, group):.2g}" for group in list(costs)[:3])
+        said.append(f"Costliest in 8 bits ({scheme}; divergence of the answers, nats): {worst}.")
     before, after = number(metrics, "bytes", "fp32"), number(metrics, "bytes", "int8")
     if before is not None and after is not None:
         said.append(f"File {size(before)} → {size(after)}.")

@@ -1,159 +1,154 @@
-"""The child process that quantizes one ONNX file with nncf: linear layers to INT8, everything between them float.
+"""The child process that quantizes one ONNX file: linear layers to 8 bits, everything between them float.
 
-nncf prints progress bars to stdout, replaces the logger class of the process and imports torch; here it does so alone.
-Only matrix products with weights are quantized. Patch embedding, residual additions, norms, softmax, GELU and the
-products inside the attention stay float: quantizing them costs ViTs most of their accuracy and buys little time. What
-the graph really became is checked afterwards, since nncf decides by patterns that an exporter's next version may no
-longer match.
+nncf (static: ranges recorded on images; weights alone) prints progress bars to stdout, replaces the logger class of the
+process and imports torch; ONNX Runtime's dynamic quantization (ranges of each call) logs as it likes. Here they do so
+alone. Only matrix products with weights are quantized. Patch embedding, residual additions, norms, softmax, GELU and
+the products inside the attention stay float: quantizing them costs ViTs most of their accuracy and buys little time.
+What the graph really became is checked afterwards, since quantizers decide by patterns that an exporter's next version
+may no longer match.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
+from .attention_fusion import remove_unread
 from .child import answering, serve
 from .preprocess import normalise
+from .quantized_graph import is_linear_layer, multiplies, name_nodes
 from .sidecar import read_sidecar
 
-LINEAR = {"MatMul", "Gemm"}
-# Operators that only move numbers: a dequantized tensor may pass them on its way to a linear layer.
-MOVING = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather", "Identity", "Expand"}
-SHAPE = {"Shape", "Size"}  # they read no values
 
-
-def quantize(source: Path, target: Path, pixels: Path, alpha: float | None) -> dict[str, Any]:
-    """Write `target`, the INT8 twin of `source`. The same arguments give the same bytes.
+def static(source: Path, target: Path, pixels: Path, alpha: float | None, bits: int) -> None:
+    """Write `target`, the INT8 twin of `source` with pairs of QuantizeLinear and DequantizeLinear, SmoothQuant's
+    factors not folded yet. The same arguments give the same bytes.
 
     pixels: .npy of uint8 [n, size, size, 3], the calibration images, shown one at a time. alpha: SmoothQuant's strength
-    (0 moves no range from activations to weights, 1 all of it); None leaves it out. Returns what became of the graph.
+    (0 moves no range from activations to weights, 1 all of it); None leaves it out. bits: of the weights, 7 or 8.
     """
-    # nncf's telemetry is on by default. NNCF_CI stops the sending, but not before a client id was made in the user's
-    # home;
-    # without the package that would send there is nothing to make one.
-    os.environ["NNCF_CI"] = "1"
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-    import nncf
-
+    nncf = _nncf()
     sidecar = read_sidecar(source)
     images = np.load(pixels, allow_pickle=False)
-    model = onnx.load(source)
-    for index, node in enumerate(model.graph.node):
-        node.name = node.name or f"{node.op_type}_{index}"  # nncf's scope goes by name
-    kept_float = [node.name for node in model.graph.node if _multiplies(node) and not _is_linear_layer(node, model)]
+    model = _named(source)
     dataset = nncf.Dataset(
         range(len(images)), lambda index: {sidecar.input: normalise(images[index : index + 1], sidecar.preprocessing)}
     )
+    fix = nncf.quantization.advanced_parameters.OverflowFix
     quantized = nncf.quantize(
         model,
         dataset,
         subset_size=len(images),
         model_type=nncf.ModelType.TRANSFORMER,
-        ignored_scope=nncf.IgnoredScope(names=kept_float),
+        ignored_scope=nncf.IgnoredScope(names=_kept_float(model)),
         advanced_parameters=nncf.AdvancedQuantizationParameters(
+            overflow_fix=fix.ENABLE if bits == 7 else fix.DISABLE,
             smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(
                 matmul=-1 if alpha is None else alpha,
                 convolution=-1,
-            )
+            ),
         ),
     )
-    fold_scales(quantized)
     onnx.save(quantized, target)
-    return describe(quantized)
 
 
-def fold_scales(model: onnx.ModelProto) -> int:
-    """Write SmoothQuant's multiplications behind a LayerNormalization into its weight and bias; returns how many.
-
-    Exact, and it saves a pass over the activations before every query-key-value and first MLP layer. Only where the
-    norm feeds nothing but that one multiplication, and its weight and bias serve no other node.
+def dynamic(source: Path, target: Path, bits: int, kept_float: Collection[str]) -> None:
+    """Write `target`: weights in 8 bits, activations rounded in each call by their own range, so no calibration. The
+    same arguments give the same bytes. bits: of the weights, 7 or 8. kept_float: names of nodes.
     """
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    outputs = {value.name for value in model.graph.output}
-    folded = []
-    for norm in [node for node in model.graph.node if node.op_type == "LayerNormalization" and len(node.input) == 3]:
-        after = readers.get(norm.output[0], [])
-        if len(after) != 1 or after[0].op_type != "Mul" or norm.output[0] in outputs or len(norm.output) != 1:
-            continue
-        scales = [constants[name] for name in after[0].input if name in constants]
-        affine = [constants[name] for name in norm.input[1:] if name in constants and len(readers[name]) == 1]
-        if len(scales) != 1 or len(affine) != 2:
-            continue
-        scale = numpy_helper.to_array(scales[0])
-        if scale.size != affine[0].dims[0] or scale.shape[-1] != scale.size:
-            continue
-        for tensor in affine:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * scale.reshape(-1), tensor.name))
-        norm.output[0] = after[0].output[0]
-        folded.append(after[0])
-    for node in folded:
-        model.graph.node.remove(node)
-    used = {name for node in model.graph.node for name in node.input}
-    for name, tensor in constants.items():
-        if name not in used:  # ONNX Runtime warns of those at every start
-            model.graph.initializer.remove(tensor)
-    return len(folded)
+    from onnxruntime.quantization import QuantType, quantize_dynamic
 
-
-def describe(model: onnx.ModelProto) -> dict[str, Any]:
-    """quantized_nodes: how many linear layers became INT8; float_nodes: the operators that compute in float;
-    astray: operators that read dequantized numbers and should not."""
-    dequantized = {output for node in model.graph.node if node.op_type == "DequantizeLinear" for output in node.output}
-    linear = [
-        node for node in model.graph.node if node.op_type in LINEAR and all(i in dequantized for i in node.input[:2])
-    ]
-    quantizing = {"QuantizeLinear", "DequantizeLinear"}
-    names = {node.name for node in linear}
-    rest = Counter(
-        node.op_type for node in model.graph.node if node.name not in names and node.op_type not in quantizing
+    model = _named(source)
+    del model.graph.value_info[:]  # the exporter notes shapes of weights, and a transposed one contradicts
+    quantize_dynamic(
+        model,
+        target,
+        op_types_to_quantize=["MatMul", "Gemm", "Attention"],
+        per_channel=True,
+        reduce_range=bits == 7,
+        weight_type=QuantType.QInt8,
+        # A Gemm becomes a MatMul of another name before that is looked at.
+        nodes_to_exclude=[name for kept in kept_float for name in (kept, f"{kept}_MatMul")],
+        # Shape inference knows no com.microsoft operators; all that is quantized is float32.
+        extra_options={"DefaultTensorType": TensorProto.FLOAT},
     )
-    return {
-        "quantized_nodes": len(linear),
-        "float_nodes": dict(rest.most_common()),
-        "astray": dict(Counter(node.op_type for node in _readers(model, dequantized) if node.name not in names)),
-    }
 
 
-def _readers(model: onnx.ModelProto, dequantized: set[str]) -> Iterator[onnx.NodeProto]:
-    """The operators that compute with dequantized tensors, moved ones included (the graph is in topological order)."""
-    carrying = set(dequantized)
-    for node in model.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear", *SHAPE) or not carrying.intersection(node.input):
+def weights(source: Path, target: Path) -> None:
+    """Write `target`: weights in 8 bits with a scale for every 32 numbers of a column, multiplied in float
+    (MatMulNBits).
+    """
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    model = _named(source)
+    _without_gemm(model)
+    quantizer = MatMulNBitsQuantizer(model, bits=8, block_size=32, is_symmetric=True)
+    quantizer.process()
+    onnx.save(quantizer.model.model, target)
+
+
+def _without_gemm(model: onnx.ModelProto) -> None:
+    """Write every Gemm with transposed weights as MatMul and Add, which is what the weights' quantizer knows."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for place in reversed(range(len(model.graph.node))):
+        node = model.graph.node[place]
+        plain = {"alpha": 1, "beta": 1, "transA": 0, "transB": 1}
+        given = plain | {"transB": 0} | {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type != "Gemm" or given != plain or len(node.input) < 3:
             continue
-        if node.op_type in MOVING:
-            carrying.update(node.output)
-        else:
-            yield node
+        turned, product = f"{node.name}_turned", f"{node.name}_product"
+        weight = numpy_helper.to_array(constants[node.input[1]])
+        model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight.T), turned))
+        parts = [helper.make_node("MatMul", [node.input[0], turned], [product], name=node.name)]
+        parts += [helper.make_node("Add", [product, node.input[2]], node.output, name=f"{node.name}_bias")]
+        del model.graph.node[place]
+        for part in reversed(parts):
+            model.graph.node.insert(place, part)
+    remove_unread(model)
 
 
-def _multiplies(node: onnx.NodeProto) -> bool:
-    return node.op_type in LINEAR or node.op_type in ("Conv", "ConvTranspose", "Einsum")
+def _named(source: Path) -> onnx.ModelProto:
+    model = onnx.load(source)
+    name_nodes(model)  # scopes go by name
+    return model
 
 
-def _is_linear_layer(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:
-    """A matrix product with weights, as opposed to one of two activations and to the patch embedding."""
-    return node.op_type in LINEAR and any(tensor.name in node.input for tensor in model.graph.initializer)
+def _kept_float(model: onnx.ModelProto) -> list[str]:
+    return [node.name for node in model.graph.node if multiplies(node) and not is_linear_layer(node, model)]
+
+
+def _nncf() -> Any:
+    """nncf's telemetry is on by default. NNCF_CI stops the sending, but not before a client id was made in the user's
+    home; without the package that would send there is nothing to make one.
+    """
+    os.environ["NNCF_CI"] = "1"
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    import nncf
+
+    return nncf
 
 
 def main() -> None:
     """Answer commands until the parent closes the pipe."""
     for command, stream in serve():
-        with answering(stream) as content:
-            content |= quantize(
-                Path(command["source"]), Path(command["target"]), Path(command["pixels"]), command["alpha"]
-            )
+        with answering(stream):
+            source, target = Path(command["source"]), Path(command["target"])
+            match command["do"]:
+                case "static":
+                    static(source, target, Path(command["pixels"]), command["alpha"], command["bits"])
+                case "dynamic":
+                    dynamic(source, target, command["bits"], command["kept_float"])
+                case "weights":
+                    weights(source, target)
+                case other:
+                    raise ValueError(f"unknown command {other}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,134 @@
+"""The forms in which a float file can be served: float or 8-bit by one of three schemes, attention plain or as one
+operator, and some of its layers left float. Each is a file, made once and kept in the work folder.
+
+    static    pairs of QuantizeLinear and DequantizeLinear, ranges recorded on calibration images (nncf)
+    dynamic   integer products, the activations' range taken anew in each call (ONNX Runtime)
+    weights   weights stored in 8 bits and multiplied in float (ONNX Runtime): a quarter of the size, no faster
+
+    plain     attention as the exporter writes it
+    fused     products, softmax and transpositions as one operator
+    whole     the layer that makes queries, keys and values too; in 8 bits with the dynamic scheme
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import onnx
+
+from .attention_fusion import fuse_attention, fuse_projection
+from .child import Child
+from .isa import instruction_sets
+from .quantized_graph import fold_scales, name_nodes, unquantize
+
+Scheme = Literal["static", "dynamic", "weights"]
+Attention = Literal["plain", "fused", "whole"]
+
+# With one of these, sums of products of 8-bit numbers are exact.
+DOT_PRODUCTS = {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"}
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """scheme None: float. alpha: SmoothQuant's strength, None: without. kept_float: names of linear layers."""
+
+    scheme: Scheme | None
+    attention: Attention = "plain"
+    alpha: float | None = None
+    kept_float: frozenset[str] = frozenset()
+
+    def text(self) -> str:
+        """As it is shown: "dynamic, attention whole"."""
+        words: list[str] = [self.scheme or "float"]
+        words += [] if self.alpha is None else [f"SmoothQuant {self.alpha:g}"]
+        words += [] if self.attention == "plain" else [f"attention {self.attention}"]
+        words += [f"{len(self.kept_float)} layers float"] if self.kept_float else []
+        return ", ".join(words)
+
+
+def weight_bits() -> int:
+    """8, or 7 on a processor that adds products of 8-bit numbers in pairs of 16 bits, where they saturate."""
+    have = set(instruction_sets())
+    return 8 if have & DOT_PRODUCTS or not have & {"avx2", "avx512f"} else 7
+
+
+class Workshop:
+    """Makes the forms of one source. pixels: .npy of the calibration images. timeout_s: of a quantizer's answer."""
+
+    def __init__(self, source: Path, folder: Path, pixels: Path, bits: int, timeout_s: float) -> None:
+        self._source = source
+        self._folder = folder
+        self._pixels = pixels
+        self._bits = bits
+        self._timeout_s = timeout_s
+
+    def make(self, form: Form) -> Path | None:
+        """The file of a form; None where nothing of the graph could take it.
+
+        Raises: ChildFailed when a quantizer crashes, hangs or refuses the graph.
+        """
+        target = self._path(form)
+        if target.is_file():
+            return target
+        match form.scheme:
+            case None:
+                model = onnx.load(self._source)
+                done = fuse_attention(model) if form.attention == "fused" else bool(fuse_projection(model))
+            case "static":
+                raw = self._asked("static", self._folder / f"raw-{form.alpha}.onnx", alpha=form.alpha, bits=self._bits)
+                model, done = onnx.load(raw), True
+                unquantize(model, self._named_source(), form.kept_float)
+                fold_scales(model)
+            case "dynamic":
+                base, kept = self._source, set(form.kept_float)
+                if form.attention == "whole":
+                    fused = self._named_source()
+                    taken = fuse_projection(fused)
+                    if not taken:
+                        return None
+                    base = self._folder / "whole.onnx"
+                    onnx.save(fused, base)
+                    kept = {taken.get(name, name) for name in kept}
+                unfused = self._folder / f"unfused-{target.name}"
+                made = self._asked("dynamic", unfused, source=base, bits=self._bits, kept_float=sorted(kept))
+                model, done = onnx.load(made), True
+            case "weights":
+                model, done = onnx.load(self._asked("weights", self._folder / "weights-raw.onnx")), True
+        if form.scheme is not None and form.attention == "fused":
+            done = bool(fuse_attention(model))
+        if not done:
+            return None
+        partial = target.with_suffix(".partial")
+        onnx.save(model, partial)
+        return partial.replace(target)
+
+    def _path(self, form: Form) -> Path:
+        if form == Form(None):
+            return self._source
+        words: list[str] = [form.scheme or "float", form.attention]
+        words += [] if form.alpha is None else [f"{form.alpha:g}"]
+        words += [f"{len(form.kept_float)}-{_digest(form.kept_float)}"] if form.kept_float else []
+        return self._folder / f"{'-'.join(words)}.onnx"
+
+    def _named_source(self) -> onnx.ModelProto:
+        model = onnx.load(self._source)
+        name_nodes(model)
+        return model
+
+    def _asked(self, do: str, target: Path, source: Path | None = None, **more: object) -> Path:
+        """What a quantizer in a process of its own writes."""
+        if target.is_file():
+            return target
+        partial = target.with_suffix(".partial")
+        command = {"do": do, "source": str((source or self._source).absolute()), "target": str(partial.absolute())}
+        with Child("quantizer", "nncf" if do == "static" else "onnxruntime", limited=False) as child:
+            child.ask(command | {"pixels": str(self._pixels.absolute())} | more, self._timeout_s)
+        return partial.replace(target)
+
+
+def _digest(names: Collection[str]) -> str:
+    return sha256("\n".join(sorted(names)).encode()).hexdigest()[:8]

@@ -1,0 +1,207 @@
+"""The files that quantize chooses from: made, judged on the calibration split, and mended where they lose too much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sievit.pipeline.errors import SievitError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from sievit.pipeline.stage import Context
+
+    from .deploy.bundle import Bundle
+    from .deploy.eight_bit import Form, Workshop
+    from .deploy.predict import Accuracy
+    from .quantize import QuantizeConfig
+
+# Half way: nncf's own 0.95 costs more accuracy than the outliers it removes (docs: onnx-details, outlier stress test).
+SMOOTH = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A file that may become the product. left_float: the half blocks that stayed float for accuracy's sake."""
+
+    path: Path
+    form: Form
+    graph: dict[str, Any]  # quantized_nodes, float_nodes, astray
+    accuracy: Accuracy
+    left_float: tuple[str, ...] = ()
+
+
+class Forge:
+    """Makes the files of one run and judges their accuracy on the calibration split. before: the float file's."""
+
+    def __init__(self, ctx: Context, config: QuantizeConfig, source: Bundle, pixels: NDArray[np.uint8]) -> None:
+        import numpy as np
+        import onnx
+
+        from .deploy.eight_bit import Form, Workshop, weight_bits
+        from .deploy.quantized_graph import linear_layers, name_nodes
+        from .vision.dataset import load_split
+
+        calibration = ctx.work / "calibration.npy"
+        np.save(calibration, pixels, allow_pickle=False)
+        self.bits = weight_bits() if config.weight_bits == "auto" else config.weight_bits
+        self.sensitivity: dict[str, dict[str, float]] = {}
+        self._ctx, self._config, self._source = ctx, config, source
+        self._judge = load_split(ctx.data.model_dump(), ctx.base, "calibration")
+        self._workshop: Workshop = Workshop(source.path, ctx.work, calibration, self.bits, config.timeout)
+        model = onnx.load(source.path)
+        name_nodes(model)
+        self._layers = linear_layers(model)
+        self.expected = self._scores(source.path)
+        self.before = self._accuracy(self.expected)
+        self._float = Form(None)
+
+    def scheme(self, scheme: Literal["static", "dynamic", "weights"]) -> Candidate:
+        """The first file of this scheme that is good enough, else the most accurate one."""
+        from .deploy.eight_bit import Form
+
+        alphas: list[float | None] = [None]
+        if scheme == "static":
+            match self._config.smooth_quant:
+                case "auto":
+                    alphas = [None, SMOOTH]
+                case float() as strength:
+                    alphas = [strength]
+        made: list[Candidate] = []
+        for alpha in alphas:
+            made.append(self._candidate(Form(scheme, alpha=alpha)))
+            if reason_against(self._config, self.before, made[-1]) is None:
+                return made[-1]
+        best = max(made, key=lambda candidate: (not candidate.graph["astray"], candidate.accuracy.top1))
+        if scheme == "weights" or best.graph["astray"]:
+            return best
+        return self._spared(best) if self._config.revert_seconds else best
+
+    def fused(self, good: Sequence[Candidate]) -> list[Candidate]:
+        """Those, and the float file, with attention as one operator: what of it the graphs can take."""
+        if not self._config.fuse_attention or self._config.provider != "cpu" or self._config.min_speedup is None:
+            return []
+        made = []
+        for candidate in [None, *good]:
+            form = self._float if candidate is None else candidate.form
+            left = () if candidate is None else candidate.left_float
+            kinds: list[Literal["fused", "whole"]] = ["fused", "whole"] if form.scheme == "dynamic" else ["fused"]
+            for kind in kinds:
+                path = self._file(replace(form, attention=kind))
+                if path is not None:
+                    made.append(self._judged(path, replace(form, attention=kind), left))
+        return [one for one in made if reason_against(self._config, self.before, one) is None]
+
+    def _spared(self, full: Candidate) -> Candidate:
+        """As few half blocks float as bring a scheme within the drop, those first that 8 bits hurt most."""
+        from .deploy.block_sensitivity import divergence, fewest, rank
+
+        everything = {layer.node for layer in self._layers}
+        groups = list(dict.fromkeys(layer.group for layer in self._layers))
+        layers = {group: {layer.node for layer in self._layers if layer.group == group} for group in groups}
+        alone = {}
+        label = f"what 8 bits cost each block ({full.form.scheme})"
+        with self._ctx.progress.task(label, len(groups)) as task:
+            for group in groups:
+                path = self._file(replace(full.form, kept_float=frozenset(everything - layers[group])))
+                assert path is not None
+                alone[group] = path
+                task.advance()
+
+        def cost(group: str, start: int, stop: int) -> NDArray[np.float64]:
+            return divergence(self.expected[start:stop], self._scores(alone[group], start, stop))
+
+        images = min(len(self._judge), self._config.calibration_images)
+        costs = rank(groups, cost, images, self._config.revert_seconds)
+        self.sensitivity[str(full.form.scheme)] = costs
+        tried: dict[int, Candidate] = {}
+
+        def passes(left: Sequence[str]) -> bool:
+            kept = frozenset().union(*(layers[group] for group in left))
+            tried[len(left)] = self._candidate(replace(full.form, kept_float=kept), tuple(left))
+            return reason_against(self._config, self.before, tried[len(left)]) is None
+
+        found = fewest(costs, passes)
+        return full if found is None else tried[len(found)]
+
+    def _candidate(self, form: Form, left_float: tuple[str, ...] = ()) -> Candidate:
+        path = self._file(form)
+        assert path is not None  # only fused forms can be missing
+        return self._judged(path, form, left_float)
+
+    def _judged(self, path: Path, form: Form, left_float: tuple[str, ...]) -> Candidate:
+        import onnx
+
+        from .deploy.quantized_graph import describe
+
+        return Candidate(path, form, describe(onnx.load(path)), self._accuracy(self._scores(path)), left_float)
+
+    def _file(self, form: Form) -> Path | None:
+        """Make the file of a form, with its sidecar."""
+        from .deploy.bundle import open_bundle, write_sidecar
+        from .deploy.child import ChildFailed
+
+        with self._ctx.progress.task(form.text(), 1) as task:
+            try:
+                path = self._workshop.make(form)
+            except ChildFailed as error:
+                raise SievitError(
+                    f"{error}",
+                    where=str(self._source.path),
+                    hint="leave quantize out (quantize: null), or export with opset 20",
+                ) from error
+            task.advance()
+        if path is None or path == self._source.path:
+            return path
+        sidecar, artifact = self._source.sidecar, self._ctx.inputs["onnx"]
+        assert sidecar is not None
+        write_sidecar(
+            path,
+            preprocessing=sidecar.raw["preprocessing"],
+            classes=sidecar.classes,
+            precision="fp32" if form.scheme is None else "int8",
+            parameters=sidecar.parameters,
+            macs=sidecar.macs,
+            opset=open_bundle(path, sidecar_required=False).opset,
+            source={"stage": artifact.kind_of_stage, "key": artifact.key, "digest": artifact.digest},
+        )
+        return path
+
+    def _scores(self, path: Path, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        import numpy as np
+
+        from .deploy.isa import usable_cores
+        from .deploy.predict import scores
+
+        count = (len(self._judge) if stop is None else stop) - start
+        with self._ctx.progress.task(f"accuracy of {path.name}", count) as task:
+            return scores(
+                path,
+                lambda first, last: self._judge.pixels(np.arange(start + first, start + last)),
+                count,
+                threads=len(usable_cores()),
+                done=task.advance,
+            )
+
+    def _accuracy(self, scored: NDArray[np.float32]) -> Accuracy:
+        from .deploy.predict import accuracy
+
+        return accuracy(scored, self._judge.labels)
+
+
+def reason_against(config: QuantizeConfig, before: Accuracy, made: Candidate) -> str | None:
+    """Why a file cannot be the product, whatever its speed; None if it can."""
+    if made.graph["astray"]:
+        names = ", ".join(f"{count} {name}" for name, count in made.graph["astray"].items())
+        return f"more than linear layers became 8-bit ({names})"
+    if made.form.scheme and not made.graph["quantized_nodes"] + made.graph["weight_only_nodes"]:
+        return "no linear layer became 8-bit"
+    drop = before.top1 - made.accuracy.top1
+    if drop > config.max_drop:
+        told = f"{100 * drop:.1f} points of top-1 on the calibration split"
+        return f"INT8 loses {told}, {100 * config.max_drop:.1f} are allowed"
+    return None
