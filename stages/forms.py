@@ -89,7 +89,7 @@ class Forge:
         for candidate in [None, *good]:
             form = self._float if candidate is None else candidate.form
             left = () if candidate is None else candidate.left_float
-            kinds: list[Literal["fused", "whole"]] = ["fused", "whole"] if form.scheme == "dynamic" else ["fused"]
+            kinds: list[Literal["fused", "whole"]] = ["fused"] if form.scheme == "static" else ["fused", "whole"]
             for kind in kinds:
                 path = self._file(replace(form, attention=kind))
                 if path is not None:

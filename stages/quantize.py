@@ -199,10 +199,11 @@ def _decide(
             return fastest, said, speeds
         noise = 100 * (speeds[fastest.form.text()].noise - 1)
         against = [f"{said}; more than {config.min_speedup:g} and beyond the noise of {noise:.1f} % is asked"]
-    whole = next((made for made in candidates if made.form.scheme is None), None)
-    if whole is not None and _is_faster(speeds[whole.form.text()], 1.0):
-        against.append(f"with attention as one operator it is {_said(speeds[whole.form.text()])}")
-        return whole, "; ".join(dict.fromkeys(against)), speeds
+    other = [made for made in candidates if made.form.scheme is None]
+    fused = max(other, key=lambda made: speeds[made.form.text()].ratio, default=None)
+    if fused is not None and _is_faster(speeds[fused.form.text()], 1.0):
+        against.append(f"with attention as one operator it is {_said(speeds[fused.form.text()])}")
+        return fused, "; ".join(dict.fromkeys(against)), speeds
     return None, "; ".join(dict.fromkeys(against)), speeds
 
 
