@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sievit.stages.methods import InvalidInput
-from sievit.stages.methods.token_merging import merge, pool_weights, proportional
+from sievit.stages.methods.token_merging import match, merge, pool_weights, proportional
 from sievit.stages.methods.token_reduction import fused_token, keep_count, ramp
 from sievit.stages.train import TrainConfig
 from sievit.stages.vision import token_schedule
@@ -227,7 +227,7 @@ def merged_by_loops(x: np.ndarray, sizes: np.ndarray, keys: np.ndarray, count: i
 def test_merging_equals_the_papers_matching_by_loops(tokens: int, count: int) -> None:
     torch.manual_seed(tokens)
     x, keys, sizes = torch.randn(3, tokens, 6), torch.randn(3, tokens, 4), torch.randint(1, 5, (3, tokens)).float()
-    merged, left = merge(x, sizes, keys, count)
+    merged, left = merge(x, sizes, match(keys, count))
     assert merged.shape == (3, count, 6)
     assert torch.equal(left.sum(1), sizes.sum(1))
     for image in range(3):
@@ -240,14 +240,14 @@ def test_merging_equals_the_papers_matching_by_loops(tokens: int, count: int) ->
 
 def test_of_equal_tokens_the_first_are_merged_into_the_first() -> None:
     x = torch.arange(8.0).view(1, 8, 1)
-    merged, sizes = merge(x, torch.ones(1, 8), torch.ones(1, 8, 3), 6)
+    merged, sizes = merge(x, torch.ones(1, 8), match(torch.ones(1, 8, 3), 6))
     assert merged.flatten().tolist() == [4, 6, (1 + 0 + 2) / 3, 3, 5, 7]
     assert sizes.flatten().tolist() == [1, 1, 3, 1, 1, 1]
 
 
 def test_more_than_half_cannot_be_merged_away() -> None:
     with pytest.raises(ValueError, match="at most 4"):
-        merge(torch.ones(1, 8, 1), torch.ones(1, 8), torch.ones(1, 8, 3), 3)
+        match(torch.ones(1, 8, 3), 3)
 
 
 @pytest.mark.parametrize("fused", [True, False])

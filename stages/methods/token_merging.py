@@ -13,23 +13,29 @@ The keys are those that attention sees: normalised, in a network that does so.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def merge(tokens: Tensor, sizes: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Merge down to `count` patch tokens.
+class Matching(NamedTuple):
+    """Which tokens are merged into which. The first set is every even token, A of them."""
 
-    Args: tokens (B, N, C) without prefix tokens; sizes (B, N) patches in each; keys (B, N, D), mean over heads; count:
-        at least N - floor(N / 2).
-    Returns: tokens (B, count, C) and sizes (B, count): the first set's rest, then the second set. Attention does not
-        see the order.
+    strength: Tensor  # (B, A), the cosine of each token of the first set to its nearest of the second
+    alone: Tensor  # (B, A - removed), places in the first set that stay
+    assigned: Tensor  # (B, N - A, A) float32, 1 where a token of the second set takes in one of the first
+
+
+def merge(tokens: Tensor, sizes: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
+    """Merge the patch tokens as they were matched.
+
+    Args: tokens (B, N, C) without prefix tokens; sizes (B, N) patches in each.
+    Returns: tokens (B, N - removed, C) and sizes (B, N - removed): the first set's rest, then the second set.
+        Attention does not see the order.
     """
-    removed, most = tokens.shape[1] - count, tokens.shape[1] // 2
-    if not 0 <= removed <= most:
-        raise ValueError(f"of {tokens.shape[1]} tokens at most {most} can be merged away, not {removed}")
-    alone, assigned = match(keys, removed)
+    _, alone, assigned = matching
     size = sizes.float().unsqueeze(-1)
     weighted = torch.cat([tokens.float() * size, size], dim=-1)  # the sizes are summed by the same product
     first, second = weighted[:, ::2], weighted[:, 1::2]
@@ -39,12 +45,13 @@ def merge(tokens: Tensor, sizes: Tensor, keys: Tensor, count: int) -> tuple[Tens
     return (merged[..., :-1] / merged[..., -1:]).to(tokens.dtype), merged[..., -1]
 
 
-def match(keys: Tensor, removed: int) -> tuple[Tensor, Tensor]:
-    """Which tokens are merged into which. keys (B, N, D) of all patch tokens.
-
-    Returns: alone (B, A - removed), places in the first set (every even token, A of them) that stay; assigned
-        (B, N - A, A) float32, 1 where a token of the second set takes in one of the first. No gradient.
+def match(keys: Tensor, count: int) -> Matching:
+    """Which tokens are merged so that `count` are left. keys (B, N, D) of all patch tokens, mean over heads; count: at
+    least N - floor(N / 2). No gradient.
     """
+    removed, most = keys.shape[1] - count, keys.shape[1] // 2
+    if not 0 <= removed <= most:
+        raise ValueError(f"of {keys.shape[1]} tokens at most {most} can be merged away, not {removed}")
     with torch.no_grad():
         direction = F.normalize(keys.float(), dim=-1)
         first, second = direction[:, ::2], direction[:, 1::2]
@@ -55,7 +62,7 @@ def match(keys: Tensor, removed: int) -> tuple[Tensor, Tensor]:
         goes = (merged.unsqueeze(-1) == places).float().sum(1)
         targets = torch.arange(second.shape[1], device=keys.device)
         assigned = (into.unsqueeze(1) == targets.view(1, -1, 1)).float() * goes.unsqueeze(1)
-    return alone, assigned
+    return Matching(strength, alone, assigned)
 
 
 def _descending(values: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..methods import InvalidInput
 from ..methods.attention_connections import Connections, connect, narrow
-from ..methods.token_merging import merge, pool_weights, proportional
+from ..methods.token_merging import match, merge, pool_weights, proportional
 from ..methods.token_reduction import fused_token, gather_tokens, keep_count, random_scores, top_tokens
 from . import layers
 from .architecture import Architecture, Block, Reduction, TokenDrop
@@ -130,10 +130,13 @@ class ViT(nn.Module):
 
     def _merge(self, passage: Passage, drop: TokenDrop, k: Tensor) -> None:
         """Patch tokens with like keys become one."""
+        matching = match(k[:, :, self.architecture.prefix :].mean(1), drop.keep)
         x, prefix = passage.x, self.architecture.prefix
         sizes = x.new_ones(x.shape[0], x.shape[1] - prefix) if passage.sizes is None else passage.sizes
-        merged, passage.sizes = merge(x[:, prefix:], sizes, k[:, :, prefix:].mean(1), drop.keep)
+        merged, passage.sizes = merge(x[:, prefix:], sizes, matching)
         passage.x = torch.cat([x[:, :prefix], merged], dim=1)
+        passage.scores.append(matching.strength)
+        passage.positions.append(matching.alone)
 
     def place_logits(self, images: Tensor) -> Tensor:
         """What the class head answers for every patch token, in an LV-ViT the head for them: (B, K, h, w). A network
