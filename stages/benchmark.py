@@ -147,16 +147,19 @@ def benchmark_files(
 
 
 def _variants(ctx: Context) -> list[Variant]:
-    """Every file of every arm; one that stands twice in an arm (quantize kept float) is one variant."""
+    """Every file of every arm; one that stands twice in an arm (quantize kept float) is one variant. Raises
+    InvalidInput for one whose pictures are made otherwise than the test split's.
+    """
     from .deploy.bundle import open_bundle
 
     found: dict[tuple[str, str], Variant] = {}
     for labelled in ctx.many:
-        for name in ("int8.onnx", "model.onnx"):
+        for name in ("int8.onnx", "fp16.onnx", "model.onnx"):
             path = labelled.artifact.file("model.onnx").with_name(name)
-            if name == "int8.onnx" and not path.is_file():
+            if name != "model.onnx" and not path.is_file():
                 continue
             bundle = open_bundle(path)
+            _check_pictures(bundle)
             key = labelled.arm, bundle.sha256
             before = found.get(key)
             if before is None or not before.final:
@@ -165,6 +168,23 @@ def _variants(ctx: Context) -> list[Variant]:
     if not found:
         raise InvalidInput("there is no ONNX file to measure", "run `export` in at least one arm")
     return list(found.values())
+
+
+def _check_pictures(bundle: Bundle) -> None:
+    """The test split is resized and cut by the data set's one rule; a sidecar that asks for another would be measured
+    on pictures that its users never feed.
+    """
+    from .vision.decode import PICTURE
+
+    assert bundle.sidecar is not None
+    asked = bundle.sidecar.preprocessing.as_json()
+    if other := {name: asked[name] for name in PICTURE if asked[name] != PICTURE[name]}:
+        told = ", ".join(f"{name} {value}" for name, value in other.items())
+        raise InvalidInput(
+            f"the sidecar of {bundle.path} makes pictures by {told}, the data by "
+            + ", ".join(f"{name} {PICTURE[name]}" for name in other),
+            "export it again: one model has one preprocessing",
+        )
 
 
 def _baseline(variants: Sequence[Variant]) -> Variant:
@@ -275,15 +295,16 @@ def _subject(variant: Variant, batch: int) -> Subject:
 
 
 def _image(bundle: Bundle, batch: int) -> tuple[int, int, int]:
-    """Channels, height, width of the input; what the file leaves open comes from the sidecar. Raises InvalidInput."""
+    """Channels, height, width of the input, or what order the file has; what it leaves open comes from the sidecar.
+    Raises InvalidInput.
+    """
     shape = list(bundle.signature.shape)
     if bundle.sidecar is not None:
-        pre = bundle.sidecar.preprocessing
-        stated = [None, len(pre.mean), pre.size, pre.size]
+        stated = [None, *bundle.sidecar.image]
         shape = [have if have is not None else other for have, other in zip(shape, stated, strict=True)]
     fixed, *image = shape
-    channels, height, width = image
-    if channels is None or height is None or width is None:
+    first, second, third = image
+    if first is None or second is None or third is None:
         raise InvalidInput(
             f"{bundle.path} leaves its image size open: {bundle.signature.text()}",
             "give it a sidecar .json, or export it with a fixed size",
@@ -293,7 +314,7 @@ def _image(bundle: Bundle, batch: int) -> tuple[int, int, int]:
             f"{bundle.path} takes batches of {fixed} only, not of {batch}: {bundle.signature.text()}",
             "ask for that batch size, or export with a dynamic batch",
         )
-    return channels, height, width
+    return first, second, third
 
 
 def _gates(rows: Sequence[dict[str, Any]], variants: Sequence[Variant], baseline: Variant) -> dict[str, float]:

@@ -255,8 +255,7 @@ def _speeds(ctx: Context, config: QuantizeConfig, source: Bundle, candidates: Se
 
     settings = settings_of([config.provider], [config.threads], [config.batch])[:1]
     assert source.sidecar is not None
-    pre = source.sidecar.preprocessing
-    image = (len(pre.mean), pre.size, pre.size)
+    image = source.sidecar.image
     files = {"fp32": source} | {made.form.text(): open_bundle(made.path) for made in candidates}
     subjects = [Subject(n, b.path, b.signature.input, b.signature.dtype, image) for n, b in files.items()]
     before = watch()

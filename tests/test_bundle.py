@@ -147,7 +147,6 @@ SPOILED: dict[str, Callable[[dict[str, object]], object]] = {
     "std more than 0": lambda card: card["preprocessing"].update(std=[1, 0, 1]),  # type: ignore[attr-defined]
     "crop 'left' is not one of": lambda card: card["preprocessing"].update(crop="left"),  # type: ignore[attr-defined]
     "sha256 is missing": lambda card: card.pop("sha256"),
-    "layout must be NCHW": lambda card: card.update(layout="NHWC"),
     "names 3 classes": lambda card: card.update(classes=["a", "b", "c"]),
     "and its sidecar disagree": lambda card: card.update(input="pixels"),
 }

@@ -28,6 +28,7 @@ OPSETS = {
     "ai.onnx.ml": (1, 5),
     "com.microsoft": (1, 1),
 }
+CHANNELS = (1, 3)
 EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
 
 
@@ -37,9 +38,15 @@ class Signature:
 
     input: str
     dtype: str  # "float32", "float16" or "uint8"
-    shape: tuple[int | None, ...]  # (batch, channels, height, width); None: any
+    shape: tuple[int | None, ...]  # (batch, channels, height, width), of NHWC the channels last; None: any
     output: str
     output_shape: tuple[int | None, ...]
+
+    @property
+    def layout(self) -> str:
+        """NHWC for raw pixels, uint8, whose last dimension is that of the channels; else NCHW."""
+        last = self.dtype == "uint8" and self.shape[3] in CHANNELS and self.shape[1] not in CHANNELS
+        return "NHWC" if last else "NCHW"
 
     def text(self) -> str:
         """As it is shown in messages: input float32 [N,3,32,32] -> logits [N,10]."""
@@ -102,18 +109,12 @@ def write_sidecar(
         "schema": SCHEMA,
         "input": signature.input,
         "output": signature.output,
-        "layout": "NCHW",
+        "layout": signature.layout,
+        "dtype": signature.dtype,
         "image_size": parsed.size,
         "channels": len(parsed.mean),
-        "preprocessing": {
-            "resize": parsed.resize,
-            "size": parsed.size,
-            "crop": parsed.crop,
-            "crop_pct": parsed.crop_pct,
-            "scale": parsed.scale,
-            "mean": list(parsed.mean),
-            "std": list(parsed.std),
-        },
+        "preprocessing": parsed.as_json(),
+        "preprocessing_sha256": parsed.sha256,
         "classes": [str(name) for name in classes],
         "precision": precision,
         "parameters": int(parameters),
@@ -244,7 +245,10 @@ def _signature(model: onnx.ModelProto, path: Path) -> Signature:
     inputs = [value for value in model.graph.input if value.name not in weights]
     outputs = list(model.graph.output)
     described = ", ".join(_value_text(value) for value in inputs) + " -> " + ", ".join(map(_value_text, outputs))
-    hint = f"its signature is {described}; expected image float32 or uint8 [N,3,H,W] -> scores [N,classes]"
+    hint = (
+        f"its signature is {described}; expected image float32 or uint8 [N,3,H,W], or uint8 [N,H,W,3] -> "
+        "scores [N,classes]"
+    )
     if len(inputs) != 1 or not outputs:
         raise InvalidInput(f"{path} is not an image classifier: it has {len(inputs)} inputs", hint)
     tensor = inputs[0].type.tensor_type
@@ -254,19 +258,21 @@ def _signature(model: onnx.ModelProto, path: Path) -> Signature:
     shape = _shape(inputs[0])
     if len(shape) != 4 or any(size == 0 for size in shape):
         raise InvalidInput(f"{path} is not an image classifier: its input has not four dimensions", hint)
+    if tensor.elem_type == onnx.TensorProto.UINT8 and not {None, *CHANNELS} & {shape[1], shape[3]}:
+        raise InvalidInput(f"{path} is not an image classifier: its pixels have neither 1 nor 3 channels", hint)
     return Signature(inputs[0].name, dtype[tensor.elem_type], shape, outputs[0].name, _shape(outputs[0]))
 
 
 def _check_agreement(signature: Signature, sidecar: Sidecar, path: Path) -> None:
-    pre = sidecar.preprocessing
-    expected = (None, len(pre.mean), pre.size, pre.size)
+    expected = (None, *sidecar.image)
     same = all(
         have is None or want is None or have == want for have, want in zip(signature.shape, expected, strict=True)
     )
-    if signature.input != sidecar.input or signature.output != sidecar.output or not same:
+    dtype = sidecar.raw.get("dtype", signature.dtype)  # older sidecars leave it to the file
+    if (signature.input, signature.output, signature.dtype) != (sidecar.input, sidecar.output, dtype) or not same:
         raise InvalidInput(
             f"{path} and its sidecar disagree: the file is {signature.text()}; the sidecar says {sidecar.input} "
-            f"{_shape_text(expected)} -> {sidecar.output}",
+            f"{dtype} {_shape_text(expected)} -> {sidecar.output}",
             "take both from the same artifact",
         )
     classes = signature.output_shape[-1] if signature.output_shape else None

@@ -58,7 +58,7 @@ def scores(
     parts = []
     for start in range(0, total, fixed or batch):
         stop = min(total, start + (fixed or batch))
-        inputs = normalise(fetch(start, stop), sidecar.preprocessing, dtype)
+        inputs = normalise(fetch(start, stop), sidecar.preprocessing, dtype, sidecar.layout)
         padding = (fixed or len(inputs)) - len(inputs)  # a file of fixed batch: fill up the last one
         filled = np.concatenate([inputs, np.repeat(inputs[-1:], padding, axis=0)]) if padding else inputs
         output = session.run([sidecar.output], {sidecar.input: filled})[0]

@@ -21,8 +21,10 @@ FILTERS = {
 }
 
 
-def normalise(pixels: NDArray[np.uint8], preprocessing: Preprocessing, dtype: str = "float32") -> NDArray[np.generic]:
-    """pixels uint8 [n, h, w, 3] of the network's size -> [n, 3, h, w].
+def normalise(
+    pixels: NDArray[np.uint8], preprocessing: Preprocessing, dtype: str = "float32", layout: str = "NCHW"
+) -> NDArray[np.generic]:
+    """pixels uint8 [n, h, w, 3] of the network's size -> [n, 3, h, w], in layout NHWC [n, h, w, 3].
 
     A network of uint8 input gets the bytes as they are, one of a single channel the mean of the three. Raises
     InvalidInput on another size or type.
@@ -33,10 +35,11 @@ def normalise(pixels: NDArray[np.uint8], preprocessing: Preprocessing, dtype: st
             f"images of type {pixels.dtype} and shape {list(pixels.shape)} do not fit",
             f"give uint8 [n,{size},{size},3], or resize with `fit`",
         )
-    planes = pixels.transpose(0, 3, 1, 2)
     if dtype == "uint8":
-        return np.ascontiguousarray(planes)
-    values = planes.astype(np.float32)
+        if channels == 1:
+            pixels = np.rint(pixels.mean(axis=3, keepdims=True, dtype=np.float32)).astype(np.uint8)
+        return np.ascontiguousarray(pixels if layout == "NHWC" else pixels.transpose(0, 3, 1, 2))
+    values = pixels.transpose(0, 3, 1, 2).astype(np.float32)
     if channels == 1:
         values = values.mean(axis=1, keepdims=True, dtype=np.float32)
     values *= np.float32(preprocessing.scale)

@@ -38,8 +38,9 @@ def static(source: Path, target: Path, pixels: Path, alpha: float | None, bits: 
     sidecar = read_sidecar(source)
     images = np.load(pixels, allow_pickle=False)
     model = _named(source)
+    pre, form = sidecar.preprocessing, (sidecar.dtype, sidecar.layout)
     dataset = nncf.Dataset(
-        range(len(images)), lambda index: {sidecar.input: normalise(images[index : index + 1], sidecar.preprocessing)}
+        range(len(images)), lambda index: {sidecar.input: normalise(images[index : index + 1], pre, *form)}
     )
     fix = nncf.quantization.advanced_parameters.OverflowFix
     quantized = nncf.quantize(

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..methods import InvalidInput
 
 SCHEMA = 1
+LAYOUTS = ("NCHW", "NHWC")
+DTYPES = ("float32", "float16", "uint8")
 RESIZES = ("nearest", "bilinear", "bicubic", "lanczos")
 CROPS = ("none", "center")
 
@@ -33,6 +35,16 @@ class Preprocessing:
     crop: str = "none"  # none: squeeze to the square; center: shorter side to size / crop_pct, then the middle
     crop_pct: float = 1.0
 
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in a sidecar."""
+        return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+
+    @property
+    def sha256(self) -> str:
+        """Of the canonical JSON: equal preprocessings have equal digests, in whichever file they stand."""
+        canonical = json.dumps(self.as_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
@@ -40,15 +52,23 @@ class Sidecar:
 
     input: str
     output: str
+    layout: str  # "NCHW"; "NHWC": the file takes raw pixels, uint8, and does scale, mean and std itself
+    dtype: str  # of the input: "float32", "float16" or "uint8"
     preprocessing: Preprocessing
     classes: tuple[str, ...]
-    precision: str  # "fp32" or "int8"
+    precision: str  # "fp32", "fp16" or "int8"
     parameters: int
     macs: int  # multiply-accumulates for one image
     opset: int
     sha256: str
     source: Mapping[str, Any]
     raw: Mapping[str, Any]
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """The input's dimensions after the batch, as the layout orders them."""
+        channels, size = len(self.preprocessing.mean), self.preprocessing.size
+        return (size, size, channels) if self.layout == "NHWC" else (channels, size, size)
 
 
 def sidecar_path(onnx_path: Path) -> Path:
@@ -85,12 +105,26 @@ def _parse(raw: object, path: Path) -> Sidecar:
     fields = _Fields(raw, str(path))
     if (schema := fields.number("schema")) != SCHEMA:
         raise InvalidInput(f"{path}: schema {schema} is not known (expected {SCHEMA})", "update sievit")
-    if (layout := fields.text("layout", "NCHW")) != "NCHW":
-        raise InvalidInput(f"{path}: layout must be NCHW, not {layout}")
+    layout, dtype = fields.text("layout", "NCHW"), fields.text("dtype", "float32")
+    if layout not in LAYOUTS or dtype not in DTYPES:
+        raise InvalidInput(
+            f"{path}: layout {layout!r} and dtype {dtype!r} are not known",
+            f"layout is one of {', '.join(LAYOUTS)}, dtype one of {', '.join(DTYPES)}",
+        )
+    if layout == "NHWC" and dtype != "uint8":
+        raise InvalidInput(f"{path}: layout NHWC is that of raw pixels, dtype uint8, not of {dtype}")
+    preprocessing = parse_preprocessing(fields.value("preprocessing"), f"{path}: preprocessing")
+    if fields.text("preprocessing_sha256", preprocessing.sha256) != preprocessing.sha256:
+        raise InvalidInput(
+            f"{path}: preprocessing is not what preprocessing_sha256 was taken of",
+            "it was changed by hand: restore it from the artifact it came with",
+        )
     return Sidecar(
         input=fields.text("input"),
         output=fields.text("output"),
-        preprocessing=parse_preprocessing(fields.value("preprocessing"), f"{path}: preprocessing"),
+        layout=layout,
+        dtype=dtype,
+        preprocessing=preprocessing,
         classes=tuple(str(name) for name in fields.items("classes")),
         precision=fields.text("precision"),
         parameters=int(fields.number("parameters")),
@@ -107,7 +141,7 @@ def parse_preprocessing(raw: object, where: str) -> Preprocessing:
     fields = _Fields(raw, where)
     resize, crop = fields.text("resize", "bilinear"), fields.text("crop", "none")
     mean, std = _floats(fields, "mean"), _floats(fields, "std")
-    size, crop_pct = int(fields.number("size")), fields.number("crop_pct", 1.0)
+    size, crop_pct = int(fields.number("size")), float(fields.number("crop_pct", 1.0))
     if resize not in RESIZES:
         raise InvalidInput(f"{where}: resize {resize!r} is not one of {', '.join(RESIZES)}")
     if crop not in CROPS:
@@ -118,7 +152,7 @@ def parse_preprocessing(raw: object, where: str) -> Preprocessing:
         raise InvalidInput(f"{where}: size must be at least 1 and crop_pct in (0, 1]")
     return Preprocessing(
         size=size,
-        scale=fields.number("scale", 1 / 255),
+        scale=float(fields.number("scale", 1 / 255)),
         mean=mean,
         std=std,
         resize=resize,

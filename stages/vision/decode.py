@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# What to_square does, in the words of the sidecar of an exported file.
+PICTURE: dict[str, Any] = {"resize": "bilinear", "crop": "center", "crop_pct": 1.0}
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 
 

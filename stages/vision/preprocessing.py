@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..methods import InvalidInput
+from .decode import PICTURE
 from .network import Network
 
 
@@ -42,10 +43,14 @@ class Preprocessing:
         return Normaliser(self.mean, self.std, device)
 
     def save(self, folder: Path) -> None:
-        text = json.dumps(
-            {"schema": 1, "resize": "bilinear", "crop": "center", **asdict(self)}, indent=1, sort_keys=True
-        )
+        how = {"resize": PICTURE["resize"], "crop": PICTURE["crop"]}
+        text = json.dumps({"schema": 1, **how, **asdict(self)}, indent=1, sort_keys=True)
         (folder / "preprocessing.json").write_text(text + "\n", encoding="utf-8")
+
+    def deployed(self) -> dict[str, Any]:
+        """The record of an exported file's sidecar: how the picture is made included."""
+        values = {"size": self.image_size, "scale": 1 / 255, "mean": list(self.mean), "std": list(self.std)}
+        return PICTURE | values
 
 
 def choose(network: Network, data: Any, classes: tuple[str, ...], pretrained: bool) -> Preprocessing:
@@ -68,10 +73,19 @@ def check(preprocessing: Preprocessing, classes: tuple[str, ...] | None, image_s
 
 
 def load(folder: Path) -> Preprocessing:
-    """Read preprocessing.json of a model artifact."""
+    """Read preprocessing.json of a model artifact. Raises: InvalidInput, also for pictures that are made otherwise than
+    the data set makes them.
+    """
     path = folder / "preprocessing.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        return Preprocessing(int(raw["image_size"]), tuple(raw["mean"]), tuple(raw["std"]), tuple(raw["classes"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        made = {name: raw.get(name, how) for name, how in PICTURE.items()}
+        found = Preprocessing(int(raw["image_size"]), tuple(raw["mean"]), tuple(raw["std"]), tuple(raw["classes"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInput(f"{path}: not a readable preprocessing record ({error})") from error
+    if made != PICTURE:
+        raise InvalidInput(
+            f"{path}: this network learned from pictures made by {made}, here they are made by {PICTURE}",
+            "train it again on this data",
+        )
+    return found
