@@ -6,37 +6,40 @@ reduction is exported with its counts as constants, merging as a product with a 
 control, are refused. Paths
 and source lines that the exporter would leave in the file are removed: equal networks give equal bytes.
 
-The gate: on held-out images (the calibration split), at batch 1 and N, ONNX Runtime's logits lie within `tolerance`
-of torch's and name the same class. A file that misses it is not handed on.
+With `input: pixels` the file takes raw pictures, uint8 [N, S, S, 3], and scales and normalises them itself; resize and
+crop stay with its user. Else the sidecar tells how the input is made. Either way the sidecar holds the preprocessing
+and its digest, and every evaluation of the file reads it there.
+
+The gate (parity): on held-out images (the calibration split), at batch 1 and N, ONNX Runtime's logits lie within
+`tolerance` of torch's and name the same class, with torch's fused attention and without; each side makes its input of
+the pixels by its own preprocessing. With token reduction the file keeps the same tokens in every block; only tokens
+whose scores are as good as equal may be exchanged. A file that misses it is not handed on.
 
 reads    model
-writes   model.onnx, model.json (preprocessing, classes, precision, size, MACs, digest of the file)
+writes   model.onnx, model.json (input, preprocessing, classes, precision, size, MACs, digests)
 
     sievit export pipeline.yaml
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import numpy as np
-
     from .vision.architecture import Architecture, SwinArchitecture
-    from .vision.network import Network
-    from .vision.preprocessing import Preprocessing
 
 
 class ExportConfig(Config):
     """Settings of the export stage."""
 
     opset: int = Field(20, ge=18, le=22, description="ONNX operator set; quantizers have trouble with 23 and above")
+    input: Literal["normalised", "pixels"] = Field(
+        "normalised", description="what the file takes: float32 [N, 3, S, S], or pixels, uint8 [N, S, S, 3]"
+    )
     tolerance: float = Field(
         1e-3, gt=0, le=1, description="largest difference of a logit between torch and ONNX Runtime"
     )
@@ -46,10 +49,10 @@ class ExportConfig(Config):
 
 def run(ctx: Context) -> None:
     """Export, clean, describe, compare."""
-    from sievit.pipeline.errors import GateError
-
     from .deploy.bundle import count_nodes, write_sidecar
-    from .vision.attention import set_fused
+    from .deploy.pixels import bake
+    from .deploy.sidecar import parse_preprocessing
+    from .parity import parity
     from .vision.dataset import load_split
     from .vision.onnx_export import export
     from .vision.preprocessing import load
@@ -60,77 +63,59 @@ def run(ctx: Context) -> None:
     network, preprocessing = load_network(artifact.root), load(artifact.root)
     architecture = network.architecture
     path = ctx.out / "model.onnx"
+    described = parse_preprocessing(preprocessing.deployed(), f"preprocessing of {artifact.ref}")
     with ctx.progress.task("exporting", 2) as task:
         export(network, path, config.opset)
+        if config.input == "pixels":
+            bake(path, described)
+        write_sidecar(
+            path,
+            preprocessing=described.as_json(),
+            classes=preprocessing.classes,
+            precision="fp32",
+            parameters=network.parameter_count(),
+            macs=architecture.macs(),
+            opset=config.opset,
+            source={"stage": artifact.kind_of_stage, "key": artifact.key, "digest": artifact.digest},
+        )
         task.advance()
-        # Against the fused path, the one that trained: parity then covers both.
-        set_fused(network, True)
-        held_out = load_split(ctx.data.model_dump(), ctx.base, "calibration")
-        parity = _parity(config, network, path, preprocessing, held_out.pixels()[: config.images])
+        pixels = load_split(ctx.data.model_dump(), ctx.base, "calibration").pixels()[: config.images]
+        compared = parity(network, path, preprocessing, pixels, config.batch, config.tolerance)
         task.advance()
     nodes = count_nodes(path)
-    write_sidecar(
-        path,
-        preprocessing=_sidecar_preprocessing(preprocessing),
-        classes=preprocessing.classes,
-        precision="fp32",
-        parameters=network.parameter_count(),
-        macs=architecture.macs(),
-        opset=config.opset,
-        source={"stage": artifact.kind_of_stage, "key": artifact.key, "digest": artifact.digest},
-    )
     ctx.metrics |= {
-        "parity": parity,
+        "parity": compared,
         "nodes": nodes,
         "fused_attention": "Attention" in nodes or "MultiHeadAttention" in nodes,
+        "input": config.input,
+        "preprocessing_sha256": described.sha256,
         "opset": config.opset,
         "bytes": path.stat().st_size,
         "parameters": network.parameter_count(),
         "macs": architecture.macs(),
     }
     _check_nodes(architecture, nodes)
-    if not parity["max_abs"] <= config.tolerance or parity["top1_agreement"] < 1:
+    _check_parity(config, compared)
+
+
+def _check_parity(config: ExportConfig, compared: dict[str, Any]) -> None:
+    """The gate."""
+    from sievit.pipeline.errors import GateError
+
+    sets = compared["kept_sets"]
+    if sets is not None and sets["wrong"]:
         raise GateError(
-            f"the ONNX file answers otherwise than the network: logits differ by up to {parity['max_abs']:.2e} "
-            f"(allowed {config.tolerance:.0e}), the class agrees on {parity['top1_agreement']:.2%} of "
-            f"{parity['images']} images",
+            f"the ONNX file keeps other tokens than the network on {sets['wrong']} of {compared['images']} images, "
+            "and their scores are no ties",
             hint="try another opset; if it stays, please report it with this model's name",
         )
-
-
-def _parity(
-    config: ExportConfig, network: Network, path: Path, preprocessing: Preprocessing, pixels: np.ndarray
-) -> dict[str, Any]:
-    """Largest difference of the logits and share of equal classes, over batches of 1 and of N."""
-    import numpy as np
-    import onnxruntime as ort
-    import torch
-
-    network.eval()
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    normalise = preprocessing.normaliser(torch.device("cpu"))
-    images = normalise(torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(255.0))
-    with torch.inference_mode():
-        expected = network(images).numpy()
-    worst, disagreements, compared = 0.0, 0, 0
-    batches = [images[i : i + 1] for i in range(min(32, len(images)))]
-    starts = list(range(min(32, len(images)))) + list(range(0, len(images), config.batch))
-    batches += list(images.split(config.batch))
-    for start, batch in zip(starts, batches, strict=True):
-        answer = session.run(None, {"input": batch.numpy()})[0]
-        wanted = expected[start : start + len(batch)]
-        worst = float(np.maximum(worst, np.abs(answer - wanted).max()))  # keeps NaN, which max() would lose
-        # A class may only differ where torch's own two best logits are closer than the allowed difference.
-        top = np.sort(wanted, axis=1)
-        clear = top[:, -1] - top[:, -2] > config.tolerance
-        disagreements += int(((answer.argmax(1) != wanted.argmax(1)) & clear).sum())
-        compared += len(batch)
-    return {
-        "max_abs": worst,
-        "images": len(images),
-        "top1_agreement": 1 - disagreements / compared,
-        "batches": [1, config.batch],
-    }
+    if not compared["max_abs"] <= config.tolerance or compared["top1_agreement"] < 1:
+        raise GateError(
+            f"the ONNX file answers otherwise than the network: logits differ by up to {compared['max_abs']:.2e} "
+            f"(allowed {config.tolerance:.0e}), the class agrees on {compared['top1_agreement']:.2%} of "
+            f"{compared['images']} images",
+            hint="try another opset; if it stays, please report it with this model's name",
+        )
 
 
 def _check_nodes(architecture: Architecture | SwinArchitecture, nodes: dict[str, int]) -> None:
@@ -146,18 +131,6 @@ def _check_nodes(architecture: Architecture | SwinArchitecture, nodes: dict[str,
             f"{expected} were expected",
             "this torch and opset take LayerNorm apart; use opset 20",
         )
-
-
-def _sidecar_preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:
-    return {
-        "resize": "bilinear",
-        "size": preprocessing.image_size,
-        "crop": "center",
-        "crop_pct": 1.0,
-        "scale": 1 / 255,
-        "mean": list(preprocessing.mean),
-        "std": list(preprocessing.std),
-    }
 
 
 def coherent(seen: Preflight) -> None:
@@ -178,7 +151,7 @@ def coherent(seen: Preflight) -> None:
 
 STAGE = Stage(
     name="export",
-    version=1,
+    version=2,
     config=ExportConfig,
     run=run,
     reads=(Reads("model", "model"),),

@@ -178,9 +178,18 @@ def _export(metrics: Mapping[str, Any]) -> list[str]:
         said.append(
             f"Parity with torch on {count(number(parity, 'images'))} held-out images: logits differ by at most "
             f"{_tiny(number(parity, 'max_abs'))}, same top-1 on {percent(number(parity, 'top1_agreement'))}"
-            f"{f', at batch {batches}' if batches else ''}."
+            f"{f', at batch {batches}' if batches else ''}{_attention(mapping(parity, 'by_attention'))}."
         )
     nodes = mapping(metrics, "nodes")
+    sets = mapping(parity, "kept_sets")
+    if number(sets, "agreement") is not None:
+        tied = number(sets, "tied")
+        said.append(
+            f"Tokens kept by {count(number(sets, 'blocks'))} blocks: the same on {percent(number(sets, 'agreement'))} "
+            f"of the images{f', {count(tied)} of them but for tokens of equal score' if tied else ''}."
+        )
+    if text(metrics, "input") == "pixels":
+        said.append("The file takes raw pixels, uint8 [N, S, S, 3].")
     if nodes:
         total = sum(number(nodes, name) or 0 for name in nodes)
         fused = dig(metrics, "fused_attention")
@@ -190,6 +199,11 @@ def _export(metrics: Mapping[str, Any]) -> list[str]:
     if number(metrics, "opset") is not None:
         said.append(f"Opset {count(number(metrics, 'opset'))}, {size(number(metrics, 'bytes'))}.")
     return said
+
+
+def _attention(worst: Mapping[str, Any]) -> str:
+    fused, plain = number(worst, "fused"), number(worst, "plain")
+    return "" if fused is None or plain is None else ", against fused attention and plain products"
 
 
 def _quantize(metrics: Mapping[str, Any]) -> list[str]:
