@@ -3,8 +3,8 @@
 torch's dynamo exporter, dynamic batch (the example batch is 2, so that 1 is not specialised), weights inside the file
 below 2 GB. Attention is written as plain MatMul and Softmax, which graph optimisers and quantizers recognise. Token
 reduction is exported with its counts as constants, merging as a product with a one-hot matrix; tokens drawn by lot, the
-control, are refused. Paths
-and source lines that the exporter would leave in the file are removed: equal networks give equal bytes.
+control, are refused. Paths and source lines that the exporter would leave in the file are removed: equal networks give
+equal bytes.
 
 With `input: pixels` the file takes raw pictures, uint8 [N, S, S, 3], and scales and normalises them itself; resize and
 crop stay with its user. Else the sidecar tells how the input is made. Either way the sidecar holds the preprocessing
@@ -15,8 +15,14 @@ The gate (parity): on held-out images (the calibration split), at batch 1 and N,
 the pixels by its own preprocessing. With token reduction the file keeps the same tokens in every block; only tokens
 whose scores are as good as equal may be exchanged. A file that misses it is not handed on.
 
+With `half` a twin in half precision is written as well, for cards; the benchmark measures it as fp16. A CPU computes
+it in fp32 and gains nothing. LayerNorm, softmax and the scores of tokens are computed in fp32, input and logits keep
+their types. It is written only if every number that it would hold on the held-out images, looked up in the float file,
+fits; else the metrics name the operator whose number does not.
+
 reads    model
-writes   model.onnx, model.json (input, preprocessing, classes, precision, size, MACs, digests)
+writes   model.onnx, model.json (input, preprocessing, classes, precision, size, MACs, digests);
+         fp16.onnx, fp16.json with `half`
 
     sievit export pipeline.yaml
 """
@@ -30,6 +36,12 @@ from pydantic import Field
 from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
     from .vision.architecture import Architecture, SwinArchitecture
 
 
@@ -45,6 +57,7 @@ class ExportConfig(Config):
     )
     images: int = Field(256, ge=2, description="held-out images for the parity gate (fewer if there are fewer)")
     batch: int = Field(8, ge=2, le=1024, description="the larger of the two batch sizes that parity is checked at")
+    half: bool = Field(False, description="also write fp16.onnx, for cards; a CPU gains nothing by it")
 
 
 def run(ctx: Context) -> None:
@@ -64,38 +77,84 @@ def run(ctx: Context) -> None:
     architecture = network.architecture
     path = ctx.out / "model.onnx"
     described = parse_preprocessing(preprocessing.deployed(), f"preprocessing of {artifact.ref}")
-    with ctx.progress.task("exporting", 2) as task:
-        export(network, path, config.opset)
+    about: dict[str, Any] = {
+        "preprocessing": described.as_json(),
+        "classes": preprocessing.classes,
+        "parameters": network.parameter_count(),
+        "macs": architecture.macs(),
+        "opset": config.opset,
+        "source": {"stage": artifact.kind_of_stage, "key": artifact.key, "digest": artifact.digest},
+    }
+    with ctx.progress.task("exporting", 3 if config.half else 2) as task:
+        modules = export(network, path, config.opset)
         if config.input == "pixels":
             bake(path, described)
-        write_sidecar(
-            path,
-            preprocessing=described.as_json(),
-            classes=preprocessing.classes,
-            precision="fp32",
-            parameters=network.parameter_count(),
-            macs=architecture.macs(),
-            opset=config.opset,
-            source={"stage": artifact.kind_of_stage, "key": artifact.key, "digest": artifact.digest},
-        )
+        write_sidecar(path, precision="fp32", **about)
         task.advance()
         pixels = load_split(ctx.data.model_dump(), ctx.base, "calibration").pixels()[: config.images]
         compared = parity(network, path, preprocessing, pixels, config.batch, config.tolerance)
         task.advance()
-    nodes = count_nodes(path)
-    ctx.metrics |= {
-        "parity": compared,
-        "nodes": nodes,
-        "fused_attention": "Attention" in nodes or "MultiHeadAttention" in nodes,
-        "input": config.input,
-        "preprocessing_sha256": described.sha256,
-        "opset": config.opset,
-        "bytes": path.stat().st_size,
-        "parameters": network.parameter_count(),
-        "macs": architecture.macs(),
+        nodes = count_nodes(path)
+        ctx.metrics |= {
+            "parity": compared,
+            "nodes": nodes,
+            "fused_attention": "Attention" in nodes or "MultiHeadAttention" in nodes,
+            "input": config.input,
+            "preprocessing_sha256": described.sha256,
+            "opset": config.opset,
+            "bytes": path.stat().st_size,
+            "parameters": network.parameter_count(),
+            "macs": architecture.macs(),
+        }
+        _check_nodes(architecture, nodes)
+        _check_parity(config, compared)
+        if config.half:
+            ctx.metrics["half"] = _half(ctx, path, pixels, about, modules)
+            task.advance()
+
+
+def _half(
+    ctx: Context, path: Path, pixels: NDArray[np.uint8], about: Mapping[str, Any], modules: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write fp16.onnx and its sidecar beside the float file, unless a number on the held-out images does not fit;
+    returns what is told of it. modules: node -> module of the network.
+    """
+    import numpy as np
+
+    from .deploy.bundle import write_sidecar
+    from .deploy.half import LARGEST, overflow, to_half
+    from .deploy.predict import scores
+
+    worst = overflow(path, pixels)
+    told: dict[str, Any] = {
+        "written": False,
+        "largest": worst.value if np.isfinite(worst.value) else None,
+        "limit": LARGEST,
+        "node": worst.node,
+        "operator": worst.operator,
+        "module": modules.get(worst.node),
     }
-    _check_nodes(architecture, nodes)
-    _check_parity(config, compared)
+    place = f"{worst.operator} {worst.node}" + (f" of {told['module']}" if told["module"] else "")
+    if not worst.value <= LARGEST:
+        reason = f"{place} reaches {worst.value:.3g} on the held-out images, where half precision ends at {LARGEST:g}"
+        ctx.progress.warn(f"fp16.onnx is not written: {reason}")
+        return told
+    half = path.with_name("fp16.onnx")
+    to_half(path, half)
+    sidecar = write_sidecar(half, precision="fp16", **about)
+    before, after = scores(path, pixels), scores(half, pixels)
+    if not np.isfinite(after).all():
+        half.unlink()
+        sidecar.unlink()
+        ctx.progress.warn(f"fp16.onnx is not written: it answers with numbers that are none (largest at {place})")
+        return told
+    return told | {
+        "written": True,
+        "bytes": half.stat().st_size,
+        "max_abs": float(np.abs(after - before).max()),
+        "top1_agreement": float((after.argmax(1) == before.argmax(1)).mean()),
+        "images": len(pixels),
+    }
 
 
 def _check_parity(config: ExportConfig, compared: dict[str, Any]) -> None:

@@ -224,6 +224,27 @@ def test_a_record_that_lacks_nearly_everything_still_makes_a_page(tmp_path: Path
     assert markdown.startswith("## unnamed")
 
 
+def test_what_an_export_proved_is_said_in_words(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    parity = {"max_abs": 2.4e-6, "images": 128, "top1_agreement": 1.0, "batches": [1, 7]}
+    parity |= {"by_attention": {"plain": 2.4e-6, "fused": 1e-6}}
+    parity |= {"kept_sets": {"blocks": 2, "equal": 0.99, "agreement": 1.0, "tied": 1, "wrong": 0}}
+    half = {"written": True, "largest": 812.0, "node": "node_add_3", "module": "blocks.1", "bytes": 700_000}
+    half |= {"max_abs": 1e-3, "top1_agreement": 1.0}
+    bench.add("main", "export", {"parity": parity, "input": "pixels", "half": half})
+    missed = {"written": False, "largest": 70000.0, "node": "node_add_3", "module": None}
+    bench.add("main", "export", {"half": missed}, entry="other")
+    page, _ = written(bench.record(), bench.shelf)
+    for said in (
+        "at batch 1 and 7, against fused attention and plain products.",
+        "Tokens kept by 2 blocks: the same on 100% of the images, on 1 of them but for tokens of equal score.",
+        "The file takes raw pixels, uint8 [N, S, S, 3].",
+        "the largest number is 812.0, in blocks.1.",
+        "No FP16 file: node_add_3 reaches 70,000.0.",
+    ):
+        assert said in page.text, said
+
+
 def test_metrics_of_the_wrong_shape_become_dashes_not_errors(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     wrong: list[Any] = [None, 3, "text", [], [1, None], {"a": 1}, {"before": 3}, True]
@@ -236,6 +257,8 @@ def test_metrics_of_the_wrong_shape_become_dashes_not_errors(tmp_path: Path) -> 
         "reached",
         "widths",
         "parity",
+        "half",
+        "input",
         "nodes",
         "speedup",
         "rows",

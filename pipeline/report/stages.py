@@ -186,7 +186,7 @@ def _export(metrics: Mapping[str, Any]) -> list[str]:
         tied = number(sets, "tied")
         said.append(
             f"Tokens kept by {count(number(sets, 'blocks'))} blocks: the same on {percent(number(sets, 'agreement'))} "
-            f"of the images{f', {count(tied)} of them but for tokens of equal score' if tied else ''}."
+            f"of the images{f', on {count(tied)} of them but for tokens of equal score' if tied else ''}."
         )
     if text(metrics, "input") == "pixels":
         said.append("The file takes raw pixels, uint8 [N, S, S, 3].")
@@ -196,9 +196,23 @@ def _export(metrics: Mapping[str, Any]) -> list[str]:
         attention = f", attention {'fused' if fused else 'not fused'}" if isinstance(fused, bool) else ""
         norms = number(nodes, "LayerNormalization")
         said.append(f"{count(total)} nodes{f', {count(norms)} LayerNormalization' if norms else ''}{attention}.")
+    said += _half(mapping(metrics, "half"))
     if number(metrics, "opset") is not None:
         said.append(f"Opset {count(number(metrics, 'opset'))}, {size(number(metrics, 'bytes'))}.")
     return said
+
+
+def _half(told: Mapping[str, Any]) -> list[str]:
+    if not isinstance(told.get("written"), bool):
+        return []
+    largest = f"{number(told, 'largest'):,.1f}" if number(told, "largest") is not None else "a number without bound"
+    place = text(told, "module") or text(told, "node")
+    if not told["written"]:
+        return [f"No FP16 file: {place} reaches {largest}."]
+    return [
+        f"FP16: {size(number(told, 'bytes'))}, logits differ from FP32 by at most {_tiny(number(told, 'max_abs'))}, "
+        f"same top-1 on {percent(number(told, 'top1_agreement'))}; the largest number is {largest}, in {place}."
+    ]
 
 
 def _attention(worst: Mapping[str, Any]) -> str:
