@@ -20,6 +20,9 @@ it in fp32 and gains nothing. LayerNorm, softmax and the scores of tokens are co
 their types. It is written only if every number that it would hold on the held-out images, looked up in the float file,
 fits; else the metrics name the operator whose number does not.
 
+The weights of the file are counted: as many numbers as the network has, or the file is refused. A Swin's position
+biases stand in it as numbers, batch norms in the convolutions before them; the count allows for these alone.
+
 reads    model
 writes   model.onnx, model.json (input, preprocessing, classes, precision, size, MACs, digests);
          fp16.onnx, fp16.json with `half`
@@ -67,7 +70,7 @@ def run(ctx: Context) -> None:
     from .deploy.sidecar import parse_preprocessing
     from .parity import parity
     from .vision.dataset import load_split
-    from .vision.onnx_export import export
+    from .vision.onnx_export import check_parameters, export
     from .vision.preprocessing import load
     from .vision.weights import load_network
 
@@ -87,6 +90,7 @@ def run(ctx: Context) -> None:
     }
     with ctx.progress.task("exporting", 3 if config.half else 2) as task:
         modules = export(network, path, config.opset)
+        in_file = check_parameters(network, path)
         if config.input == "pixels":
             bake(path, described)
         write_sidecar(path, precision="fp32", **about)
@@ -104,6 +108,7 @@ def run(ctx: Context) -> None:
             "opset": config.opset,
             "bytes": path.stat().st_size,
             "parameters": network.parameter_count(),
+            "parameters_in_file": in_file,
             "macs": architecture.macs(),
         }
         _check_nodes(architecture, nodes)

@@ -11,12 +11,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import numpy_helper
 from test_surgery import AXES, kept_of
-from tiny_vision import images, network
+from tiny_vision import FAMILIES, images, network
 
+from sievit.stages.methods import InvalidInput
 from sievit.stages.vision.attention import set_fused
-from sievit.stages.vision.network import Network
-from sievit.stages.vision.onnx_export import export
+from sievit.stages.vision.network import Network, create
+from sievit.stages.vision.onnx_export import check_parameters, export
 from sievit.stages.vision.surgery import cut
 from sievit.stages.vision.vit import drops_for
 
@@ -60,6 +62,8 @@ def test_the_file_answers_as_the_network_at_batch_1_and_n(kind: str, tmp_path: P
     net = variant(kind)
     path = tmp_path / "m.onnx"
     export(net, path, 20)
+    # A batch norm's scale and shift become one bias: three of them, of four channels, in the stem of an LV-ViT.
+    assert check_parameters(net, path) == net.parameter_count() - (12 if "lv-vit" in kind else 0)
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     for fused in (True, False):
         set_fused(net, fused)
@@ -85,6 +89,37 @@ def test_equal_networks_give_equal_bytes_and_tell_nothing_about_the_machine(tmp_
         assert b".py" not in content
         assert str(Path.cwd()).encode() not in content
     assert len(digests) == 1
+
+
+def test_a_file_that_lost_or_gained_a_weight_is_refused(tmp_path: Path) -> None:
+    net = network(depth=1)
+    path = tmp_path / "m.onnx"
+    export(net, path, 20)
+    count = net.parameter_count()
+    assert check_parameters(net, path) == count
+    model = onnx.load(path)
+    extra = model.graph.initializer.add()
+    for values, held in ((np.zeros(3, np.float32), count + 3), (np.zeros((), np.float32), count)):
+        extra.CopyFrom(numpy_helper.from_array(values, "extra"))
+        onnx.save(model, path)
+        if held == count:
+            assert check_parameters(net, path) == count, "a single number is a constant"
+        else:
+            with pytest.raises(InvalidInput, match=f"holds {held:,} weights, the network {count:,}"):
+                check_parameters(net, path)
+    bias = next(tensor for tensor in model.graph.initializer if tensor.name == "body.head.bias")
+    bias.CopyFrom(numpy_helper.from_array(np.zeros(4, np.float32), bias.name))
+    onnx.save(model, path)
+    with pytest.raises(InvalidInput, match=f"holds {count - 1:,} weights"):
+        check_parameters(net, path)
+
+
+def test_tensors_that_are_equal_may_stand_in_the_file_once(tmp_path: Path) -> None:
+    """Before the first step: all biases are zeros, and may be missing, and all norms ones."""
+    name, args = FAMILIES["deit"]
+    net = create(name, classes=5, image_size=32, args={**args, "depth": 1}).eval()
+    export(net, tmp_path / "m.onnx", 20)
+    assert check_parameters(net, tmp_path / "m.onnx") < net.parameter_count()
 
 
 def test_equal_scores_keep_the_same_tokens_in_both_runtimes(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from sievit.stages.vision.batches import Pool
 from sievit.stages.vision.dataset import load_splits
 from sievit.stages.vision.evaluate import logits
 from sievit.stages.vision.network import create, outline, rebuild
-from sievit.stages.vision.onnx_export import export
+from sievit.stages.vision.onnx_export import check_parameters, export
 from sievit.stages.vision.patches import Cached
 from sievit.stages.vision.penalty import WeightPenalty
 from sievit.stages.vision.preprocessing import Normaliser
@@ -445,6 +445,11 @@ def test_the_file_answers_as_the_network_at_batch_1_and_n_and_holds_the_biases_a
 ) -> None:
     net = swin(family)
     export(net, tmp_path / "m.onnx", 20)
+    # Two blocks each with 2 and 4 heads of 8 channels, windows of 4 x 4; masks of 16 and of 4 windows.
+    heads = np.array([2, 2, 4, 4])
+    gone = 49 * heads if family == "swin" else 512 * (2 + 1 + heads) - 8 * heads  # V2's keys get zeros for a bias
+    written = net.parameter_count() - gone.sum() + 256 * heads.sum() + (16 + 4) * 256
+    assert check_parameters(net, tmp_path / "m.onnx") == written
     session = ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     for fused in (True, False):
         set_fused(net, fused)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import math
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import onnx
 import torch
+from torch import Tensor, nn
 
 from ..methods import InvalidInput
 from .architecture import Architecture, SwinArchitecture
 from .attention import set_fused
 from .network import Network, rebuild
 from .swin import Swin
+from .window_attention import CosineWindowAttention, WindowAttention
 
 EXTERNAL_ABOVE = 2_000_000_000  # bytes; protobuf cannot hold more in one file
 
@@ -72,6 +75,57 @@ def export_shape(architecture: Architecture | SwinArchitecture, path: Path, opse
         for parameter in network.parameters():
             parameter.normal_(std=0.02)
         return export(network, path, opset)
+
+
+def check_parameters(network: Network, path: Path) -> int:
+    """The float tensors of the network's file hold as many numbers as the network; single numbers, which are constants,
+    do not count. Returns: how many they hold.
+
+    The exporter writes equal tensors once and may leave zeros out, such as biases that no step has moved: then, and
+    then only, the file may hold fewer, down to one of each that is not zero.
+    Raises: InvalidInput when it holds more or fewer.
+    """
+    tensors = weights_written(network)
+    distinct = {(tuple(t.shape), t.detach().cpu().numpy().tobytes()): t.numel() for t in tensors if bool(t.any())}
+    least, most = sum(distinct.values()), sum(tensor.numel() for tensor in tensors)
+    initializers = onnx.load(path, load_external_data=False).graph.initializer
+    found: int = sum(math.prod(t.dims) for t in initializers if t.data_type == onnx.TensorProto.FLOAT and t.dims)
+    if not least <= found <= most:
+        raise InvalidInput(
+            f"the exported file holds {found:,} weights, the network {most:,}",
+            "try another opset; if it stays, please report it with this model's name",
+        )
+    return found
+
+
+def weights_written(network: Network) -> list[Tensor]:
+    """The tensors of a network as its file has them, each in whatever arrangement. They are its parameters, except:
+
+    a batch norm (LV-ViT's stem) becomes the bias of the convolution before it;
+    a Swin's position biases stand as numbers, not as a table (V1) or a network (V2), its masks beside them;
+    the queries' and values' biases of V2 are one vector, with zeros for the keys.
+    """
+    replaced: set[int] = set()
+    written: list[Tensor] = []
+    for module in network.modules():
+        gone: list[Tensor] = []
+        if isinstance(module, nn.BatchNorm2d):
+            gone = [module.weight, module.bias]
+            assert module.running_mean is not None and module.running_var is not None
+            written.append(module.bias - module.running_mean * module.weight / (module.running_var + module.eps).sqrt())
+        elif isinstance(module, WindowAttention):
+            gone = [module.relative_position_bias_table]
+        elif isinstance(module, CosineWindowAttention):
+            gone = list(module.cpb_mlp.parameters())
+            if module.q_bias is not None:
+                gone += [module.q_bias, module.v_bias]
+                written.append(torch.cat((module.q_bias, torch.zeros_like(module.q_bias), module.v_bias)))
+        replaced |= {id(tensor) for tensor in gone}
+    if isinstance(network, Swin):
+        with network.fixed_biases():
+            written += [attention.fixed for attention in network.attentions if attention.fixed is not None]
+        written += network.masks
+    return written + [parameter for parameter in network.parameters() if id(parameter) not in replaced]
 
 
 def check_reduction(architecture: Architecture | SwinArchitecture) -> None:

@@ -174,6 +174,13 @@ class Swin(nn.Module):
             for attention in self.attentions:
                 attention.fixed = None
 
+    @property
+    def masks(self) -> list[Tensor]:
+        """What is added to the logits of shifted windows at the recorded size, (W, A, A), of every stage with any."""
+        stages = zip(self.architecture.stages, self.whole, strict=True)
+        shifting = [at.mask for stage, at in stages if any(block.place % 2 for block in stage.blocks)]
+        return [mask for mask in shifting if isinstance(mask, Tensor)]
+
     def set_distilled_training(self, on: bool) -> None:
         """A Swin has one head: nothing to do."""
 
