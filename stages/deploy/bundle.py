@@ -29,6 +29,10 @@ OPSETS = {
     "com.microsoft": (1, 1),
 }
 CHANNELS = (1, 3)
+# A ViT has some thousands; functions that call functions can state 2 ** 40 in a few hundred bytes.
+MOST_OPERATORS = 200_000
+DEEPEST_CALL = 50
+PACKED = {name: bits for bits in (2, 4) for name in (f"INT{bits}", f"UINT{bits}", f"FLOAT{bits}E2M1")}  # bits a number
 EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
 
 
@@ -145,6 +149,7 @@ def load_checked(path: Path) -> onnx.ModelProto:
     except (DecodeError, ValueError) as error:
         raise InvalidInput(f"{path} is not an ONNX file: {_first_line(error)}", "give an .onnx file") from None
     _check_opsets(model, path)
+    _check_calls(model, path)
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external(tensor, path)
@@ -176,9 +181,35 @@ def _check_opsets(model: onnx.ModelProto, path: Path) -> None:
             )
 
 
+def _check_calls(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse functions that expand to more operators than can be looked at."""
+    bodies = {(function.domain, function.name): function for function in model.functions}
+    known: dict[tuple[str, str], int] = {}
+
+    def operators(body: onnx.GraphProto | onnx.FunctionProto, depth: int) -> int:
+        total = 0
+        for node in (node for graph in _below(body) for node in graph.node):
+            called = node.domain, node.op_type
+            if called in bodies and called not in known:
+                if depth == DEEPEST_CALL:
+                    raise _too_many(path, f"functions that call each other more than {DEEPEST_CALL} deep")
+                known[called] = operators(bodies[called], depth + 1)
+            total += known.get(called, 1)
+        return total
+
+    if operators(model.graph, 0) > MOST_OPERATORS:
+        raise _too_many(path, f"functions that expand to more than {MOST_OPERATORS:,} operators")
+
+
+def _too_many(path: Path, what: str) -> InvalidInput:
+    return InvalidInput(f"{path} has {what}", "export it without functions of its own")
+
+
 def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
     """Weights outside of the .onnx file: a plain file of the same folder, linked from nowhere else, large enough."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
+    if len(entries) < len(tensor.external_data):  # readers differ in which they take
+        raise _escape(tensor, path, "an attribute that stands there twice")
     if unknown := set(entries) - EXTERNAL_KEYS:
         raise _escape(tensor, path, f"an unknown attribute {sorted(unknown)[0]!r}")
     location = entries.get("location", "")
@@ -204,6 +235,12 @@ def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
         raise _escape(tensor, path, "an offset or length that is no number") from None
     if offset < 0 or length < 0 or offset + length > status.st_size:
         raise _escape(tensor, path, f"bytes {offset}+{length} of a file of {status.st_size}")
+    try:
+        needed = _bytes(tensor)
+    except (KeyError, ValueError):
+        raise _escape(tensor, path, f"a type {tensor.data_type} that is not known") from None
+    if offset + needed > status.st_size or ("length" in entries and length != needed):
+        raise _escape(tensor, path, f"{length or status.st_size - offset} bytes, where its shape takes {needed}")
 
 
 def _escape(tensor: onnx.TensorProto, path: Path, what: str) -> InvalidInput:
@@ -213,9 +250,22 @@ def _escape(tensor: onnx.TensorProto, path: Path, what: str) -> InvalidInput:
     )
 
 
+def _bytes(tensor: onnx.TensorProto) -> int:
+    """What its numbers take in a file."""
+    name = onnx.TensorProto.DataType.Name(tensor.data_type)
+    bits = PACKED.get(name) or 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return -(-_size(tensor) * bits // 8)
+
+
 def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
-    """The graph, its sub-graphs, and the model's own functions."""
-    waiting: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    """The graph, those for training, their sub-graphs, and the model's own functions."""
+    training = [graph for info in model.training_info for graph in (info.initialization, info.algorithm)]
+    yield from _below(model.graph, *training, *model.functions)
+
+
+def _below(*graphs: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """These and their sub-graphs."""
+    waiting = list(graphs)
     while waiting:
         graph = waiting.pop()
         yield graph
@@ -237,6 +287,8 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
                 if attribute.HasField("t"):
                     yield attribute.t
                 yield from attribute.tensors
+                for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                    yield from (sparse.values, sparse.indices)
 
 
 def _signature(model: onnx.ModelProto, path: Path) -> Signature:
@@ -249,15 +301,20 @@ def _signature(model: onnx.ModelProto, path: Path) -> Signature:
         f"its signature is {described}; expected image float32 or uint8 [N,3,H,W], or uint8 [N,H,W,3] -> "
         "scores [N,classes]"
     )
-    if len(inputs) != 1 or not outputs:
+    if len(inputs) != 1:
         raise InvalidInput(f"{path} is not an image classifier: it has {len(inputs)} inputs", hint)
+    if not outputs:
+        raise InvalidInput(f"{path} is not an image classifier: it has no outputs", hint)
     tensor = inputs[0].type.tensor_type
     dtype = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.UINT8: "uint8"}
     if tensor.elem_type not in dtype:
         raise InvalidInput(f"{path} is not an image classifier: its input is not of float or uint8", hint)
     shape = _shape(inputs[0])
-    if len(shape) != 4 or any(size == 0 for size in shape):
+    if len(shape) != 4:
         raise InvalidInput(f"{path} is not an image classifier: its input has not four dimensions", hint)
+    for size in shape:
+        if size is not None and size < 1:
+            raise InvalidInput(f"{path} is not an image classifier: its input has a dimension of {size}", hint)
     if tensor.elem_type == onnx.TensorProto.UINT8 and not {None, *CHANNELS} & {shape[1], shape[3]}:
         raise InvalidInput(f"{path} is not an image classifier: its pixels have neither 1 nor 3 channels", hint)
     return Signature(inputs[0].name, dtype[tensor.elem_type], shape, outputs[0].name, _shape(outputs[0]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,7 @@ def open_session(
     if provider in GRAPHICS and hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
             ort.preload_dlls()  # CUDA and cuDNN from the nvidia wheels, when they are not on the library path
+    os.environ.pop("ORT_LOAD_CONFIG_FROM_MODEL", None)  # it would hand the session's settings to the model
     try:
         # enable_fallback=0: otherwise a failure prints to stdout and the session silently runs elsewhere.
         session = ort.InferenceSession(
