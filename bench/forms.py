@@ -152,9 +152,8 @@ def peak(threads: int, integer: bool, size: int = 1024, seconds: float = 2.0) ->
 
 
 def show(rows: list[Row], peaks: dict[str, float]) -> None:
-    print(
-        f"{'network':26} {'form':26} {'MACs':>7} {'MB':>6} {'p50 ms':>8} {'times':>6} {'95% interval':>14} {'of peak':>8}"
-    )
+    titles = f"{'MACs':>7} {'MB':>6} {'p50 ms':>8} {'times':>6} {'95% interval':>14} {'of peak':>8}"
+    print(f"{'network':26} {'form':26} {titles}")
     for row in rows:
         reached = 2 * row.macs / row.p50_ms / 1e6
         share = reached / peaks["float" if row.form.startswith("float") else "8-bit"]

@@ -96,6 +96,16 @@ class Forge:
                     made.append(self._judged(path, replace(form, attention=kind), left))
         return [one for one in made if reason_against(self._config, self.before, one) is None]
 
+    def half(self) -> list[Candidate]:
+        """The half-precision file that export made, if it made one and it is good enough."""
+        from .deploy.eight_bit import Form
+
+        path = self._source.path.with_name("fp16.onnx")
+        if not path.is_file() or self._config.min_speedup is None:
+            return []
+        made = self._judged(path, Form("half"), ())
+        return [made] if reason_against(self._config, self.before, made) is None else []
+
     def _spared(self, full: Candidate) -> Candidate:
         """As few half blocks float as bring a scheme within the drop, those first that 8 bits hurt most."""
         from .deploy.block_sensitivity import divergence, fewest, rank
@@ -198,10 +208,10 @@ def reason_against(config: QuantizeConfig, before: Accuracy, made: Candidate) ->
     if made.graph["astray"]:
         names = ", ".join(f"{count} {name}" for name, count in made.graph["astray"].items())
         return f"more than linear layers became 8-bit ({names})"
-    if made.form.scheme and not made.graph["quantized_nodes"] + made.graph["weight_only_nodes"]:
+    if made.form.eight_bit and not made.graph["quantized_nodes"] + made.graph["weight_only_nodes"]:
         return "no linear layer became 8-bit"
     drop = before.top1 - made.accuracy.top1
     if drop > config.max_drop:
         told = f"{100 * drop:.1f} points of top-1 on the calibration split"
-        return f"INT8 loses {told}, {100 * config.max_drop:.1f} are allowed"
+        return f"{'INT8' if made.form.eight_bit else 'the file'} loses {told}, {100 * config.max_drop:.1f} are allowed"
     return None

@@ -5,7 +5,8 @@ attention stay float. Three schemes: `static` (nncf; ranges recorded on ticket e
 images that were kept, balanced over classes, else on the calibration split), `dynamic` (ONNX Runtime; each call takes
 its own ranges) and `weights` (stored in 8 bits, multiplied in float: for size alone). Each also with attention as one
 operator. Which form is fastest differs by processor and network, so all are made and timed in turn with the float file
-by the benchmark's own protocol; a float file with attention as one operator takes part too.
+by the benchmark's own protocol; a float file with attention as one operator takes part too, and the half-precision file
+if export made one.
 
 Whether a file is good enough is decided on the calibration split, never on the test split. Where a scheme loses more
 than `max_drop`, `static` is tried with SmoothQuant (it moves the outliers of activations into the weights), and then
@@ -52,7 +53,8 @@ class QuantizeConfig(Config):
     """What INT8 may cost, and what it must bring."""
 
     schemes: Annotated[tuple[Literal["static", "dynamic", "weights"], ...], Field(min_length=1)] = Field(
-        default=("static", "dynamic"), description="how layers become 8-bit; all are made, the fastest good one wins"
+        default=("static", "dynamic"),
+        description="how layers become 8-bit; all are made, the fastest good one wins (dynamic: cpu alone)",
     )
     weight_bits: Literal["auto", 7, 8] = Field(
         default="auto", description="bits of the weights; auto: 7 where this processor's 8-bit sums saturate, else 8"
@@ -92,9 +94,14 @@ class QuantizeConfig(Config):
             raise ValueError(
                 "schemes: weights makes a file smaller and not faster; name it alone, with min_speedup: null"
             )
-        if "dynamic" in self.schemes and self.provider != "cpu":
+        if self.provider != "cpu" and "dynamic" in self.schemes and "schemes" in self.model_fields_set:
             raise ValueError(f"schemes: dynamic is for provider: cpu, not {self.provider}; set schemes: [static]")
         return self
+
+    @property
+    def tried(self) -> tuple[Literal["static", "dynamic", "weights"], ...]:
+        """The schemes that the provider can run."""
+        return tuple(scheme for scheme in self.schemes if scheme != "dynamic" or self.provider == "cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +126,12 @@ def run(ctx: Context) -> None:
     pixels, origin = _calibration(ctx, config)
     forge = Forge(ctx, config, source, pixels)
     before = forge.before
-    schemes = [forge.scheme(scheme) for scheme in config.schemes]
+    schemes = [forge.scheme(scheme) for scheme in config.tried]
     good = [made for made in schemes if reason_against(config, before, made) is None]
-    candidates = [*good, *forge.fused(good)]
+    candidates = [*good, *forge.fused(good), *forge.half()]
     chosen, reason, speeds = _choose(ctx, config, source, schemes, candidates, before)
-    best = chosen if chosen is not None and chosen.form.scheme else _best(schemes, candidates, before, speeds)
-    precision: Literal["int8", "fp32"] = "int8" if best is chosen else "fp32"
+    best = chosen if chosen is not None and chosen.form.eight_bit else _best(schemes, candidates, before, speeds)
+    precision = "int8" if best is chosen else "fp16" if chosen is not None and chosen.form.scheme else "fp32"
     drop = before.top1 - best.accuracy.top1
     speed = speeds.get(best.form.text())
     ctx.metrics |= {
@@ -149,7 +156,7 @@ def run(ctx: Context) -> None:
     }
     ctx.ledger |= {"seconds": time.perf_counter() - start, "images": 0}
     _write(ctx, source, best, chosen)
-    if precision == "fp32":
+    if precision != "int8":
         ctx.progress.note(f"float is kept: {reason}")
 
 
@@ -184,17 +191,18 @@ def _decide(
     candidates: Sequence[Candidate],
     before: Accuracy,
 ) -> tuple[Candidate | None, str, dict[str, Speed]]:
-    eight = [made for made in candidates if made.form.scheme]
-    if config.min_speedup is None and eight:
-        lost = 100 * (before.top1 - eight[0].accuracy.top1)
-        return eight[0], f"INT8 loses {lost:.1f} points of top-1; its speed was not asked for", {}
+    lesser = [made for made in candidates if made.form.scheme]
+    if config.min_speedup is None and lesser:
+        lost = 100 * (before.top1 - lesser[0].accuracy.top1)
+        return lesser[0], f"INT8 loses {lost:.1f} points of top-1; its speed was not asked for", {}
     against = [reason for made in schemes if (reason := reason_against(config, before, made))]
     if config.min_speedup is None or not candidates:
         return None, "; ".join(dict.fromkeys(against)), {}
     speeds = _speeds(ctx, config, source, candidates)
-    fastest = max(eight, key=lambda made: speeds[made.form.text()].ratio, default=None)
+    fastest = max(lesser, key=lambda made: speeds[made.form.text()].ratio, default=None)
     if fastest is not None:
-        said = f"INT8 ({fastest.form.text()}) is {_said(speeds[fastest.form.text()])}"
+        kind = f"INT8 ({fastest.form.text()})" if fastest.form.eight_bit else "FP16"
+        said = f"{kind} is {_said(speeds[fastest.form.text()])}"
         if _is_faster(speeds[fastest.form.text()], config.min_speedup):
             return fastest, said, speeds
         noise = 100 * (speeds[fastest.form.text()].noise - 1)
@@ -219,7 +227,7 @@ def _best(
     schemes: Sequence[Candidate], candidates: Sequence[Candidate], before: Accuracy, speeds: dict[str, Speed]
 ) -> Candidate:
     """The INT8 file that is shown when none is the product: the fastest good one, else the most accurate."""
-    eight = [made for made in candidates if made.form.text() in speeds and made.form.scheme]
+    eight = [made for made in candidates if made.form.text() in speeds and made.form.eight_bit]
     if eight:
         return max(eight, key=lambda made: speeds[made.form.text()].ratio)
     return max(schemes, key=lambda made: (not made.graph["astray"], made.accuracy.top1))

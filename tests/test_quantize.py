@@ -262,6 +262,56 @@ def test_the_half_block_that_spoils_the_answers_stays_float_and_it_alone(
     assert len(kept & float_weights) == len(culprits)
 
 
+@pytest.mark.usefixtures("ready")
+@pytest.mark.parametrize(
+    ("ratios", "product"),
+    [
+        ({"static": 1.2, "dynamic": 1.4, "half": 1.1}, "dynamic"),
+        ({"static": 1.4, "dynamic": 1.2, "half": 1.1}, "static"),
+        ({"static": 1.2, "dynamic": 1.1, "half": 1.3}, "half"),
+        ({"static": 1.02, "dynamic": 0.9, "half": 0.5}, "float"),  # 1.03 is noise
+    ],
+)
+def test_the_fastest_good_form_is_the_product_if_it_is_beyond_the_noise(
+    ratios: dict[str, float], product: str, exported: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = Folder(tmp_path / "export")
+    beside.root.mkdir()
+    for name, precision in (("model", "fp32"), ("fp16", "fp16")):
+        shutil.copyfile(exported.file("model.onnx"), beside.file(f"{name}.onnx"))
+        tiny_onnx.sidecar(beside.file(f"{name}.onnx"), classes=10, precision=precision)
+    asked: list[str] = []
+
+    def speeds(ctx: Context, config: Any, source: Any, candidates: list[Candidate]) -> dict[str, quantize.Speed]:
+        asked.extend(made.form.text() for made in candidates)
+        return {name: quantize.Speed(ratios[name], ratios[name] - 0.01, ratios[name] + 0.01, 1.03) for name in asked}
+
+    monkeypatch.setattr(quantize, "_speeds", speeds)
+    ctx = context(tmp_path, beside, max_drop=1.0)
+    quantize.run(ctx)
+    assert sorted(asked) == sorted(ratios)
+    assert ctx.metrics["product"] == product
+    assert [row["form"] for row in ctx.metrics["forms"] if row["chosen"]] == [product][: product != "float"]
+    sidecar = open_bundle(ctx.out / "model.onnx").sidecar
+    assert sidecar is not None
+    assert sidecar.precision == {"half": "fp16", "float": "fp32"}.get(product, "int8")
+    assert (ctx.out / "int8.onnx").is_file() == (product in ("half", "float"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schemes": ("static", "static")}, "static stands there twice"),
+        ({"schemes": ("weights",)}, "makes a file smaller and not faster"),
+        ({"schemes": ("static", "weights"), "min_speedup": None}, "name it alone"),
+        ({"schemes": ("dynamic",), "provider": "cuda"}, "dynamic is for provider: cpu"),
+    ],
+)
+def test_schemes_that_cannot_give_what_is_asked_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize.QuantizeConfig(**fields)
+
+
 def test_calibration_takes_ticket_examples_only_and_all_classes_alike(exported: Folder, tmp_path: Path) -> None:
     labels = np.repeat(np.arange(4), [100, 50, 10, 2])
     members = np.arange(0, 162, 2)

@@ -25,7 +25,7 @@ from .child import Child
 from .isa import instruction_sets
 from .quantized_graph import fold_scales, name_nodes, unquantize
 
-Scheme = Literal["static", "dynamic", "weights"]
+Scheme = Literal["static", "dynamic", "weights", "half"]  # half: FP16, which export makes
 Attention = Literal["plain", "fused", "whole"]
 
 # With one of these, sums of products of 8-bit numbers are exact.
@@ -40,6 +40,11 @@ class Form:
     attention: Attention = "plain"
     alpha: float | None = None
     kept_float: frozenset[str] = frozenset()
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether its layers are stored in 8 bits."""
+        return self.scheme in ("static", "dynamic", "weights")
 
     def text(self) -> str:
         """As it is shown: "dynamic, attention whole"."""
@@ -96,6 +101,8 @@ class Workshop:
                 unfused = self._folder / f"unfused-{target.name}"
                 made = self._asked("dynamic", unfused, source=base, bits=self._bits, kept_float=sorted(kept))
                 model, done = onnx.load(made), True
+            case "half":
+                raise ValueError("half precision is made by export")
             case "weights":
                 model, done = onnx.load(self._asked("weights", self._folder / "weights-raw.onnx")), True
         if form.scheme is not None and form.attention == "fused":
