@@ -138,6 +138,18 @@ def count_nodes(onnx_path: Path) -> dict[str, int]:
     return _count(load_checked(onnx_path).graph)
 
 
+def weight_files(path: Path) -> tuple[str, ...]:
+    """The files beside an ONNX file that hold its weights, as it names them, each once, in order of name."""
+    found = {
+        entry.value
+        for tensor in _tensors(load_checked(path))
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return tuple(sorted(found))
+
+
 def load_checked(path: Path) -> onnx.ModelProto:
     """Parse an ONNX file after the checks named above; weights beside it are not loaded. Raises InvalidInput."""
     if not path.is_file():

@@ -25,6 +25,11 @@ class BadImage(ValueError):
 
 def decode(file: IO[bytes], size: int, max_megapixels: float) -> np.ndarray:
     """File -> (size, size, 3) uint8. Raises: BadImage."""
+    return to_square(picture(file, max_megapixels), size)
+
+
+def picture(file: IO[bytes], max_megapixels: float) -> Image.Image:
+    """File -> upright 8-bit RGB picture of its own size. Raises: BadImage."""
     content = file.read()
     if not content:
         raise BadImage("the file is empty")
@@ -38,7 +43,7 @@ def decode(file: IO[bytes], size: int, max_megapixels: float) -> np.ndarray:
                     raise BadImage(f"{width} x {height} pixels, above the limit of {max_megapixels:g} megapixels")
                 if min(width, height) < 1 or max(width, height) > 100 * min(width, height):
                     raise BadImage(f"{width} x {height} pixels, too narrow to be an image of something")
-                return to_square(_to_rgb(image), size)
+                return _to_rgb(image)
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
