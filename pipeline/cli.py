@@ -45,11 +45,12 @@ def build_app(
     *,
     console: Console | None = None,
     commands: Mapping[str, Callable[..., None]] = {},
+    further: Mapping[str, Sequence[Callable[..., None]]] = {},
     alone: str | None = None,
     team: Team | None = None,
 ) -> typer.Typer:
     """The whole command line. `commands` stand in for the plain command of the stage that they are named after; others
-    come after the stages'.
+    come after the stages'. further: task -> its commands, which come next.
 
     alone: the one command that will be called. Typer looks at the signature of every command that it is told of, so the
     others are left out; an unknown name leaves out none. team: the processes that run the command.
@@ -57,14 +58,16 @@ def build_app(
     session = Session(tuple(stages), invalid_input, console or Console(), team or Team())
     app = typer.Typer(cls=manual.Group, context_settings={"obj": session}, rich_markup_mode=None, help=OVERVIEW)
     app.callback(invoke_without_command=True)(_sievit)
-    found = list(_commands(stages, commands))
+    found = list(_commands(stages, commands, further))
     for task, name, command, text in [each for each in found if each[1] == alone] or found:
         app.command(name, cls=manual.Command, help=text, rich_help_panel=task)(command)
     return app
 
 
 def _commands(
-    stages: Sequence[Stage], instead: Mapping[str, Callable[..., None]]
+    stages: Sequence[Stage],
+    instead: Mapping[str, Callable[..., None]],
+    further: Mapping[str, Sequence[Callable[..., None]]],
 ) -> Iterator[tuple[str, str, Callable[..., None], str]]:
     """Task, name, function and manual of every command, in the order of the overview."""
     for command in cli_run.COMMANDS:
@@ -74,7 +77,7 @@ def _commands(
     for name, command in instead.items():
         if name not in {stage.name for stage in stages}:
             yield "Stages", name, command, inspect.getdoc(command) or ""
-    for task, several in cli_store.COMMANDS.items():
+    for task, several in {**further, **cli_store.COMMANDS}.items():
         for command in several:
             yield task, command.__name__, command, inspect.getdoc(command) or ""
 
@@ -85,6 +88,7 @@ def execute(
     arguments: Sequence[str],
     *,
     commands: Mapping[str, Callable[..., None]] = {},
+    further: Mapping[str, Sequence[Callable[..., None]]] = {},
     team: Team | None = None,
 ) -> int:
     """Run one command line and return its exit code. The one place where errors become text."""
@@ -92,7 +96,9 @@ def execute(
     _open_streams()
     try:
         alone = arguments[0] if arguments else None
-        app = build_app(stages, invalid_input, console=console, commands=commands, alone=alone, team=team)
+        app = build_app(
+            stages, invalid_input, console=console, commands=commands, further=further, alone=alone, team=team
+        )
         code = _invoke(app, invalid_input, arguments, console)
         sys.stdout.flush()
     except (OSError, SystemExit) as error:

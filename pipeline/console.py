@@ -30,12 +30,14 @@ Document = dict[str, Any]  # what --json prints: always an object, so that an er
 class Console:
     """The two streams of one command line.
 
-    json: one JSON document on stdout. debug: tracebacks on stderr.
+    json: one JSON document on stdout. debug: tracebacks on stderr. by_line: with json a document a line, as `piece`
+    gives them, an error that ends the command being the last.
     """
 
     def __init__(self, *, json: bool = False, debug: bool = False) -> None:
         self.json = json
         self.debug = debug
+        self.by_line = False
         self._document: Document | None = None
 
     @cached_property
@@ -62,6 +64,12 @@ class Console:
         self.json = True
         self._document = document
 
+    def piece(self, document: Document) -> None:
+        """A part of a result that comes bit by bit: said at once with --json, and not at all without."""
+        if self.json:
+            sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
+            sys.stdout.flush()
+
     def say(self, text: str) -> None:
         """A line beside the result."""
         if not self.json:
@@ -75,7 +83,7 @@ class Console:
             failure = {"error": error.as_json()} if error is not None else {}
             document = {**(self._document or {}), **failure}
             if document:
-                sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+                sys.stdout.write(json.dumps(document, indent=None if self.by_line else 2, allow_nan=False) + "\n")
         elif error is not None:
             self._tell(error.text(self.stderr.width if self.stderr.is_terminal else None))
         return error.exit_code if error is not None else 0

@@ -26,9 +26,12 @@ from sievit.pipeline.settings import LaunchConfig
 from sievit.pipeline.team import Team, follow
 
 from . import benchmark, export, finetune, matrix, prune, quantize, sensitivity, ticket, train
+from .compare import compare
 from .deploy.providers import Provider
 from .importances import Importance, Judging
 from .methods import InvalidInput
+from .pack import pack
+from .predict import predict
 
 if TYPE_CHECKING:
     from sievit.pipeline.stage import Config
@@ -208,6 +211,7 @@ def _sensitivity_config(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"benchmark": measure, "sensitivity": measure_sensitivity}
+HAND_OVER = {"Hand over": (pack, predict, compare)}
 
 
 def main() -> int:
@@ -235,7 +239,7 @@ def main() -> int:
 
 
 def _command(arguments: list[str], team: Team) -> int:
-    return execute(STAGES, (InvalidInput,), arguments, commands=COMMANDS, team=team)
+    return execute(STAGES, (InvalidInput,), arguments, commands=COMMANDS, further=HAND_OVER, team=team)
 
 
 def _start(arguments: list[str], launch: LaunchConfig, device: str) -> int:

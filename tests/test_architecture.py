@@ -38,6 +38,21 @@ OPTIONS: dict[str, set[str]] = {  # of every command, as a user writes them; "" 
     "benchmark": STAGE | {"--onnx", "--provider", "--batch", "--threads"},
     "matrix": STAGE,
     "sensitivity": STAGE | {"--seconds", "--importance", "--fraction"},
+    "pack": {"MODEL", "--output", "--zip", "--store", *OUTPUT},
+    "predict": {"MODEL", "IMAGE", "--top", "--store", *OUTPUT},
+    "compare": {
+        "A",
+        "B",
+        "--fail-if",
+        "--data",
+        "--provider",
+        "--batch",
+        "--threads",
+        "--seconds",
+        "--store",
+        "--quiet",
+        *OUTPUT,
+    },
     "ls": {"STAGE", "--store", *OUTPUT},
     "show": {"REF", "--store", *OUTPUT},
     "explain": {"STAGE|REF", "PIPELINE", "--set", "--arm", "--store", *OUTPUT},
@@ -115,17 +130,17 @@ def test_the_options_of_every_command_are_these_and_no_others() -> None:
     from sievit.pipeline.cli import build_app
     from sievit.stages import __main__ as composition
 
-    instead = composition.COMMANDS
-    assert options_of(build_app(composition.STAGES, commands=instead)) == OPTIONS
+    more = {"commands": composition.COMMANDS, "further": composition.HAND_OVER}
+    assert options_of(build_app(composition.STAGES, **more)) == OPTIONS
     for name in OPTIONS:  # a command that is built alone is the same command
         if name:
-            alone = options_of(build_app(composition.STAGES, commands=instead, alone=name))
+            alone = options_of(build_app(composition.STAGES, **more, alone=name))
             assert alone == {"": OPTIONS[""], name: OPTIONS[name]}
 
 
 def test_every_stage_file_imports_without_a_tensor_library() -> None:
     stages = [path.stem for path in (ROOT / "stages").glob("*.py") if not path.stem.startswith("__")]
-    assert len(stages) == 19
+    assert len(stages) == 25
     program = f"import sys\nfrom sievit.stages import {', '.join(stages)}\nprint(set(sys.modules) & {set(HEAVY)!r})"
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr

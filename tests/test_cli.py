@@ -91,7 +91,12 @@ def test_every_command_explains_itself_in_80_columns(
 ) -> None:
     from sievit.stages import __main__ as composition
 
-    assert execute(composition.STAGES, (), [command, "--help"], commands=composition.COMMANDS) == 0
+    assert (
+        execute(
+            composition.STAGES, (), [command, "--help"], commands=composition.COMMANDS, further=composition.HAND_OVER
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert out.startswith(f"Usage: sievit {command}")
     assert max(map(len, out.splitlines())) <= 80

@@ -117,11 +117,11 @@ def save(
     return path
 
 
-def sidecar(path: Path, classes: int = 4, **fields: Any) -> Path:
-    """A sidecar for a file of this module."""
+def sidecar(path: Path, classes: int = 4, names: Sequence[str] | None = None, **fields: Any) -> Path:
+    """A sidecar for a file of this module. names: of the classes."""
     arguments: dict[str, Any] = {
         "preprocessing": PREPROCESSING,
-        "classes": [f"class {index}" for index in range(classes)],
+        "classes": names or [f"class {index}" for index in range(classes)],
         "precision": "fp32",
         "parameters": 768,
         "macs": 768,

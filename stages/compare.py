@@ -1,0 +1,464 @@
+"""`sievit compare`: whether B may replace A: accuracy on the same test images, latency on this host, size.
+
+Accuracy by McNemar's exact test (`methods/paired_tests.py`), latency by the benchmark's own protocol, in which both
+files run in turn and A runs twice, so that a difference inside the noise is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from sievit.pipeline import options
+from sievit.pipeline.console import results_only
+from sievit.pipeline.errors import GateError, InputError, SievitError, UsageError
+from sievit.pipeline.progress import choose
+from sievit.pipeline.session import Session, session_of, written_store
+
+from . import benchmark, products
+from .conditions import ACCURACY, Condition, parse
+from .deploy.providers import Provider
+from .methods import InvalidInput
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from rich.console import RenderableType
+
+    from sievit.pipeline.progress import Display
+    from sievit.pipeline.store import Store
+
+    from .deploy.bundle import Bundle
+    from .products import Product
+    from .vision.dataset import Images
+
+PROVIDERS = get_args(Provider)
+AT_ONCE = 256  # images of one answer of the process that scores them
+LEVEL = 0.05
+# Settings that decide nothing about which images the test split has.
+ASIDE = ("image_size", "mean", "std", "workers", "in_memory", "max_train")
+
+
+@dataclass(frozen=True)
+class Test:
+    """Where test images are: a data block, and the folder that its relative paths are meant from."""
+
+    data: Mapping[str, Any]
+    base: Path
+
+    def images(self) -> dict[str, Any]:
+        """What decides which images these are."""
+        paths = {name: self._place(self.data.get(name)) for name in ("source", "test", "root")}
+        return {name: value for name, value in self.data.items() if name not in ASIDE} | paths
+
+    def _place(self, path: str | None) -> str | None:
+        if path is None or path.startswith(("builtin:", "torch/", "hfds/")):
+            return path
+        return str((self.base / Path(path).expanduser()).resolve())
+
+
+@dataclass(frozen=True)
+class Side:
+    """A or B."""
+
+    product: Product
+    bundle: Bundle
+    size: int  # bytes, with the weights beside the file
+
+    @property
+    def macs(self) -> int | None:
+        return self.bundle.sidecar.macs if self.bundle.sidecar else None
+
+    @property
+    def parameters(self) -> int:
+        return self.bundle.sidecar.parameters if self.bundle.sidecar else self.bundle.parameters
+
+
+def compare(
+    context: typer.Context,
+    a: Annotated[str, typer.Argument(metavar="A", help="what there was: an arm, a run, an artifact, an .onnx file")],
+    b: Annotated[str, typer.Argument(metavar="B", help="what is to replace it")],
+    *,
+    fail_if: Annotated[
+        list[str],
+        typer.Option(
+            "--fail-if",
+            metavar="CONDITION",
+            help="exit code 6 when it holds, as 'speedup < 1.5'; repeatable",
+            default_factory=list,
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="PIPELINE", help="a pipeline file, for its test images")
+    ] = None,
+    provider: Annotated[str, typer.Option("--provider", metavar="|".join(PROVIDERS))] = "cpu",
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="images at once")] = 1,
+    threads: Annotated[int, typer.Option("--threads", metavar="N", min=1, help="CPU threads")] = 1,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", min=0.1, max=3600, help="timed calls of each file")
+    ] = 2.0,
+    store: options.StoreFolder = None,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Compare two files: accuracy, latency, size. A gate for a team's own CI.
+
+    A and B are each an arm (its last file in the newest run), a run (5f3a91, 5f3a91/dense), an artifact (quantize@3),
+    or an .onnx file. Both classify the same test images: those of the pipeline that made them, or those of --data.
+    Top-1 is compared by McNemar's exact test. Latency is measured here and now, both files in turn, A twice: what that
+    pair shows is the noise floor, and a difference inside it is called no difference.
+
+    A condition is a field, a comparator and a bound; accuracies are fractions, 0.01 is one point. One that cannot be
+    judged, for want of labels or of calls, is an error and no pass. Fields:
+
+        accuracy            top-1 of B
+        accuracy_drop       top-1 of A less that of B; accuracy_drop_high: the upper end of its 95% interval
+        accuracy_p          p of McNemar's test; accuracy_verdict: better, worse or no difference
+        agreement           images to which both give the same class
+        speedup             p50 of A over that of B; speedup_low: the lower end of its 95% interval
+        latency_verdict     faster, slower or no difference
+        p50_ms              of B; so are p90_ms, p99_ms, peak_memory_mb, bytes, parameters and macs
+        bytes_ratio         B's over A's; so are parameters_ratio and macs_ratio
+
+    Exit codes: 0 compared, 6 a condition holds, 2 a condition is wrong, 3 it cannot be judged.
+
+        sievit compare dense main --fail-if 'accuracy_drop > 0.01' --fail-if 'speedup < 1.5'
+        sievit compare old.onnx new.onnx --data pipeline.yaml --fail-if 'latency_verdict == slower'
+    """
+    conditions = [parse(text) for text in fail_if]
+    if provider not in PROVIDERS:
+        raise UsageError(f"there is no provider {provider!r}", hint=f"providers: {', '.join(PROVIDERS)}")
+    session, place = session_of(context), written_store(store)
+    first, second = (_side(products.find(asked, place, session.stages)) for asked in (a, b))
+    test, unsaid = _test(first, second, data, place, session)
+    _require(conditions, unsaid, first, second)
+    progress = choose(quiet=quiet, silent=session.console.json)
+    with results_only():
+        found = accuracies(first, second, test, provider, progress) if test is not None else {}
+        timed = benchmark.benchmark_files(
+            [first.product.path, second.product.path], (provider,), (batch,), (threads,), seconds, progress
+        )
+    document = compared(first, second, found, unsaid, timed)
+    judged, error = judge(conditions, document["fields"], document["unsaid"])
+    session.console.result(document | {"conditions": judged}, draw)
+    if error is not None:
+        raise error
+    if held := [each for each in judged if each["holds"]]:
+        raise GateError(
+            "; ".join(f"{each['condition']}: it is {_short(each['value'])}" for each in held),
+            where=f"{first.product.name} against {second.product.name}",
+            hint="keep A, or change B or the conditions",
+        )
+
+
+def _side(product: Product) -> Side:
+    from .deploy.bundle import open_bundle, weight_files
+
+    bundle = open_bundle(product.path, sidecar_required=False)
+    files = (product.path.name, *weight_files(product.path))
+    return Side(product, bundle, sum((product.path.parent / name).stat().st_size for name in files))
+
+
+# ---- accuracy
+
+
+def _test(a: Side, b: Side, pipeline: Path | None, store: Store, session: Session) -> tuple[Test | None, str]:
+    """The test images of both, else None and why there are none."""
+    for side in (a, b):
+        if side.bundle.sidecar is None:
+            if pipeline is not None:
+                raise InputError(
+                    f"{side.product.path.name} has no sidecar, which says how its images are prepared",
+                    where=str(side.product.path),
+                    hint="put its .json beside it, or leave --data out to compare latency and size alone",
+                )
+            return None, f"{side.product.path.name} has no sidecar .json, which says how its images are prepared"
+    if pipeline is not None:
+        spec = session.plan(pipeline).spec
+        return Test(spec.data.model_dump(mode="json"), spec.base), ""
+    known = [_made_on(side, store) for side in (a, b)]
+    for side, test in zip((a, b), known, strict=True):
+        if test is None:
+            name = side.product.path.name
+            return None, f"{name} is no file of this store; --data PIPELINE names test images"
+    left, right = known
+    assert left is not None and right is not None
+    if left.images() != right.images():
+        unlike = sorted(name for name, value in left.images().items() if right.images().get(name) != value)
+        raise InputError(
+            f"A and B were tested on other images: they differ in data.{', data.'.join(unlike)}",
+            hint="--data PIPELINE names the images to compare them on",
+        )
+    return left, ""
+
+
+def _made_on(side: Side, store: Store) -> Test | None:
+    """The data block that a file's artifact was made with."""
+    from sievit.pipeline import records
+
+    artifact = side.product.artifact
+    if artifact is None:
+        return None
+    runs = [run for run in records.all_runs(store) if artifact.key in {node.key for node in run.nodes}]
+    base = Path(runs[-1].path).parent if runs else store.root.absolute().parent
+    return Test(artifact.manifest["data"], base)
+
+
+def accuracies(a: Side, b: Side, test: Test, provider: str, progress: Display) -> dict[str, Any]:
+    """Both on the same test images: top-1 of each with Wilson's interval, the drop, McNemar's p, the agreement.
+
+    Raises InvalidInput when a file answers other classes than the images have.
+    """
+    import numpy as np
+
+    from .deploy.statistics import wilson
+    from .methods.paired_tests import greater
+
+    images = _load(test, a)
+    answers = [_answers(side, images, provider, progress) for side in (a, b)]
+    right = [found == images.labels for found in answers]
+    difference = greater(right[0][None], right[1][None])
+    correct = [int(each.sum()) for each in right]
+    ends = [wilson(number, len(images)) for number in correct]
+    # From counts, not from two rounded fractions: 0.93 - 0.92 would be more than 0.01.
+    drop = (correct[0] - correct[1]) / len(images)
+    verdict = "no difference" if difference.p >= LEVEL or not drop else "worse" if drop > 0 else "better"
+    return {
+        "images": len(images),
+        "top1": [number / len(images) for number in correct],
+        "top1_low": [low for low, _ in ends],
+        "top1_high": [high for _, high in ends],
+        "drop": drop,
+        "drop_low": difference.low,
+        "drop_high": difference.high,
+        "only_a": int((right[0] & ~right[1]).sum()),
+        "only_b": int((right[1] & ~right[0]).sum()),
+        "p": difference.p,
+        "agreement": float(np.mean(answers[0] == answers[1])),
+        "verdict": verdict,
+    }
+
+
+def _load(test: Test, side: Side) -> Images:
+    """The test split; its pixels are decoded for each file, as its own sidecar says."""
+    from .vision.dataset import load_split
+
+    assert side.bundle.sidecar is not None
+    size = side.bundle.sidecar.preprocessing.size
+    return load_split({**test.data, "image_size": size, "in_memory": False}, test.base, "test")
+
+
+def _answers(side: Side, images: Images, provider: str, progress: Display) -> NDArray[np.int64]:
+    """The class that a file gives each image, int64 [n]; -1 where a score is no number, which is never right."""
+    import numpy as np
+
+    from .deploy.child import ChildFailed
+    from .deploy.scorer import scorer
+
+    sidecar, path = side.bundle.sidecar, side.product.path
+    assert sidecar is not None
+    if sidecar.classes != images.classes:
+        raise InvalidInput(
+            f"{path} answers other classes than the test images have ({len(sidecar.classes)} and "
+            f"{len(images.classes)}, the first other one is {_first_other(sidecar.classes, images.classes)!r})",
+            "--data PIPELINE names images of its own classes",
+        )
+    found: list[NDArray[np.int64]] = []
+    try:
+        with (
+            progress.task(f"accuracy of {side.product.name}", len(images)) as task,
+            scorer(path, provider=provider) as score,
+        ):
+            for start in range(0, len(images), AT_ONCE):
+                several = range(start, min(len(images), start + AT_ONCE))
+                scores = score(np.stack([_pixels(images, index, side) for index in several]))
+                if scores.shape != (len(several), len(images.classes)):
+                    shape = list(scores.shape[1:])
+                    raise InvalidInput(
+                        f"{path} gives scores of shape {shape} for an image, there are {len(images.classes)} classes",
+                        "take model and sidecar from the same artifact",
+                    )
+                found.append(np.where(np.isfinite(scores).all(1), scores.argmax(1), -1))
+                task.advance(len(several))
+    except ChildFailed as error:
+        raise SievitError(str(error), where=str(path), hint="export the model again, or try another") from error
+    return np.concatenate(found)
+
+
+def _first_other(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    unlike = (one for one, other in zip(ours, theirs, strict=False) if one != other)
+    return next(unlike, [*ours, *theirs][min(len(ours), len(theirs))])
+
+
+def _pixels(images: Images, index: int, side: Side) -> NDArray[np.uint8]:
+    """One test image in the network's size, uint8 [size, size, 3], from its file and by the file's own sidecar."""
+    import numpy as np
+
+    from .deploy.preprocess import fit
+    from .vision.dataset import REMEDY
+    from .vision.decode import BadImage, picture
+
+    assert side.bundle.sidecar is not None
+    try:
+        with images.listing.open(int(images.members[index])) as file:
+            pixels = np.asarray(picture(file, images.max_megapixels))
+    except BadImage as error:
+        raise InvalidInput(f"{images.name(index)}: {error}", REMEDY) from error
+    return fit(pixels, side.bundle.sidecar.preprocessing)
+
+
+# ---- side by side
+
+
+def compared(a: Side, b: Side, found: Mapping[str, Any], unsaid: str, timed: Mapping[str, Any]) -> dict[str, Any]:
+    """The document: both sides, their accuracy and latency, and the fields that conditions may name."""
+    rows = [dict(row) for row in timed["rows"][:2]]  # on a card: data stays there
+    sides = []
+    for side, row in zip((a, b), rows, strict=True):
+        ref = side.product.artifact.ref if side.product.artifact else None
+        place = {"name": side.product.name, "path": str(side.product.path), "ref": ref}
+        sides.append({**row, **place, "bytes": side.size, "parameters": side.parameters, "macs": side.macs})
+    for name in ("top1", "top1_low", "top1_high"):
+        for side_row, value in zip(sides, found.get(name, (None, None)), strict=True):
+            side_row[name] = value
+    row = sides[1]
+    verdict = "no difference" if row["verdict"] == "baseline" else row["verdict"]  # the same file twice
+    fields = {
+        "accuracy": row["top1"],
+        "accuracy_drop": found.get("drop"),
+        "accuracy_drop_high": found.get("drop_high"),
+        "accuracy_p": found.get("p"),
+        "accuracy_verdict": found.get("verdict"),
+        "agreement": found.get("agreement"),
+        "latency_verdict": verdict,
+        **{name: row[name] for name in ("speedup", "speedup_low", "p50_ms", "p90_ms", "p99_ms", "peak_memory_mb")},
+        **{name: row[name] for name in ("bytes", "parameters", "macs")},
+        **{f"{name}_ratio": _over(row[name], sides[0][name]) for name in ("bytes", "parameters", "macs")},
+    }
+    missing = {name: f"there are {row[f'{name[:3]}_unsaid']}; raise --seconds" for name in ("p90_ms", "p99_ms")}
+    return {
+        "a": sides[0],
+        "b": row,
+        "accuracy": dict(found) or None,
+        "fields": fields,
+        "unsaid": {name: why for name, why in missing.items() if fields[name] is None}
+        | (dict.fromkeys(sorted(ACCURACY), unsaid) if unsaid else {}),
+        **{name: timed[name] for name in ("noise_floor", "host", "disturbed", "disturbed_reason", "protocol")},
+    }
+
+
+def _over(value: float | None, other: float | None) -> float | None:
+    return None if value is None or not other else value / other
+
+
+# ---- conditions
+
+
+def _require(conditions: Sequence[Condition], unsaid: str, a: Side, b: Side) -> None:
+    """Raises InputError for a condition that could not be judged after all the measuring."""
+    missing = dict.fromkeys(ACCURACY, unsaid) if unsaid else {}
+    for side, fields in ((a, ("macs_ratio",)), (b, ("macs", "macs_ratio"))):
+        if side.macs is None:
+            missing |= dict.fromkeys(fields, f"{side.product.path.name} has no sidecar .json, which states its MACs")
+    for condition in conditions:
+        if condition.field in missing:
+            condition.holds({"unsaid": missing})
+
+
+def judge(
+    conditions: Sequence[Condition], fields: Mapping[str, Any], unsaid: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], InputError | None]:
+    """Each condition with what was measured and whether it holds (None: it cannot be judged), and the first error."""
+    judged: list[dict[str, Any]] = []
+    first: InputError | None = None
+    for condition in conditions:
+        holds: bool | None = None
+        try:
+            holds = condition.holds({**fields, "unsaid": unsaid})
+        except InputError as error:
+            first = first or error
+        judged.append(
+            {
+                "condition": condition.text,
+                "field": condition.field,
+                "comparator": condition.comparator,
+                "bound": condition.bound,
+                "value": fields.get(condition.field),
+                "holds": holds,
+            }
+        )
+    return judged, first
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+# ---- drawing
+
+
+def draw(document: dict[str, Any]) -> RenderableType:
+    """A and B in columns, what the difference is worth, and the conditions."""
+    from rich.console import Group
+
+    from sievit.pipeline.report.numbers import big, percent, points, ratio, share, significant, size
+    from sievit.pipeline.views import line, table
+
+    a, b, found = document["a"], document["b"], document["accuracy"]
+    fields = document["fields"]
+    rows: list[Sequence[str]] = []
+    if found:
+        gain, low, high = (points(-found[name]) for name in ("drop", "drop_high", "drop_low"))
+        change = f"{gain}\n{low.removesuffix(' points')} to {high}"
+        cells = [_below(percent(side["top1"]), percent, side["top1_low"], side["top1_high"]) for side in (a, b)]
+        rows.append(("top-1", *cells, f"{change}\n{found['verdict']}, p {found['p']:.2g}"))
+    speed = _below(ratio(b["speedup"]), ratio, b["speedup_low"], b["speedup_high"])
+    for rank in ("p50", "p90", "p99"):
+        cells = [
+            _below(significant(side[f"{rank}_ms"]), significant, side[f"{rank}_low"], side[f"{rank}_high"])
+            for side in (a, b)
+        ]
+        rows.append((f"{rank} ms", *cells, f"{speed}\n{fields['latency_verdict']}" if rank == "p50" else ""))
+    for title, name, form in (("size", "bytes", size), ("parameters", "parameters", big), ("MACs", "macs", big)):
+        rows.append((title, form(a[name]), form(b[name]), share(fields[f"{name}_ratio"])))
+    memory = [significant(side["peak_memory_mb"]) for side in (a, b)]
+    rows.append(("peak memory, MB", *memory, share(_over(b["peak_memory_mb"], a["peak_memory_mb"]))))
+    columns = ("", "A", "B", "B against A")
+    parts: list[RenderableType] = [
+        *(line(f"{title}: {side['name']} ({side['variant']})", "bold") for title, side in (("A", a), ("B", b))),
+        table(*columns, rows=rows, right=columns[1:]),
+        line(_remark(document), "dim"),
+    ]
+    if found:
+        told = f"{found['images']} test images: {found['only_a']} only A has right, {found['only_b']} only B"
+        parts.append(line(told, "dim"))
+    else:
+        parts.append(line(f"no accuracy: {next(iter(document['unsaid'].values()), '')}", "yellow"))
+    if document["disturbed"]:
+        parts.append(line("the machine was busy: these latencies are disturbed", "yellow"))
+    for each in document["conditions"]:
+        verdict = {True: "holds: failed", False: "does not hold", None: "cannot be judged"}[each["holds"]]
+        value = "" if each["value"] is None else f" ({_short(each['value'])})"
+        parts.append(line(f"{each['condition']}{value}: {verdict}", "green" if each["holds"] is False else "bold red"))
+    return Group(*parts)
+
+
+def _below(value: str, form: Callable[[float | None], str], low: float | None, high: float | None) -> str:
+    """A value, and its interval in the line below."""
+    from sievit.pipeline.report.numbers import interval
+
+    ends = "" if low == high else interval(low, high, form)
+    return f"{value}\n{ends}" if ends else value
+
+
+def _remark(document: Mapping[str, Any]) -> str:
+    row, floor = document["b"], document["noise_floor"]["percent"]
+    setting = f"{row['provider']}, batch {row['batch']}, {row['threads']} thread{'s' * (row['threads'] != 1)}"
+    host = (document.get("host") or {}).get("processor")
+    return f"{f'{host}, ' if host else ''}{setting}; below: 95% intervals; noise floor {floor:.1f}% between equal files"
