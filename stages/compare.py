@@ -140,10 +140,12 @@ def compare(
     _require(conditions, unsaid, first, second)
     progress = choose(quiet=quiet, silent=session.console.json)
     with results_only():
-        found = accuracies(first, second, test, provider, progress) if test is not None else {}
+        images = _images(test, (first, second)) if test is not None else None
+        # First what takes seconds, and refuses a provider, a batch size or a file that does not run.
         timed = benchmark.benchmark_files(
             [first.product.path, second.product.path], (provider,), (batch,), (threads,), seconds, progress
         )
+        found = accuracies(first, second, images, provider, progress) if images is not None else {}
     document = compared(first, second, found, unsaid, timed)
     judged, error = judge(conditions, document["fields"], document["unsaid"])
     session.console.result(document | {"conditions": judged}, draw)
@@ -210,17 +212,13 @@ def _made_on(side: Side, store: Store) -> Test | None:
     return Test(artifact.manifest["data"], base)
 
 
-def accuracies(a: Side, b: Side, test: Test, provider: str, progress: Display) -> dict[str, Any]:
-    """Both on the same test images: top-1 of each with Wilson's interval, the drop, McNemar's p, the agreement.
-
-    Raises InvalidInput when a file answers other classes than the images have.
-    """
+def accuracies(a: Side, b: Side, images: Images, provider: str, progress: Display) -> dict[str, Any]:
+    """Both on the same images: top-1 of each with Wilson's interval, the drop, McNemar's p, the agreement."""
     import numpy as np
 
     from .deploy.statistics import wilson
     from .methods.paired_tests import greater
 
-    images = _load(test, a)
     answers = [_answers(side, images, provider, progress) for side in (a, b)]
     right = [found == images.labels for found in answers]
     difference = greater(right[0][None], right[1][None])
@@ -245,13 +243,24 @@ def accuracies(a: Side, b: Side, test: Test, provider: str, progress: Display) -
     }
 
 
-def _load(test: Test, side: Side) -> Images:
-    """The test split; its pixels are decoded for each file, as its own sidecar says."""
+def _images(test: Test, sides: Sequence[Side]) -> Images:
+    """The test split; its pixels are decoded later, for each file as its own sidecar says.
+
+    Raises InvalidInput when a file answers other classes than the images have.
+    """
     from .vision.dataset import load_split
 
-    assert side.bundle.sidecar is not None
-    size = side.bundle.sidecar.preprocessing.size
-    return load_split({**test.data, "image_size": size, "in_memory": False}, test.base, "test")
+    images = load_split({**test.data, "in_memory": False}, test.base, "test")
+    for side in sides:
+        assert side.bundle.sidecar is not None
+        ours = side.bundle.sidecar.classes
+        if ours != images.classes:
+            raise InvalidInput(
+                f"{side.product.path} answers other classes than the test images have ({len(ours)} and "
+                f"{len(images.classes)}, the first other one is {_first_other(ours, images.classes)!r})",
+                "--data PIPELINE names images of its own classes",
+            )
+    return images
 
 
 def _answers(side: Side, images: Images, provider: str, progress: Display) -> NDArray[np.int64]:
@@ -261,14 +270,7 @@ def _answers(side: Side, images: Images, provider: str, progress: Display) -> ND
     from .deploy.child import ChildFailed
     from .deploy.scorer import scorer
 
-    sidecar, path = side.bundle.sidecar, side.product.path
-    assert sidecar is not None
-    if sidecar.classes != images.classes:
-        raise InvalidInput(
-            f"{path} answers other classes than the test images have ({len(sidecar.classes)} and "
-            f"{len(images.classes)}, the first other one is {_first_other(sidecar.classes, images.classes)!r})",
-            "--data PIPELINE names images of its own classes",
-        )
+    path = side.product.path
     found: list[NDArray[np.int64]] = []
     try:
         with (
@@ -341,7 +343,7 @@ def compared(a: Side, b: Side, found: Mapping[str, Any], unsaid: str, timed: Map
         **{name: row[name] for name in ("bytes", "parameters", "macs")},
         **{f"{name}_ratio": _over(row[name], sides[0][name]) for name in ("bytes", "parameters", "macs")},
     }
-    missing = {name: f"there are {row[f'{name[:3]}_unsaid']}; raise --seconds" for name in ("p90_ms", "p99_ms")}
+    missing = {f"{rank}_ms": f"there are {row.get(f'{rank}_unsaid')}; raise --seconds" for rank in ("p90", "p99")}
     return {
         "a": sides[0],
         "b": row,
@@ -439,7 +441,7 @@ def draw(document: dict[str, Any]) -> RenderableType:
         told = f"{found['images']} test images: {found['only_a']} only A has right, {found['only_b']} only B"
         parts.append(line(told, "dim"))
     else:
-        parts.append(line(f"no accuracy: {next(iter(document['unsaid'].values()), '')}", "yellow"))
+        parts.append(line(f"no accuracy: {document['unsaid']['accuracy']}", "yellow"))
     if document["disturbed"]:
         parts.append(line("the machine was busy: these latencies are disturbed", "yellow"))
     for each in document["conditions"]:

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -10,23 +11,27 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 
-def prepare(path: str | Path, pre: dict, dtype: str) -> NDArray[np.generic]:  # type: ignore[type-arg]
+def prepare(path: str | Path, stated: dict[str, Any], dtype: str) -> NDArray[np.generic]:
     """An image file -> the network's input [1, channels, size, size], by the preprocessing of model.json."""
+    pre = {"resize": "bilinear", "crop": "none", "crop_pct": 1.0, "scale": 1 / 255, **stated}
+    size, method = pre["size"], Image.Resampling[pre["resize"].upper()]
     picture: Image.Image = ImageOps.exif_transpose(Image.open(path))
     if picture.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip
         picture = Image.fromarray(np.clip(np.asarray(picture, np.float64) / 257, 0, 255).round().astype(np.uint8))
-    picture = picture.convert("RGBA" if picture.mode == "P" and "transparency" in picture.info else "RGB")
-    shorter = round(pre["size"] / pre["crop_pct"]) if pre["crop"] == "center" else pre["size"]
-    wide, high = (max(shorter, round(side * (shorter / min(picture.size)))) for side in picture.size)
-    if pre["crop"] == "none":
-        wide = high = shorter
-    left, top, size = (wide - pre["size"]) // 2, (high - pre["size"]) // 2, pre["size"]
-    picture = picture.convert("RGB").resize((wide, high), Image.Resampling[pre["resize"].upper()])
-    pixels = np.asarray(picture.crop((left, top, left + size, top + size))).transpose(2, 0, 1)[None]
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    picture = picture.convert("RGB")
+    wide = high = size
+    if pre["crop"] == "center":
+        shorter = round(size / pre["crop_pct"])
+        wide, high = (max(shorter, round(side * (shorter / min(picture.size)))) for side in picture.size)
+    left, top = (wide - size) // 2, (high - size) // 2
+    picture = picture.resize((wide, high), method).crop((left, top, left + size, top + size))
+    pixels = np.asarray(picture).transpose(2, 0, 1)[None]
     if dtype == "uint8":
         return pixels
-    values = pixels.astype(np.float32) if len(pre["mean"]) == 3 else pixels.mean(axis=1, keepdims=True, dtype="float32")
     mean, std = (np.array(pre[name], np.float32).reshape(1, -1, 1, 1) for name in ("mean", "std"))
+    values = pixels.astype(np.float32) if mean.size == 3 else pixels.mean(axis=1, keepdims=True, dtype=np.float32)
     return ((values * np.float32(pre["scale"]) - mean) / std).astype(dtype)
 
 
