@@ -4,12 +4,16 @@ Each file (and the INT8 file that `quantize` made but did not choose) gets a pro
 In each round every file runs once, in random order; rounds are repeated over several sessions with new processes.
 Speed-ups are ratios within a round against the dense arm's file, with 95 % bootstrap intervals over sessions and
 rounds. The baseline runs twice: what that pair shows is the noise floor, and a difference inside it is called no
-difference. p50, p90 and p99 have 95 % intervals from how sessions differ; p90 is said from 64 calls on, p99 from 662
-(raise `seconds` for more), and a row without one says so. Top-1 has its Wilson interval.
+difference. p50, p90, p95 and p99 have 95 % intervals from how sessions differ; p90 is said from 64 calls on, p95 from
+130, p99 from 662 (raise `seconds` for more), and a row without one says so. Top-1 has its Wilson interval.
 Under several seeds every file of every seed is a row of its own; `over_seeds` and the gates hold their means.
 
 A provider that is not installed, does not start, or leaves matrix products to another one is an error, never a silent
 fall-back. On a card, rows with io "device" keep data there, rows with io "copy" carry it there and back.
+
+`attribution` tells where the time of the baseline and of each final file goes, from ONNX Runtime's own profile of
+further calls: by kind of operator, by block, by module. Its sum stands beside p50: time between operators is in p50
+alone, and writing each operator down lengthens it a little. On the CPU provider only.
 
 reads    the onnx files of all arms, the test split
 writes   samples.npz (every timed call), rows.json
@@ -44,6 +48,9 @@ if TYPE_CHECKING:
 QUANTIZED = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QAttention"}
 
 
+ATTRIBUTED_ON = "operators are told apart on the provider cpu alone"
+
+
 class BenchmarkConfig(Config):
     """What is measured, and for how long."""
 
@@ -61,6 +68,9 @@ class BenchmarkConfig(Config):
     )
     sessions: int = Field(default=3, ge=3, le=50, description="lives of the processes; intervals are taken over them")
     warm_up: float = Field(default=1.0, ge=0.05, le=600, description="seconds of warm-up at most, in each session")
+    attribution: bool = Field(
+        default=True, description="tell which operators and blocks of the baseline and the final files take the time"
+    )
     timeout: float = Field(default=300.0, ge=1, le=86_400, description="seconds after which a silent process is ended")
 
     @model_validator(mode="after")
@@ -110,6 +120,9 @@ def run(ctx: Context) -> None:
     metrics["test_images"] = len(images)
     metrics["over_seeds"] = over_seeds(metrics["rows"])
     metrics["gates"] = _gates(metrics["rows"], variants, baseline)
+    if config.attribution:
+        shown = [baseline, *(variant for variant in variants if variant.final and variant is not baseline)]
+        metrics["attribution"] = _attribution(shown, settings, metrics["rows"], plan, ctx.progress)
     ctx.metrics |= metrics
     _keep(ctx, results, settings[0])
 
@@ -142,7 +155,9 @@ def benchmark_files(
         for batch in batch_sizes:
             _image(bundle, batch)
         variants.append(Variant("", label, False, bundle))
-    metrics, _ = _timed(variants, variants[0], settings, Plan(seconds=seconds), progress)
+    plan = Plan(seconds=seconds)
+    metrics, _ = _timed(variants, variants[0], settings, plan, progress)
+    metrics["attribution"] = _attribution(variants, settings, metrics["rows"], plan, progress)
     return metrics
 
 
@@ -317,6 +332,43 @@ def _image(bundle: Bundle, batch: int) -> tuple[int, int, int]:
     return first, second, third
 
 
+def _attribution(
+    variants: Sequence[Variant],
+    settings: Sequence[Setting],
+    rows: Sequence[dict[str, Any]],
+    plan: Plan,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """What takes the time of each file in the first setting on the CPU, by kind, block and module; the first file is
+    the baseline. `unsaid` where no setting is.
+    """
+    from .deploy.attribution import attribute, origins
+    from .deploy.comparison import Quiet
+    from .deploy.node_times import node_times
+
+    setting = next((setting for setting in settings if setting.provider == "cpu"), None)
+    if setting is None:
+        return {"unsaid": ATTRIBUTED_ON}
+    files = {variant.bundle.sha256: variant for variant in reversed(variants)}
+    chosen = [variant for variant in variants if files[variant.bundle.sha256] is variant]
+    subjects = [_subject(variant, setting.batch) for variant in chosen]
+    seconds = min(1.5, plan.seconds)
+    taken = node_times(
+        subjects, setting, progress or Quiet(), seconds=seconds, seed=plan.seed, timeout_s=plan.timeout_s
+    )
+    at = {"provider": setting.provider, "batch": setting.batch, "threads": setting.threads}
+    p50 = {row["sha256"]: row["p50_ms"] for row in rows if at.items() <= row.items()}
+    return {
+        **at,
+        "files": [
+            {"arm": variant.arm, "entry": variant.entry, "variant": variant.precision, "final": variant.final}
+            | attribute(nodes, origins(variant.bundle.path)).as_json()
+            | {"p50_ms": p50[variant.bundle.sha256]}
+            for variant, nodes in zip(chosen, taken, strict=True)
+        ],
+    }
+
+
 def _gates(rows: Sequence[dict[str, Any]], variants: Sequence[Variant], baseline: Variant) -> dict[str, float]:
     """Main arm's final files against the dense arm's, in the first setting; {} without a dense arm.
 
@@ -338,7 +390,7 @@ def _keep(ctx: Context, results: Results, first: Setting) -> None:
     import numpy as np
 
     from .deploy.comparison import raw_samples
-    from .deploy.figures import latency_distributions
+    from .deploy.figures import block_times, latency_distributions
 
     np.savez_compressed(ctx.out / "samples.npz", **raw_samples(results))
     (ctx.out / "rows.json").write_text(json.dumps(ctx.metrics["rows"], indent=1) + "\n", encoding="utf-8")
@@ -354,6 +406,25 @@ def _keep(ctx: Context, results: Results, first: Setting) -> None:
         title="How the latencies spread",
         caption="Share of calls that took at most so long; the baseline ran twice, and that gap is the noise floor.",
     )
+    files = ctx.metrics.get("attribution", {}).get("files", ())
+    if any(file["blocks"] for file in files):
+        at = ctx.metrics["attribution"]
+        ctx.figure(
+            "block-times",
+            block_times(
+                {"/".join((f["arm"], f["entry"], f["variant"])): f["blocks"] for f in files},
+                f"{at['provider']}, batch {at['batch']}, {at['threads']} thread{'s' * (at['threads'] != 1)}",
+            ),
+            title="What each block takes",
+            caption="Operators added up by block, from ONNX Runtime's own profile; the first file is the baseline.",
+        )
+
+
+def idle(seen: Preflight) -> dict[str, str]:
+    """Attribution needs the CPU."""
+    if "cpu" in seen.config.providers:
+        return {}
+    return {"attribution": f"{ATTRIBUTED_ON}, and providers has no cpu"}
 
 
 def preflight(seen: Preflight) -> None:
@@ -370,7 +441,7 @@ def preflight(seen: Preflight) -> None:
 
 STAGE = Stage(
     name="benchmark",
-    version=4,
+    version=5,
     config=BenchmarkConfig,
     run=run,
     reads=(Reads("files", "onnx", many=True),),
@@ -379,5 +450,6 @@ STAGE = Stage(
     packages=("onnxruntime", "numpy"),
     uses=frozenset({"data", "device", "host", "seed"}),
     across_arms=True,
+    idle=idle,
     preflight=preflight,
 )

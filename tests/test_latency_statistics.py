@@ -36,7 +36,7 @@ def slots(
     return made
 
 
-@pytest.mark.parametrize(("rank", "share"), [(90, 0.9), (99, 0.99)])
+@pytest.mark.parametrize(("rank", "share"), [(90, 0.9), (95, 0.95), (99, 0.99)])
 def test_a_percentile_is_said_from_the_number_of_samples_that_the_binomial_rule_asks(rank: int, share: float) -> None:
     enough = next(n for n in range(1, 1000) if stats.binom.cdf(1, n, 1 - share) <= 0.01)
     assert ENOUGH[rank] == enough
@@ -44,7 +44,7 @@ def test_a_percentile_is_said_from_the_number_of_samples_that_the_binomial_rule_
     assert too_few(enough - 1, rank) == f"{enough - 1} calls, {enough} needed"
 
 
-@pytest.mark.parametrize("rank", [50, 90, 99])
+@pytest.mark.parametrize("rank", [50, 90, 95, 99])
 def test_percentiles_and_their_intervals_equal_a_slow_loop(rank: int) -> None:
     def ranked(calls: list[float]) -> float:
         ordered = sorted(calls)

@@ -36,7 +36,7 @@ class Row:
         return number(self.values, name)
 
     def unsaid(self, percentile: str) -> str:
-        """Why a percentile (p90, p99) is missing."""
+        """Why a percentile (p90, p95, p99) is missing."""
         return text(self.values, f"{percentile}_unsaid") or "not recorded"
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .numbers import DASH, big, count, interval, percent, ratio, significant
+from .numbers import DASH, big, count, interval, milliseconds, percent, ratio, significant
 from .reading import listing, mapping, number, text
 
 
@@ -27,7 +27,8 @@ class Section:
 
 def sections(metrics: Mapping[str, Any]) -> tuple[Section, ...]:
     """What the metrics of a stage say beyond its rows."""
-    return tuple(section for make in (over_seeds, matrix, sensitivity) if (section := make(metrics)) is not None)
+    makers = (over_seeds, by_kind, by_block, matrix, sensitivity)
+    return tuple(section for make in makers if (section := make(metrics)) is not None)
 
 
 def over_seeds(metrics: Mapping[str, Any]) -> Section | None:
@@ -45,7 +46,7 @@ def over_seeds(metrics: Mapping[str, Any]) -> Section | None:
         tuple(
             (
                 text(line, "arm"),
-                f"{text(line, 'provider')}, batch {text(line, 'batch')}, threads {text(line, 'threads')}",
+                _setting(line),
                 percent(number(line, "top1_mean")),
                 interval(number(line, "top1_low"), number(line, "top1_high"), percent) or DASH,
                 _each(line, "top1", percent),
@@ -56,6 +57,65 @@ def over_seeds(metrics: Mapping[str, Any]) -> Section | None:
             for line in lines
         ),
     )
+
+
+def by_kind(metrics: Mapping[str, Any]) -> Section | None:
+    """Milliseconds of each file by kind of operator; None where the operators were not timed."""
+    found = mapping(metrics, "attribution")
+    files = listing(found, "files")
+    if not files:
+        return None
+    kinds = dict.fromkeys(kind for file in files for kind in mapping(file, "kinds"))
+    return Section(
+        "kinds",
+        "Time by kind of operator",
+        f"Milliseconds of one call and their share, {_setting(found)}, from ONNX Runtime's own profile; the first file "
+        "is the baseline. Attention: what follows from the scores, and products of two activations.",
+        ("Operators", *map(_file, files)),
+        tuple(
+            (kind, *(_of_total(number(file, "kinds", kind), number(file, "operators_ms")) for file in files))
+            for kind in kinds
+        ),
+        (
+            *(
+                f"{_file(file)}: operators {milliseconds(number(file, 'operators_ms'))}, p50 without a profile "
+                f"{milliseconds(number(file, 'p50_ms'))}."
+                for file in files
+            ),
+            "Time between operators is in p50 alone; what it takes to write each operator down is in their sum alone.",
+        ),
+    )
+
+
+def by_block(metrics: Mapping[str, Any]) -> Section | None:
+    """Milliseconds of each file by block; None where no file has weights that are named after blocks."""
+    found = mapping(metrics, "attribution")
+    files = [file for file in listing(found, "files") if mapping(file, "blocks")]
+    if not files:
+        return None
+    blocks = list(dict.fromkeys(block for file in files for block in mapping(file, "blocks")))
+    blocks.sort(key=lambda block: (block != "embedding", block == "head"))
+    return Section(
+        "blocks",
+        "Time by block",
+        f"Milliseconds of one call, {_setting(found)}; a block that a file does not have has a dash.",
+        ("Block", *map(_file, files)),
+        tuple((block, *(significant(number(file, "blocks", block)) for file in files)) for block in blocks),
+    )
+
+
+def _file(row: Any) -> str:
+    return " ".join(word for word in (text(row, "arm") or text(row, "entry"), text(row, "variant").upper()) if word)
+
+
+def _setting(row: Any) -> str:
+    return f"{text(row, 'provider')}, batch {text(row, 'batch')}, threads {text(row, 'threads')}"
+
+
+def _of_total(value: float | None, total: float | None) -> str:
+    if value is None:
+        return DASH
+    return significant(value) + (f" ({percent(value / total)})" if total else "")
 
 
 def matrix(metrics: Mapping[str, Any]) -> Section | None:

@@ -264,6 +264,8 @@ def _benchmark(metrics: Mapping[str, Any]) -> list[str]:
     noise = number(metrics, "noise_floor", "percent")
     if noise is not None:
         said.append(f"Noise floor {noise:.1f}%.")
+    if unsaid := text(metrics, "attribution", "unsaid"):
+        said.append(f"No time by block: {unsaid}.")
     return said
 
 

@@ -101,10 +101,10 @@ def latency_row(
 
 
 def _tails(slots: Sequence[Slot]) -> dict[str, Any]:
-    """p90 and p99 with their intervals, or why they are not said."""
+    """p90, p95 and p99 with their intervals, or why they are not said."""
     calls = sum(len(slot.wall_ms) for slot in slots)
     row: dict[str, Any] = {}
-    for rank in (90, 99):
+    for rank in (90, 95, 99):
         reason = too_few(calls, rank)
         found = None if reason else percentile_interval(slots, rank)
         row |= {

@@ -1,4 +1,5 @@
-"""The picture of a benchmark, as SVG text: how the latencies spread. Accuracy against latency is drawn by the report.
+"""The pictures of a benchmark, as SVG text: how the latencies spread, and what each block takes. Accuracy against
+latency is drawn by the report.
 
 The same input gives the same bytes.
 """
@@ -44,6 +45,33 @@ def latency_distributions(samples: Mapping[str, Any], setting: str) -> str:
         axes.set_xlabel(f"latency, ms ({setting})")
         axes.set_ylabel("calls that took at most this, %")
         axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8)
+        return _svg(figure)
+
+
+def block_times(files: Mapping[str, Mapping[str, float]], setting: str) -> str:
+    """Milliseconds (y) of each block (x, in order of execution), a bar a file side by side.
+
+    files: label -> block -> ms. A block that a file does not have has no bar.
+    """
+    blocks = list(dict.fromkeys(block for times in files.values() for block in times))
+    blocks.sort(key=lambda block: (block != "embedding", block == "head"))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        wide = 0.8 / len(files)
+        for index, (label, times) in enumerate(files.items()):
+            places = [place for place, block in enumerate(blocks) if block in times]
+            axes.bar(
+                [place + (index - (len(files) - 1) / 2) * wide for place in places],
+                [times[blocks[place]] for place in places],
+                wide,
+                color=COLOURS[index % len(COLOURS)],
+                label=label,
+            )
+        axes.set_xticks(range(len(blocks)), blocks, rotation=45, ha="right", fontsize=8)
+        axes.set_ylabel(f"ms a call ({setting})")
+        axes.grid(alpha=0.25, axis="y")
         axes.legend(frameon=False, fontsize=8)
         return _svg(figure)
 

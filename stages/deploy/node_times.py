@@ -15,21 +15,28 @@ from .child import Child
 from .latency import Progress, Setting, Subject, load_command
 
 ROUNDS = 6
-SLOT_SECONDS = 0.25
+SECONDS = 1.5  # of timed calls of a file, over all rounds
 
 
 @dataclass(frozen=True, slots=True)
 class NodeTime:
     """An operator of the optimised graph, in order of execution. name: of the file's node that it was made of, where
-    the runtime kept it.
+    the runtime kept it. operator: what it is, such as "FusedMatMul".
     """
 
     name: str
+    operator: str
     ms: float
 
 
 def node_times(
-    subjects: Sequence[Subject], setting: Setting, progress: Progress, *, seed: int = 0, timeout_s: float = 300.0
+    subjects: Sequence[Subject],
+    setting: Setting,
+    progress: Progress,
+    *,
+    seconds: float = SECONDS,
+    seed: int = 0,
+    timeout_s: float = 300.0,
 ) -> list[list[NodeTime]]:
     """The operators of each file. Raises InvalidInput when a file does not run, ChildFailed when a worker crashes."""
     order = random.Random(f"{seed}/{setting}")
@@ -44,11 +51,11 @@ def node_times(
             child.ask(load_command("trace", subject, setting, cache), timeout_s)
             child.ask({"do": "prepare", "shape": [setting.batch, *subject.image], "io": setting.io}, timeout_s)
             call_ms = child.ask({"do": "warm", "limit_s": 1.0}, timeout_s)["call_ms"]
-            calls[place] = max(1, min(200, round(SLOT_SECONDS * 1e3 / max(call_ms, 1e-3))))
+            calls[place] = max(1, min(200, round(seconds / ROUNDS * 1e3 / max(call_ms, 1e-3))))
             task.advance()
         for _ in range(ROUNDS):
             for place in order.sample(range(len(subjects)), len(subjects)):
                 children[place].ask({"do": "time", "calls": calls[place]}, timeout_s)
                 task.advance()
         found = [child.ask({"do": "traced"}, timeout_s)["nodes"] for child in children]
-    return [[NodeTime(name, ms) for name, ms in nodes] for nodes in found]
+    return [[NodeTime(*node) for node in nodes] for nodes in found]

@@ -158,17 +158,21 @@ def placement(profile: Path, provider: str) -> Placement:
     return Placement(dict(nodes), dict(kernels.most_common()), dict(astray))
 
 
-def node_times(profile: Path) -> list[tuple[str, float]]:
-    """Name and milliseconds of every operator in a profile file of several calls, in order of execution: the lower
-    quartile, since what others do to a call can only lengthen it.
+def node_times(profile: Path) -> list[tuple[str, str, float]]:
+    """Name, kind and milliseconds of every operator in a profile file of several calls, in order of execution: the
+    lower quartile, since what others do to a call can only lengthen it.
     """
-    taken: dict[tuple[int, str], list[int]] = {}
+    taken: dict[tuple[int, str, str], list[int]] = {}
     for event in json.loads(profile.read_text(encoding="utf-8")):
         name = str(event.get("name", ""))
         if event.get("cat") == "Node" and name.endswith("_kernel_time"):
-            node = int(event["args"]["node_index"]), name.removesuffix("_kernel_time")
+            ran = event["args"]
+            node = int(ran["node_index"]), name.removesuffix("_kernel_time"), str(ran["op_name"])
             taken.setdefault(node, []).append(int(event["dur"]))
-    return [(name, sorted(durations)[len(durations) // 4] / 1e3) for (_, name), durations in taken.items()]
+    return [
+        (name, operator, sorted(durations)[len(durations) // 4] / 1e3)
+        for (_, name, operator), durations in taken.items()
+    ]
 
 
 def _chain(

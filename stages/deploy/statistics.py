@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 
 # The smallest number of samples at which a percentile is printed: with 99 % confidence the true percentile is not above
 # the largest sample but one (MLPerf's early-stopping rule: P[Binomial(n, 1 - p) <= 1] <= 0.01).
-ENOUGH = {90: 64, 99: 662}
+ENOUGH = {90: 64, 95: 130, 99: 662}
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 
@@ -45,7 +45,7 @@ class Interval:
 
 
 def too_few(calls: int, rank: int) -> str:
-    """Why the percentile `rank` (90 or 99) is not said of so many calls; "" when it is."""
+    """Why the percentile `rank` (90, 95 or 99) is not said of so many calls; "" when it is."""
     return "" if calls >= ENOUGH[rank] else f"{calls} calls, {ENOUGH[rank]} needed"
 
 

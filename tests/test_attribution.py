@@ -1,0 +1,233 @@
+"""Where a file's milliseconds go: against the exporter's own scopes and hand-made profiles, never against a clock."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_onnx
+from onnx import helper, numpy_helper
+from report_run import Bench, measurement, row
+from test_benchmark import context, made
+from tiny_vision import network, swin
+
+from sievit.pipeline.report import page
+from sievit.pipeline.report.sections import by_block, by_kind
+from sievit.pipeline.stage import Labelled
+from sievit.stages.benchmark import ATTRIBUTED_ON, benchmark_files, idle, run
+from sievit.stages.deploy import figures
+from sievit.stages.deploy.attribution import ATTENTION, PRODUCTS, Origins, attribute, block_of, origins
+from sievit.stages.deploy.node_times import NodeTime
+from sievit.stages.deploy.sessions import node_times
+from sievit.stages.vision.onnx_export import export
+
+
+@pytest.mark.parametrize("family", ["deit", "swin"])
+def test_nodes_are_given_to_the_modules_that_the_exporter_knew_they_came_from(family: str, tmp_path: Path) -> None:
+    """The exporter's scopes are the oracle: they are taken out of the file, and names of weights have to do."""
+    net = swin(embed_dim=32, depths=[1, 1]) if family == "swin" else network(embed_dim=48, depth=2)
+    scopes = export(net, tmp_path / "model.onnx", 20)
+    found = origins(tmp_path / "model.onnx")
+    ours = ("qkv", "proj", "fc1", "fc2", "norm1")
+    layers = {node: scope for node, scope in scopes.items() if scope.rpartition(".")[2] in ours}
+    assert len(layers) >= 2 * 8, "four products with their biases in each of two blocks"
+    assert {node: found.modules.get(node) for node in layers} == layers
+
+
+def test_products_of_two_activations_are_attention_and_those_with_weights_are_not(tmp_path: Path) -> None:
+    path = tiny_onnx.transformer(tmp_path / "a.onnx", blocks=2)
+    assert origins(path).mixing == {f"{name}_{block}" for name in ("scores", "mixed") for block in (0, 1)}
+
+
+def test_a_weight_stored_anew_is_told_by_the_bias_that_is_added_after_it(tmp_path: Path) -> None:
+    """As 8-bit files have it: quantized weight without a module's name, product in integers, scaling, bias."""
+    import numpy as np
+
+    def constant(name: str, value: Any) -> Any:
+        return numpy_helper.from_array(np.asarray(value), name)
+
+    weights = [
+        constant("val_7", np.ones((192, 4), np.int8)),
+        constant("scale", np.float32(0.5)),
+        constant("blocks.3.mlp.fc1.bias", np.zeros(4, np.float32)),
+    ]
+    nodes = [
+        helper.make_node("Flatten", ["input"], ["flat"], name="flatten"),
+        helper.make_node("DynamicQuantizeLinear", ["flat"], ["q", "s", "z"], name="quantize"),
+        helper.make_node("MatMulInteger", ["q", "val_7", "z"], ["sum"], name="product"),
+        helper.make_node("Cast", ["sum"], ["float"], name="cast", to=1),
+        helper.make_node("Mul", ["float", "scale"], ["scaled"], name="rescale"),
+        helper.make_node("Add", ["scaled", "blocks.3.mlp.fc1.bias"], ["logits"], name="add"),
+    ]
+    path = tiny_onnx.save(tmp_path / "a.onnx", nodes, weights, ["batch", 3, 8, 8], ["batch", 4])
+    found = origins(path)
+    assert found.modules["product"] == found.modules["add"] == "blocks.3.mlp.fc1"
+    assert found.mixing == set()
+    assert "flatten" not in found.modules
+
+
+@pytest.mark.parametrize(
+    ("module", "block"),
+    [
+        ("blocks.11.attn.qkv", "blocks.11"),
+        ("layers.0.blocks.1.mlp.fc1", "layers.0.blocks.1"),
+        ("vit.encoder.layer.3.attention.output", "vit.encoder.layer.3"),
+        ("blocks.0.mlp.layers.2", "blocks.0"),
+        ("patch_embed.proj", ""),
+        ("norm", ""),
+        ("", ""),
+    ],
+)
+def test_a_block_is_found_in_the_names_that_networks_use(module: str, block: str) -> None:
+    assert block_of(module) == block
+
+
+FILE = Origins({"embed": "patch_embed", "conv2d": "patch_embed", "qkv": "blocks.0.attn.qkv", "up": "blocks.1.mlp.fc1",
+                "norm": "norm"}, frozenset({"scores"}))  # fmt: skip
+NODES = [
+    NodeTime("conv2d_nchwc", "Conv", 1.0),
+    NodeTime("reorder", "ReorderOutput", 2.0),
+    NodeTime("qkv", "MatMul", 4.0),
+    NodeTime("scores/MatMulScaleFusion/", "FusedMatMul", 8.0),
+    NodeTime("soft", "Softmax", 16.0),
+    NodeTime("up_quant", "DynamicQuantizeMatMul", 32.0),
+    NodeTime("up", "Add", 64.0),
+    NodeTime("BiasGelu", "BiasGelu", 128.0),
+    NodeTime("norm", "LayerNormalization", 256.0),
+    NodeTime("lottery", "Multinomial", 512.0),
+]
+
+
+def test_every_millisecond_is_booked_once_by_kind_by_module_and_by_block() -> None:
+    """Powers of two: a sum tells which operators are in it. What has no module belongs to the operator before it."""
+    found = attribute(NODES, FILE)
+    assert found.kinds == {
+        PRODUCTS: 1 + 4 + 32,
+        ATTENTION: 8 + 16,
+        "normalisation": 256,
+        "activation": 128,
+        "moving": 2,
+        "elementwise": 64,
+        "other": 512,
+    }
+    assert found.modules == {
+        "patch_embed": 1 + 2,
+        "blocks.0.attn": 4 + 8 + 16 + 32,
+        "blocks.1.mlp": 64 + 128,
+        "norm": 256 + 512,
+    }
+    assert found.blocks == {"embedding": 3, "blocks.0": 60, "blocks.1": 192, "head": 768}
+    assert found.total_ms == 1023
+
+
+def test_a_file_that_names_no_blocks_still_tells_kinds() -> None:
+    found = attribute(NODES, Origins({}, frozenset()))
+    assert found.blocks == {}
+    assert found.modules == {"other": 1023}
+    assert found.kinds[PRODUCTS] == 1 + 4 + 8 + 32
+
+
+def test_an_operators_time_is_the_lower_quartile_of_its_calls(tmp_path: Path) -> None:
+    events = [
+        {"cat": "Node", "name": f"{name}_kernel_time", "dur": dur, "args": {"node_index": str(at), "op_name": op}}
+        for dur in (40, 10, 20, 30)
+        for at, (name, op) in enumerate([("a", "MatMul"), ("b", "Add")])
+    ]
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps([*events, {"cat": "Session", "name": "a_kernel_time", "dur": 1, "args": {}}]))
+    assert node_times(profile) == [("a", "MatMul", 0.02), ("b", "Add", 0.02)]
+
+
+# ---- the stage
+
+
+def test_the_stage_attributes_the_baseline_and_the_final_files_and_no_others(tmp_path: Path) -> None:
+    export, dense = made(tmp_path / "export", seed=1), made(tmp_path / "dense", seed=2, work=4)
+    made(tmp_path / "quantize", seed=3)
+    many = [
+        Labelled("main", "export", export, False, 0),  # type: ignore[arg-type]
+        Labelled("main", "quantize", export.__class__(tmp_path / "quantize"), True, 0),  # type: ignore[arg-type]
+        Labelled("dense", "export", dense, True, 0),  # type: ignore[arg-type]
+    ]
+    ctx = context(tmp_path, many, batch_sizes=(2,), seconds=0.1, attribution=True)
+    run(ctx)
+    found = ctx.metrics["attribution"]
+    assert (found["provider"], found["batch"], found["threads"]) == ("cpu", 2, 1)
+    assert [(file["arm"], file["entry"]) for file in found["files"]] == [("dense", "export"), ("main", "quantize")]
+    for file in found["files"]:
+        assert set(file["kinds"]) <= {PRODUCTS, "moving"}
+        assert sum(file["kinds"].values()) == pytest.approx(file["operators_ms"])
+        (measured,) = [r for r in ctx.metrics["rows"] if (r["arm"], r["entry"]) == (file["arm"], file["entry"])]
+        assert file["p50_ms"] == measured["p50_ms"]
+    assert [figure.name for figure in ctx.figures] == ["latency-spread"], "no weight is named after a block"
+
+
+def test_attribution_without_the_cpu_is_a_setting_without_effect() -> None:
+    from types import SimpleNamespace
+
+    def settings(*providers: str) -> Any:
+        return SimpleNamespace(config=SimpleNamespace(providers=providers))
+
+    assert idle(settings("cpu", "cuda")) == {}
+    assert ATTRIBUTED_ON in idle(settings("cuda"))["attribution"]
+
+
+def test_files_from_elsewhere_are_attributed_by_kind(tmp_path: Path) -> None:
+    path = tiny_onnx.transformer(tmp_path / "a.onnx")
+    (file,) = benchmark_files([path], seconds=0.1)["attribution"]["files"]
+    assert {PRODUCTS, ATTENTION, "normalisation", "activation"} <= set(file["kinds"])
+    assert file["blocks"] == {}
+
+
+# ---- the report
+
+ATTRIBUTED = {
+    "provider": "cpu",
+    "batch": 1,
+    "threads": 1,
+    "files": [
+        {"arm": "dense", "entry": "export", "variant": "fp32", "final": True, "operators_ms": 2.0, "p50_ms": 2.066,
+         "kinds": {PRODUCTS: 1.5, ATTENTION: 0.5}, "blocks": {"embedding": 0.5, "blocks.0": 0.8, "blocks.1": 0.6,
+                                                              "head": 0.1}},
+        {"arm": "main", "entry": "quantize", "variant": "int8", "final": True, "operators_ms": 0.8, "p50_ms": 0.894,
+         "kinds": {PRODUCTS: 0.4, "quantizing": 0.4}, "blocks": {"embedding": 0.3, "blocks.0": 0.4, "head": 0.1}},
+    ],
+}  # fmt: skip
+
+
+def test_the_report_shows_kinds_and_blocks_before_and_after(tmp_path: Path) -> None:
+    kinds, blocks = by_kind({"attribution": ATTRIBUTED}), by_block({"attribution": ATTRIBUTED})
+    assert kinds is not None and blocks is not None
+    assert kinds.heads == ("Operators", "dense FP32", "main INT8")
+    assert kinds.rows == (
+        (PRODUCTS, "1.50 (75.0%)", "0.400 (50.0%)"),
+        (ATTENTION, "0.500 (25.0%)", "–"),
+        ("quantizing", "–", "0.400 (50.0%)"),
+    )
+    assert kinds.remarks[1] == "main INT8: operators 0.800\u202fms, p50 without a profile 0.894\u202fms."
+    assert [line[0] for line in blocks.rows] == ["embedding", "blocks.0", "blocks.1", "head"]
+    assert blocks.rows[2] == ("blocks.1", "0.600", "–")
+    bench = Bench(tmp_path)
+    bench.add("main", "benchmark", measurement() | {"attribution": ATTRIBUTED, "gates": {}})
+    html, markdown = page.write(bench.record(), bench.shelf)
+    assert "Time by kind of operator" in html.read_text() and "| blocks.1 | 0.600 | – |" in markdown.read_text()
+
+
+def test_a_measurement_without_operators_says_why_and_an_older_one_says_nothing(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    metrics = {"rows": [row("main", "export", "fp32", 1.0, 0.9, final=True)], "gates": {}}
+    bench.add("main", "benchmark", metrics | {"attribution": {"unsaid": ATTRIBUTED_ON}})
+    _, markdown = page.write(bench.record(), bench.shelf)
+    assert f"No time by block: {ATTRIBUTED_ON}." in markdown.read_text()
+    assert by_kind(metrics) is by_block(metrics) is None
+
+
+def test_the_picture_of_blocks_has_a_bar_for_every_block_that_a_file_has() -> None:
+    files = {"dense": {"embedding": 1.0, "blocks.0": 2.0, "head": 1.0}, "main": {"embedding": 1.0, "head": 1.0}}
+    both, one = figures.block_times(files, "cpu"), figures.block_times({"dense": files["dense"]}, "cpu")
+    bars = [both.count(f"fill: {colour}") for colour in (figures.COLOURS[0].lower(), figures.COLOURS[1].lower())]
+    assert bars == [3 + 1, 2 + 1], "bars and a key of the legend"
+    assert one.count(f"fill: {figures.COLOURS[0].lower()}") == 3 + 1
+    assert ">blocks.0<" in both
