@@ -11,6 +11,10 @@ Under several seeds every file of every seed is a row of its own; `over_seeds` a
 A provider that is not installed, does not start, or leaves matrix products to another one is an error, never a silent
 fall-back. On a card, rows with io "device" keep data there, rows with io "copy" carry it there and back.
 
+`scenarios`: offline doubles the batch until throughput grows by no more than the noise. server lets single images come
+at random (Poisson, one queue, first come, first served) and bisects for the highest rate at which 99 % are answered
+within `server_p99_ms`, waiting included. Both are measured of the baseline and the final files.
+
 `attribution` tells where the time of the baseline and of each final file goes, from ONNX Runtime's own profile of
 further calls: by kind of operator, by block, by module. Its sum stands beside p50: time between operators is in p50
 alone, and writing each operator down lengthens it a little. On the CPU provider only.
@@ -26,10 +30,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, geometric_mean
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -40,15 +43,14 @@ from .deploy.providers import Provider
 from .methods import InvalidInput
 
 if TYPE_CHECKING:
-    from .deploy.bundle import Bundle
-    from .deploy.latency import Plan, Progress, Results, Setting, Subject
+    from .deploy.latency import Plan, Progress, Results, Setting
     from .deploy.predict import Accuracy
-
-# What shows that a file without a sidecar is an 8-bit one.
-QUANTIZED = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QAttention"}
-
+    from .deploy.variants import Variant
 
 ATTRIBUTED_ON = "operators are told apart on the provider cpu alone"
+
+
+Scenario = Literal["single", "offline", "server"]
 
 
 class BenchmarkConfig(Config):
@@ -68,6 +70,18 @@ class BenchmarkConfig(Config):
     )
     sessions: int = Field(default=3, ge=3, le=50, description="lives of the processes; intervals are taken over them")
     warm_up: float = Field(default=1.0, ge=0.05, le=600, description="seconds of warm-up at most, in each session")
+    scenarios: Annotated[tuple[Scenario, ...], Field(min_length=1)] = Field(
+        default=("single",),
+        description="single: one call after the other, always; offline: best throughput over batch sizes; server: "
+        "highest rate of queries at random times that are answered within server_p99_ms",
+    )
+    offline_batch: int = Field(default=64, ge=1, le=4096, description="largest batch that offline tries")
+    server_p99_ms: float | None = Field(
+        default=None, gt=0, le=3_600_000, description="the latency that 99 % of the queries of server must keep, ms"
+    )
+    server_seconds: float = Field(
+        default=60.0, gt=0, le=86_400, description="trials of server for one file, seconds at most"
+    )
     attribution: bool = Field(
         default=True, description="tell which operators and blocks of the baseline and the final files take the time"
     )
@@ -75,29 +89,19 @@ class BenchmarkConfig(Config):
 
     @model_validator(mode="after")
     def _each_once(self) -> BenchmarkConfig:
-        for name in ("providers", "batch_sizes", "threads"):
+        for name in ("providers", "batch_sizes", "threads", "scenarios"):
             values = getattr(self, name)
             if twice := next((value for n, value in enumerate(values) if value in values[:n]), None):
                 raise ValueError(f"{name}: {twice} stands there twice; name each once")
         return self
 
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """A row's identity: one file of one arm. family: the arm's name without the seed."""
-
-    arm: str
-    entry: str
-    final: bool
-    bundle: Bundle
-    family: str = ""
-    seed: int | None = None
-
-    @property
-    def precision(self) -> str:
-        if self.bundle.sidecar is not None:
-            return self.bundle.sidecar.precision
-        return "int8" if QUANTIZED & self.bundle.nodes.keys() else self.bundle.signature.dtype.replace("float", "fp")
+    @model_validator(mode="after")
+    def _bounded(self) -> BenchmarkConfig:
+        if "single" not in self.scenarios:
+            raise ValueError("scenarios: single is what all else is compared with; add it")
+        if "server" in self.scenarios and self.server_p99_ms is None:
+            raise ValueError("scenarios: server needs server_p99_ms, the latency that 99 % of the queries must keep")
+        return self
 
 
 def run(ctx: Context) -> None:
@@ -120,8 +124,9 @@ def run(ctx: Context) -> None:
     metrics["test_images"] = len(images)
     metrics["over_seeds"] = over_seeds(metrics["rows"])
     metrics["gates"] = _gates(metrics["rows"], variants, baseline)
+    shown = [baseline, *(variant for variant in variants if variant.final and variant is not baseline)]
+    metrics["scenarios"] = _scenarios(shown, settings, config, plan, ctx.progress)
     if config.attribution:
-        shown = [baseline, *(variant for variant in variants if variant.final and variant is not baseline)]
         metrics["attribution"] = _attribution(shown, settings, metrics["rows"], plan, ctx.progress)
     ctx.metrics |= metrics
     _keep(ctx, results, settings[0])
@@ -143,6 +148,7 @@ def benchmark_files(
     """
     from .deploy.bundle import open_bundle
     from .deploy.latency import Plan, settings_of
+    from .deploy.variants import Variant, image
 
     if not files:
         raise InvalidInput("no file to measure", "name at least one .onnx file")
@@ -153,7 +159,7 @@ def benchmark_files(
         label = Path(path).name if names.count(Path(path).name) == 1 else str(path)
         bundle = open_bundle(Path(path), sidecar_required=False)
         for batch in batch_sizes:
-            _image(bundle, batch)
+            image(bundle, batch)
         variants.append(Variant("", label, False, bundle))
     plan = Plan(seconds=seconds)
     metrics, _ = _timed(variants, variants[0], settings, plan, progress)
@@ -166,6 +172,7 @@ def _variants(ctx: Context) -> list[Variant]:
     InvalidInput for one whose pictures are made otherwise than the test split's.
     """
     from .deploy.bundle import open_bundle
+    from .deploy.variants import Variant
 
     found: dict[tuple[str, str], Variant] = {}
     for labelled in ctx.many:
@@ -256,7 +263,7 @@ def _timed(
     from .deploy.latency import measure
 
     progress = progress or Quiet()
-    files = {v.bundle.sha256: _subject(v, settings[0].batch) for v in [baseline, *variants]}
+    files = {v.bundle.sha256: v.subject(settings[0].batch) for v in [baseline, *variants]}
     subjects = list(files.values())
     before = watch()
     try:
@@ -266,7 +273,7 @@ def _timed(
     state = host_state(before, results, settings, progress)
     floors = noise_floors(results, subjects[0].name, settings)
     rows = [
-        _identity(v) | latency_row(files[v.bundle.sha256], setting, results, subjects[0].name, floors[setting])
+        v.whole() | latency_row(files[v.bundle.sha256], setting, results, subjects[0].name, floors[setting])
         for setting in settings
         for v in variants
     ]
@@ -280,56 +287,33 @@ def _timed(
     }, results
 
 
-def _identity(variant: Variant) -> dict[str, Any]:
-    bundle, sidecar = variant.bundle, variant.bundle.sidecar
-    return {
-        "arm": variant.arm,
-        "family": variant.family,
-        "seed": variant.seed,
-        "entry": variant.entry,
-        "variant": variant.precision,
-        "final": variant.final,
-        "file": bundle.path.name,
-        "sha256": bundle.sha256,
-        "bytes": bundle.path.stat().st_size,
-        "parameters": sidecar.parameters if sidecar else bundle.parameters,
-        "macs": sidecar.macs if sidecar else None,
-        "top1": None,
-        "top1_low": None,
-        "top1_high": None,
-        "test_images": None,
-    }
+def _scenarios(
+    variants: Sequence[Variant], settings: Sequence[Setting], config: BenchmarkConfig, plan: Plan, progress: Progress
+) -> list[dict[str, Any]]:
+    """A row for each file, scenario, provider, thread count and place of the data; the first file is the baseline."""
+    from .deploy.scenarios import offline, server
+    from .deploy.variants import distinct
 
-
-def _subject(variant: Variant, batch: int) -> Subject:
-    from .deploy.latency import Subject
-
-    bundle = variant.bundle
-    name = "/".join(part for part in (variant.arm, variant.entry, variant.precision) if part)
-    return Subject(name, bundle.path, bundle.signature.input, bundle.signature.dtype, _image(bundle, batch))
-
-
-def _image(bundle: Bundle, batch: int) -> tuple[int, int, int]:
-    """Channels, height, width of the input, or what order the file has; what it leaves open comes from the sidecar.
-    Raises InvalidInput.
-    """
-    shape = list(bundle.signature.shape)
-    if bundle.sidecar is not None:
-        stated = [None, *bundle.sidecar.image]
-        shape = [have if have is not None else other for have, other in zip(shape, stated, strict=True)]
-    fixed, *image = shape
-    first, second, third = image
-    if first is None or second is None or third is None:
-        raise InvalidInput(
-            f"{bundle.path} leaves its image size open: {bundle.signature.text()}",
-            "give it a sidecar .json, or export it with a fixed size",
-        )
-    if fixed not in (None, batch):
-        raise InvalidInput(
-            f"{bundle.path} takes batches of {fixed} only, not of {batch}: {bundle.signature.text()}",
-            "ask for that batch size, or export with a dynamic batch",
-        )
-    return first, second, third
+    rows: list[dict[str, Any]] = []
+    chosen = distinct(variants)
+    for setting in (setting for setting in settings if setting.batch == settings[0].batch):
+        subjects = [variant.subject(setting.batch) for variant in chosen]
+        only = {s.name: v.bundle.signature.shape[0] for s, v in zip(subjects, chosen, strict=True)}
+        fixed = {name: batch for name, batch in only.items() if batch is not None}
+        found: list[dict[str, Any]] = []
+        if "offline" in config.scenarios:
+            tried = offline(subjects, setting, config.offline_batch, fixed, plan, progress)
+            found += [v.short() | one.as_json() for v, one in zip(chosen, tried, strict=True)]
+        bound = config.server_p99_ms
+        if "server" in config.scenarios and bound is not None:
+            for subject, variant in zip(subjects, chosen, strict=True):
+                if fixed.get(subject.name, 1) == 1:
+                    reached = server(subject, setting, bound, config.server_seconds, plan, progress)
+                    found.append(variant.short() | reached.as_json(bound))
+                else:
+                    progress.note(f"{subject.name} takes batches of {fixed[subject.name]} only: no server scenario")
+        rows += [{"provider": setting.provider, "threads": setting.threads, "io": setting.io} | row for row in found]
+    return rows
 
 
 def _attribution(
@@ -345,13 +329,13 @@ def _attribution(
     from .deploy.attribution import attribute, origins
     from .deploy.comparison import Quiet
     from .deploy.node_times import node_times
+    from .deploy.variants import distinct
 
     setting = next((setting for setting in settings if setting.provider == "cpu"), None)
     if setting is None:
         return {"unsaid": ATTRIBUTED_ON}
-    files = {variant.bundle.sha256: variant for variant in reversed(variants)}
-    chosen = [variant for variant in variants if files[variant.bundle.sha256] is variant]
-    subjects = [_subject(variant, setting.batch) for variant in chosen]
+    chosen = distinct(variants)
+    subjects = [variant.subject(setting.batch) for variant in chosen]
     seconds = min(1.5, plan.seconds)
     taken = node_times(
         subjects, setting, progress or Quiet(), seconds=seconds, seed=plan.seed, timeout_s=plan.timeout_s
@@ -361,7 +345,7 @@ def _attribution(
     return {
         **at,
         "files": [
-            {"arm": variant.arm, "entry": variant.entry, "variant": variant.precision, "final": variant.final}
+            variant.short()
             | attribute(nodes, origins(variant.bundle.path)).as_json()
             | {"p50_ms": p50[variant.bundle.sha256]}
             for variant, nodes in zip(chosen, taken, strict=True)
@@ -421,10 +405,15 @@ def _keep(ctx: Context, results: Results, first: Setting) -> None:
 
 
 def idle(seen: Preflight) -> dict[str, str]:
-    """Attribution needs the CPU."""
-    if "cpu" in seen.config.providers:
-        return {}
-    return {"attribution": f"{ATTRIBUTED_ON}, and providers has no cpu"}
+    """Attribution without the CPU, and settings of scenarios that are not asked for."""
+    config: BenchmarkConfig = seen.config
+    found = {}
+    if "cpu" not in config.providers:
+        found["attribution"] = f"{ATTRIBUTED_ON}, and providers has no cpu"
+    for name, scenario in (("offline_batch", "offline"), ("server_p99_ms", "server"), ("server_seconds", "server")):
+        if scenario not in config.scenarios:
+            found[name] = f"scenarios has no {scenario}"
+    return found
 
 
 def preflight(seen: Preflight) -> None:

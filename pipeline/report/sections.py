@@ -5,12 +5,12 @@ A section is made from the metrics of one kind of stage, and drawn alike in HTML
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .numbers import DASH, big, count, interval, milliseconds, percent, ratio, significant
-from .reading import listing, mapping, number, text
+from .reading import dig, listing, mapping, number, text
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Section:
 
 def sections(metrics: Mapping[str, Any]) -> tuple[Section, ...]:
     """What the metrics of a stage say beyond its rows."""
-    makers = (over_seeds, by_kind, by_block, matrix, sensitivity)
+    makers = (over_seeds, scenarios, by_kind, by_block, matrix, sensitivity)
     return tuple(section for make in makers if (section := make(metrics)) is not None)
 
 
@@ -57,6 +57,55 @@ def over_seeds(metrics: Mapping[str, Any]) -> Section | None:
             for line in lines
         ),
     )
+
+
+def scenarios(metrics: Mapping[str, Any]) -> Section | None:
+    """Images a second offline, and queries a second under a bound; None where only single calls were measured."""
+    rows = listing(metrics, "scenarios")
+    if not rows:
+        return None
+    bounds = {bound for row in rows if (bound := number(row, "bound_ms")) is not None}
+    said = ["Offline: the best of doubling batch sizes, with its 95% interval."] if _has(rows, "offline") else []
+    said += [
+        f"Server: images that come one by one at random (Poisson), the highest rate whose p99 stays within "
+        f"{milliseconds(bound)}, waiting included."
+        for bound in sorted(bounds)
+    ]
+    return Section(
+        "scenarios",
+        "Offline and server",
+        " ".join(said),
+        ("File", "Scenario", "Setting", "Images/s", "p99 ms"),
+        tuple(
+            (
+                _file(row),
+                text(row, "scenario"),
+                _setting(row) + ("" if text(row, "io") in ("", "host") else f", data on {text(row, 'io')}"),
+                _throughput(row),
+                significant(number(row, "p99_ms")),
+            )
+            for row in rows
+        ),
+        tuple(dict.fromkeys(_limits(rows))),
+    )
+
+
+def _has(rows: Sequence[Any], scenario: str) -> bool:
+    return any(text(row, "scenario") == scenario for row in rows)
+
+
+def _throughput(row: Any) -> str:
+    within = interval(number(row, "throughput_low"), number(row, "throughput_high"), significant)
+    return significant(number(row, "throughput")) + (f" ({within})" if within else "")
+
+
+def _limits(rows: Sequence[Any]) -> Iterator[str]:
+    """What ended a search before its end."""
+    for row in rows:
+        if reason := text(row, "unsaid"):
+            yield f"{_file(row)}, {text(row, 'scenario')}: {reason}."
+        if dig(row, "limited") is True:
+            yield f"{_file(row)}, {text(row, 'scenario')}: throughput still grew at batch {text(row, 'batch')}."
 
 
 def by_kind(metrics: Mapping[str, Any]) -> Section | None:

@@ -11,7 +11,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,11 @@ class Worker:
     def time(self, command: dict[str, Any]) -> dict[str, Any]:
         """One slot: an untimed call, then `calls` timed ones."""
         return time_calls(self.call, command["calls"])
+
+    def queries(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Answer queries that come at random, at so many a second; see `answer_queries`."""
+        gaps = np.random.default_rng(command["seed"]).exponential(1 / command["rate"], command["queries"])
+        return answer_queries(self.call, np.cumsum(gaps).tolist(), command["bound_ms"])
 
     def memory(self, command: dict[str, Any]) -> dict[str, Any]:
         """Peak resident memory of this process so far (Python and ONNX Runtime included), MB."""
@@ -186,6 +191,37 @@ def time_calls(call: Callable[[], object], calls: int) -> dict[str, Any]:
     }
 
 
+def answer_queries(
+    call: Callable[[], object],
+    arrivals: Sequence[float],
+    bound_ms: float,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, Any]:
+    """A queue with one server, first come, first served: each query takes one call. arrivals: seconds from the start.
+
+    Returns latency_ms, from a query's arrival to its answer, waiting included, and done: False where it was given up
+    because more than one in a hundred, and one, had already missed the bound.
+    """
+    latencies: list[float] = []
+    left = 1 + len(arrivals) // 100
+    gc.disable()
+    try:
+        start = clock()
+        for arrival in arrivals:
+            while (early := start + arrival - clock()) > 0:
+                if early > 0.002:  # a sleep ends late; the last moment is waited for on the core
+                    sleep(early - 0.001)
+            call()
+            latencies.append((clock() - start - arrival) * 1e3)
+            left -= latencies[-1] > bound_ms
+            if left < 0:
+                return {"latency_ms": latencies, "done": False}
+    finally:
+        gc.enable()
+    return {"latency_ms": latencies, "done": True}
+
+
 def main() -> None:
     """Answer commands until the parent closes the pipe."""
     worker = Worker()
@@ -202,6 +238,8 @@ def main() -> None:
                     content |= worker.warm(command)
                 case "time":
                     content |= worker.time(command)
+                case "queries":
+                    content |= worker.queries(command)
                 case "trace":
                     content |= worker.trace(command)
                 case "traced":
