@@ -19,6 +19,9 @@ within `server_p99_ms`, waiting included. Both are measured of the baseline and 
 further calls: by kind of operator, by block, by module. Its sum stands beside p50: time between operators is in p50
 alone, and writing each operator down lengthens it a little. On the CPU provider only.
 
+`peak_share` of a row is how near its p50 comes to what this host's cores can do: operations a second (two for each
+multiply-add) over those of a large matrix product in ONNX Runtime, float for float files and 8 bit for 8-bit ones.
+
 reads    the onnx files of all arms, the test split
 writes   samples.npz (every timed call), rows.json
 
@@ -44,6 +47,7 @@ from .methods import InvalidInput
 
 if TYPE_CHECKING:
     from .deploy.latency import Plan, Progress, Results, Setting
+    from .deploy.peak import Peak
     from .deploy.predict import Accuracy
     from .deploy.variants import Variant
 
@@ -261,6 +265,7 @@ def _timed(
     from .deploy.child import ChildFailed
     from .deploy.comparison import Quiet, host_state, latency_row, noise_floors, watch
     from .deploy.latency import measure
+    from .deploy.peak import share
 
     progress = progress or Quiet()
     files = {v.bundle.sha256: v.subject(settings[0].batch) for v in [baseline, *variants]}
@@ -277,14 +282,32 @@ def _timed(
         for setting in settings
         for v in variants
     ]
+    peaks = _peaks(rows, settings, plan, progress)
+    for row in rows:
+        row |= share(row, peaks)
     return {
         "rows": rows,
+        "peaks": [one.as_json() for one in peaks],
         "baseline": {"arm": baseline.arm, "entry": baseline.entry, "variant": baseline.precision},
         "noise_floor": floors[settings[0]].as_json(),
         "noise_floors": [floor.as_json() for floor in floors.values()],
         "protocol": {"seconds": plan.seconds, "sessions": plan.sessions, "warm_up_s": plan.warm_up_s},
         **state,
     }, results
+
+
+def _peaks(rows: Sequence[dict[str, Any]], settings: Sequence[Setting], plan: Plan, progress: Progress) -> list[Peak]:
+    """Of each provider and thread count, for the kinds of files whose MACs are known; in 8 bits on the CPU alone."""
+    from .deploy.peak import kind_of, peak
+
+    kinds = dict.fromkeys(kind_of(row["variant"]) for row in rows if row["macs"] is not None)
+    places = {(setting.provider, setting.threads): setting for setting in reversed(settings)}
+    return [
+        peak(kind, setting, plan, progress)
+        for setting in places.values()
+        for kind in kinds
+        if kind == "float" or setting.provider == "cpu"
+    ]
 
 
 def _scenarios(

@@ -144,6 +144,10 @@ def test_the_stage_measures_every_file_of_every_arm_once_and_compares_with_dense
                 assert row[f"{rank}_low"] <= row[f"{rank}_ms"] <= row[f"{rank}_high"]
                 assert row[f"{rank}_unsaid"] == ""
         assert row["bytes"] == path.stat().st_size
+        assert row["gflops"] == pytest.approx(2 * 768 * row["batch"] / (row["p50_ms"] * 1e6))
+        kind = "int8" if row["variant"] == "int8" else "float"
+        (peak,) = [one["gflops"] for one in ctx.metrics["peaks"] if one["kind"] == kind]
+        assert row["peak_share"] == pytest.approx(row["gflops"] / peak)
         assert row["samples"] > 0
         assert (row["verdict"] == "baseline") == (row["arm"] == "dense")
     first = {(row["arm"], row["final"]): row for row in rows if row["batch"] == 1}
