@@ -166,7 +166,7 @@ def benchmark_files(
             image(bundle, batch)
         variants.append(Variant("", label, False, bundle))
     plan = Plan(seconds=seconds)
-    metrics, _ = _timed(variants, variants[0], settings, plan, progress)
+    metrics, _ = _timed(variants, variants[0], settings, plan, progress, told_early=True)
     metrics["attribution"] = _attribution(variants, settings, metrics["rows"], plan, progress)
     return metrics
 
@@ -260,19 +260,25 @@ def _timed(
     settings: Sequence[Setting],
     plan: Plan,
     progress: Progress | None,
+    *,
+    told_early: bool = False,
 ) -> tuple[dict[str, Any], Results]:
-    """Latency rows of all variants (settings outermost), noise floor, host facts, and what the host did meanwhile."""
+    """Latency rows of all variants (settings outermost), noise floor, host facts, and what the host did meanwhile.
+
+    told_early: each file's median in each setting is noted as soon as a session has it.
+    """
     from .deploy.child import ChildFailed
-    from .deploy.comparison import Quiet, host_state, latency_row, noise_floors, watch
+    from .deploy.comparison import Quiet, first_medians, host_state, latency_row, noise_floors, watch
     from .deploy.latency import measure
     from .deploy.peak import share
 
     progress = progress or Quiet()
+    early = first_medians(progress, plan.sessions)
     files = {v.bundle.sha256: v.subject(settings[0].batch) for v in [baseline, *variants]}
     subjects = list(files.values())
     before = watch()
     try:
-        results = measure(subjects, settings, plan, progress)
+        results = measure(subjects, settings, plan, progress, after_session=early if told_early else lambda seen: None)
     except ChildFailed as error:
         raise SievitError(str(error), hint="see the log; measure the other files without this one") from error
     state = host_state(before, results, settings, progress)

@@ -27,7 +27,7 @@ from sievit.pipeline.stage import Context, Labelled
 from sievit.stages.benchmark import BenchmarkConfig, benchmark_files, run
 from sievit.stages.deploy import child, figures, isa, latency, sessions, worker
 from sievit.stages.deploy.child import Child, ChildFailed
-from sievit.stages.deploy.comparison import host_state, watch
+from sievit.stages.deploy.comparison import first_medians, host_state, watch
 from sievit.stages.deploy.latency import TWIN, Measured, Plan, Setting, Subject
 from sievit.stages.deploy.predict import accuracy, scores
 from sievit.stages.deploy.statistics import Slot
@@ -312,6 +312,26 @@ def test_variants_are_interleaved_in_random_order_with_the_baseline_twice(tmp_pa
         assert len(measured.load_ms) == len(measured.first_ms) == len(measured.peak_memory_mb) == 3
         assert all((slot.wall_ms > 0).all() and slot.cpu_ms > 0 for slot in measured.slots)
     assert progress.steps == progress.total
+
+
+def test_a_first_median_of_every_file_is_told_after_the_first_session_and_no_second_one(tmp_path: Path) -> None:
+    subjects = [subject(tiny_onnx.linear(tmp_path / f"{name}.onnx", seed=i), name) for i, name in enumerate("ab")]
+    progress, known = Listening(), []
+    tell = first_medians(progress, QUICK.sessions)
+
+    def after_session(results: latency.Results) -> None:
+        tell(results)
+        known.append(len(progress.notes))
+
+    settings = latency.settings_of(["cpu"], [1], [1])
+    results = latency.measure(subjects, settings, QUICK, progress, after_session=after_session)
+    assert known == [2, 2, 2]
+    for note, name in zip(progress.notes, "ab", strict=True):
+        first = [slot.wall_ms for slot in results[name, settings[0]].slots if slot.session == 0]
+        assert note == (
+            f"{name}, cpu, batch 1, threads 1, host: p50 {np.median(np.concatenate(first)):.3g} ms after the first "
+            "of 3 sessions"
+        )
 
 
 def test_a_worker_runs_on_as_many_cores_as_threads(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +114,21 @@ def _tails(slots: Sequence[Slot]) -> dict[str, Any]:
             f"p{rank}_unsaid": reason,
         }
     return row
+
+
+def first_medians(progress: Progress, sessions: int) -> Callable[[Results], None]:
+    """For `measure` to call after each session: notes the median of each file and setting once, when it is there."""
+    told = {TWIN}
+
+    def tell(results: Results) -> None:
+        for (name, setting), measured in results.items():
+            about = f"{name}, {setting.provider}, batch {setting.batch}, threads {setting.threads}, {setting.io}"
+            if measured.slots and not told & {name, about}:
+                told.add(about)
+                ms = float(np.median(np.concatenate([slot.wall_ms for slot in measured.slots])))
+                progress.note(f"{about}: p50 {ms:.3g} ms after the first of {sessions} sessions")
+
+    return tell
 
 
 def processor_share(results: Results, settings: Sequence[Setting]) -> float | None:

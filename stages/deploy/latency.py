@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,10 +112,18 @@ def settings_of(providers: Sequence[str], threads: Sequence[int], batch_sizes: S
     ]
 
 
-def measure(subjects: Sequence[Subject], settings: Sequence[Setting], plan: Plan, progress: Progress) -> Results:
+def measure(
+    subjects: Sequence[Subject],
+    settings: Sequence[Setting],
+    plan: Plan,
+    progress: Progress,
+    *,
+    after_session: Callable[[Results], None] = lambda so_far: None,
+) -> Results:
     """Time all subjects in all settings. The first subject is the baseline; its A/A twin is in the results as `TWIN`.
 
-    Raises InvalidInput when a file does not run with a provider, ChildFailed when a worker crashes or hangs.
+    after_session: told of all that is known whenever a session has ended. Raises InvalidInput when a file does not run
+    with a provider, ChildFailed when a worker crashes or hangs.
     """
     twin = subjects[0]
     everyone = [*subjects, Subject(TWIN, twin.path, twin.input, twin.dtype, twin.image)]
@@ -136,6 +144,7 @@ def measure(subjects: Sequence[Subject], settings: Sequence[Setting], plan: Plan
             for session in range(plan.sessions):
                 for _ in _session(everyone, group, session, plan, cache, results):
                     task.advance()
+                after_session(results)
     return results
 
 
