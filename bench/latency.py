@@ -11,7 +11,8 @@ The file is a DeiT-T at 224 px with random weights, unless --onnx names another.
 - What does optimum-benchmark say of the same file? Its figure is shown and has no bar. It lives in an environment of
   its own, whose Python --optimum names:
 
-    python -m venv optimum && optimum/bin/pip install optimum-benchmark "optimum[onnxruntime]"
+    python -m venv optimum
+    optimum/bin/pip install optimum-benchmark "optimum[onnxruntime]<1.25" "transformers<4.49"
 
 Also seconds until `sievit benchmark --onnx` has a first row (bar: 10) and whether it imported torch (bar: no), and how
 near the default file comes to what the host's cores can do. Prints a table and, last, one line of JSON. Exit code 1

@@ -99,6 +99,8 @@ def _outcome(record: RunRecord, plan: Plan, store: Store, seconds: float) -> Doc
         "rows": [row for row in measured.get("rows", ()) if row.get("final", True)],
         "over_seeds": measured.get("over_seeds", []),
         "matrix": measured.get("matrix"),
+        "scenarios": measured.get("scenarios", []),
+        "torch": measured.get("torch", []),
         "noise_floor": measured.get("noise_floor"),
         "disturbed": measured.get("disturbed", False),
         "host": measured.get("host"),

@@ -19,6 +19,9 @@ within `server_p99_ms`, waiting included. Both are measured of the baseline and 
 further calls: by kind of operator, by block, by module. Its sum stands beside p50: time between operators is in p50
 alone, and writing each operator down lengthens it a little. On the CPU provider only.
 
+`torch` names networks that are timed in PyTorch too, eager and by torch.compile, each in a process of its own: a
+reference, never a product. They take no turns with the files, and so no verdict is spoken.
+
 `peak_share` of a row is how near its p50 comes to what this host's cores can do: operations a second (two for each
 multiply-add) over those of a large matrix product in ONNX Runtime, float for float files and 8 bit for 8-bit ones.
 
@@ -44,17 +47,36 @@ from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 from .deploy.providers import Provider
 from .methods import InvalidInput
+from .torch_reference import Mode
 
 if TYPE_CHECKING:
     from .deploy.latency import Plan, Progress, Results, Setting
-    from .deploy.peak import Peak
     from .deploy.predict import Accuracy
     from .deploy.variants import Variant
 
-ATTRIBUTED_ON = "operators are told apart on the provider cpu alone"
-
 
 Scenario = Literal["single", "offline", "server"]
+
+
+class TorchReference(Config):
+    """Networks that are timed in PyTorch beside the files."""
+
+    networks: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="stages of the main arm that write a model, or of others: [finetune, dense/train]; or artifacts"
+    )
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = Field(
+        default=("eager", "compiled"), description="as written, and by torch.compile"
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> TorchReference:
+        for name in ("networks", "modes"):
+            values = getattr(self, name)
+            if twice := next((value for n, value in enumerate(values) if value in values[:n]), None):
+                raise ValueError(f"{name}: {twice} stands there twice; name each once")
+        if pretrained := next((name for name in self.networks if name.startswith("timm:")), None):
+            raise ValueError(f"networks: {pretrained} is no stage of this pipeline and no artifact")
+        return self
 
 
 class BenchmarkConfig(Config):
@@ -90,6 +112,9 @@ class BenchmarkConfig(Config):
         default=True, description="tell which operators and blocks of the baseline and the final files take the time"
     )
     timeout: float = Field(default=300.0, ge=1, le=86_400, description="seconds after which a silent process is ended")
+    torch: TorchReference | None = Field(
+        default=None, description="networks to time in PyTorch too, as a reference; they take no part in verdicts"
+    )
 
     @model_validator(mode="after")
     def _each_once(self) -> BenchmarkConfig:
@@ -110,8 +135,10 @@ class BenchmarkConfig(Config):
 
 def run(ctx: Context) -> None:
     """Measure all files; see the module's docstring."""
+    from .deploy.attribution import attributed
     from .deploy.latency import Plan, settings_of
     from .deploy.over_seeds import over_seeds
+    from .deploy.scenarios import offline_rows, server_rows
     from .vision.dataset import load_split
 
     config: BenchmarkConfig = ctx.config
@@ -129,9 +156,16 @@ def run(ctx: Context) -> None:
     metrics["over_seeds"] = over_seeds(metrics["rows"])
     metrics["gates"] = _gates(metrics["rows"], variants, baseline)
     shown = [baseline, *(variant for variant in variants if variant.final and variant is not baseline)]
-    metrics["scenarios"] = _scenarios(shown, settings, config, plan, ctx.progress)
+    metrics["scenarios"] = []
+    if "offline" in config.scenarios:
+        metrics["scenarios"] += offline_rows(shown, settings, config.offline_batch, plan, ctx.progress)
+    if "server" in config.scenarios and config.server_p99_ms is not None:
+        bound, seconds = config.server_p99_ms, config.server_seconds
+        metrics["scenarios"] += server_rows(shown, settings, bound, seconds, plan, ctx.progress)
+    if config.torch is not None:
+        metrics["torch"] = _torch(ctx, config.torch, settings, plan)
     if config.attribution:
-        metrics["attribution"] = _attribution(shown, settings, metrics["rows"], plan, ctx.progress)
+        metrics["attribution"] = attributed(shown, settings, metrics["rows"], plan, ctx.progress)
     ctx.metrics |= metrics
     _keep(ctx, results, settings[0])
 
@@ -150,6 +184,7 @@ def benchmark_files(
     row; files of equal content are timed once. Raises InvalidInput for files that are not image classifiers or do not
     run, SievitError for a crash.
     """
+    from .deploy.attribution import attributed
     from .deploy.bundle import open_bundle
     from .deploy.latency import Plan, settings_of
     from .deploy.variants import Variant, image
@@ -167,7 +202,7 @@ def benchmark_files(
         variants.append(Variant("", label, False, bundle))
     plan = Plan(seconds=seconds)
     metrics, _ = _timed(variants, variants[0], settings, plan, progress, told_early=True)
-    metrics["attribution"] = _attribution(variants, settings, metrics["rows"], plan, progress)
+    metrics["attribution"] = attributed(variants, settings, metrics["rows"], plan, progress)
     return metrics
 
 
@@ -270,7 +305,7 @@ def _timed(
     from .deploy.child import ChildFailed
     from .deploy.comparison import Quiet, first_medians, host_state, latency_row, noise_floors, watch
     from .deploy.latency import measure
-    from .deploy.peak import share
+    from .deploy.peak import peaks, share
 
     progress = progress or Quiet()
     early = first_medians(progress, plan.sessions)
@@ -288,12 +323,12 @@ def _timed(
         for setting in settings
         for v in variants
     ]
-    peaks = _peaks(rows, settings, plan, progress)
+    found = peaks(rows, settings, plan, progress)
     for row in rows:
-        row |= share(row, peaks)
+        row |= share(row, found)
     return {
         "rows": rows,
-        "peaks": [one.as_json() for one in peaks],
+        "peaks": [one.as_json() for one in found],
         "baseline": {"arm": baseline.arm, "entry": baseline.entry, "variant": baseline.precision},
         "noise_floor": floors[settings[0]].as_json(),
         "noise_floors": [floor.as_json() for floor in floors.values()],
@@ -302,84 +337,21 @@ def _timed(
     }, results
 
 
-def _peaks(rows: Sequence[dict[str, Any]], settings: Sequence[Setting], plan: Plan, progress: Progress) -> list[Peak]:
-    """Of each provider and thread count, for the kinds of files whose MACs are known; in 8 bits on the CPU alone."""
-    from .deploy.peak import kind_of, peak
+def _torch(ctx: Context, asked: TorchReference, settings: Sequence[Setting], plan: Plan) -> list[dict[str, Any]]:
+    """Reference rows in PyTorch."""
+    from .deploy.child import ChildFailed
+    from .torch_reference import reference_rows
 
-    kinds = dict.fromkeys(kind_of(row["variant"]) for row in rows if row["macs"] is not None)
-    places = {(setting.provider, setting.threads): setting for setting in reversed(settings)}
-    return [
-        peak(kind, setting, plan, progress)
-        for setting in places.values()
-        for kind in kinds
-        if kind == "float" or setting.provider == "cpu"
-    ]
+    networks = {name: ctx.inputs[role].root for role, name in _references(ctx.config).items()}
+    try:
+        return reference_rows(networks, asked.modes, settings, plan, ctx.progress)
+    except ChildFailed as error:
+        raise SievitError(str(error), hint="leave benchmark.torch out") from error
 
 
-def _scenarios(
-    variants: Sequence[Variant], settings: Sequence[Setting], config: BenchmarkConfig, plan: Plan, progress: Progress
-) -> list[dict[str, Any]]:
-    """A row for each file, scenario, provider, thread count and place of the data; the first file is the baseline."""
-    from .deploy.scenarios import offline, server
-    from .deploy.variants import distinct
-
-    rows: list[dict[str, Any]] = []
-    chosen = distinct(variants)
-    for setting in (setting for setting in settings if setting.batch == settings[0].batch):
-        subjects = [variant.subject(setting.batch) for variant in chosen]
-        only = {s.name: v.bundle.signature.shape[0] for s, v in zip(subjects, chosen, strict=True)}
-        fixed = {name: batch for name, batch in only.items() if batch is not None}
-        found: list[dict[str, Any]] = []
-        if "offline" in config.scenarios:
-            tried = offline(subjects, setting, config.offline_batch, fixed, plan, progress)
-            found += [v.short() | one.as_json() for v, one in zip(chosen, tried, strict=True)]
-        bound = config.server_p99_ms
-        if "server" in config.scenarios and bound is not None:
-            for subject, variant in zip(subjects, chosen, strict=True):
-                if fixed.get(subject.name, 1) == 1:
-                    reached = server(subject, setting, bound, config.server_seconds, plan, progress)
-                    found.append(variant.short() | reached.as_json(bound))
-                else:
-                    progress.note(f"{subject.name} takes batches of {fixed[subject.name]} only: no server scenario")
-        rows += [{"provider": setting.provider, "threads": setting.threads, "io": setting.io} | row for row in found]
-    return rows
-
-
-def _attribution(
-    variants: Sequence[Variant],
-    settings: Sequence[Setting],
-    rows: Sequence[dict[str, Any]],
-    plan: Plan,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    """What takes the time of each file in the first setting on the CPU, by kind, block and module; the first file is
-    the baseline. `unsaid` where no setting is.
-    """
-    from .deploy.attribution import attribute, origins
-    from .deploy.comparison import Quiet
-    from .deploy.node_times import node_times
-    from .deploy.variants import distinct
-
-    setting = next((setting for setting in settings if setting.provider == "cpu"), None)
-    if setting is None:
-        return {"unsaid": ATTRIBUTED_ON}
-    chosen = distinct(variants)
-    subjects = [variant.subject(setting.batch) for variant in chosen]
-    seconds = min(1.5, plan.seconds)
-    taken = node_times(
-        subjects, setting, progress or Quiet(), seconds=seconds, seed=plan.seed, timeout_s=plan.timeout_s
-    )
-    at = {"provider": setting.provider, "batch": setting.batch, "threads": setting.threads}
-    p50 = {row["sha256"]: row["p50_ms"] for row in rows if at.items() <= row.items()}
-    return {
-        **at,
-        "files": [
-            variant.short()
-            | attribute(nodes, origins(variant.bundle.path)).as_json()
-            | {"p50_ms": p50[variant.bundle.sha256]}
-            for variant, nodes in zip(chosen, taken, strict=True)
-        ],
-    }
+def _references(config: BenchmarkConfig) -> dict[str, str]:
+    names = () if config.torch is None else config.torch.networks
+    return {f"torch {number}": name for number, name in enumerate(names)}
 
 
 def _gates(rows: Sequence[dict[str, Any]], variants: Sequence[Variant], baseline: Variant) -> dict[str, float]:
@@ -438,7 +410,9 @@ def idle(seen: Preflight) -> dict[str, str]:
     config: BenchmarkConfig = seen.config
     found = {}
     if "cpu" not in config.providers:
-        found["attribution"] = f"{ATTRIBUTED_ON}, and providers has no cpu"
+        found["attribution"] = "operators are told apart on the provider cpu alone, and providers has no cpu"
+    if config.torch is not None and not {"cpu", "cuda"} & set(config.providers):
+        found["torch"] = "PyTorch is timed where providers has cpu or cuda"
     for name, scenario in (("offline_batch", "offline"), ("server_p99_ms", "server"), ("server_seconds", "server")):
         if scenario not in config.scenarios:
             found[name] = f"scenarios has no {scenario}"
@@ -468,6 +442,7 @@ STAGE = Stage(
     packages=("onnxruntime", "numpy"),
     uses=frozenset({"data", "device", "host", "seed"}),
     across_arms=True,
+    references=_references,
     idle=idle,
     preflight=preflight,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from sievit.pipeline.errors import SievitError
 
@@ -18,10 +18,40 @@ if TYPE_CHECKING:
     from .deploy.bundle import Bundle
     from .deploy.eight_bit import Form, Workshop
     from .deploy.predict import Accuracy
-    from .quantize import QuantizeConfig
 
 # Half way: nncf's own 0.95 costs more accuracy than the outliers it removes (docs: onnx-details, outlier stress test).
 SMOOTH = 0.5
+
+
+class Asked(Protocol):
+    """What of quantize's settings decides which files are made; its manual says what they mean."""
+
+    @property
+    def weight_bits(self) -> Literal["auto", 7, 8]: ...
+
+    @property
+    def fuse_attention(self) -> bool: ...
+
+    @property
+    def max_drop(self) -> float: ...
+
+    @property
+    def revert_seconds(self) -> float: ...
+
+    @property
+    def calibration_images(self) -> int: ...
+
+    @property
+    def smooth_quant(self) -> Literal["auto", "off"] | float: ...
+
+    @property
+    def min_speedup(self) -> float | None: ...
+
+    @property
+    def provider(self) -> str: ...
+
+    @property
+    def timeout(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +68,7 @@ class Candidate:
 class Forge:
     """Makes the files of one run and judges their accuracy on the calibration split. before: the float file's."""
 
-    def __init__(self, ctx: Context, config: QuantizeConfig, source: Bundle, pixels: NDArray[np.uint8]) -> None:
+    def __init__(self, ctx: Context, config: Asked, source: Bundle, pixels: NDArray[np.uint8]) -> None:
         import numpy as np
         import onnx
 
@@ -203,7 +233,7 @@ class Forge:
         return accuracy(scored, self._judge.labels)
 
 
-def reason_against(config: QuantizeConfig, before: Accuracy, made: Candidate) -> str | None:
+def reason_against(config: Asked, before: Accuracy, made: Candidate) -> str | None:
     """Why a file cannot be the product, whatever its speed; None if it can."""
     if made.graph["astray"]:
         names = ", ".join(f"{count} {name}" for name, count in made.graph["astray"].items())

@@ -16,9 +16,9 @@ from tiny_vision import network, swin
 from sievit.pipeline.report import page
 from sievit.pipeline.report.sections import by_block, by_kind
 from sievit.pipeline.stage import Labelled
-from sievit.stages.benchmark import ATTRIBUTED_ON, benchmark_files, idle, run
+from sievit.stages.benchmark import BenchmarkConfig, benchmark_files, idle, run
 from sievit.stages.deploy import figures
-from sievit.stages.deploy.attribution import ATTENTION, PRODUCTS, Origins, attribute, block_of, origins
+from sievit.stages.deploy.attribution import ATTENTION, ATTRIBUTED_ON, PRODUCTS, Origins, attribute, block_of, origins
 from sievit.stages.deploy.node_times import NodeTime
 from sievit.stages.deploy.sessions import node_times
 from sievit.stages.vision.onnx_export import export
@@ -168,9 +168,9 @@ def test_attribution_without_the_cpu_is_a_setting_without_effect() -> None:
     from types import SimpleNamespace
 
     def settings(*providers: str) -> Any:
-        return SimpleNamespace(config=SimpleNamespace(providers=providers))
+        return SimpleNamespace(config=BenchmarkConfig(providers=providers))
 
-    assert idle(settings("cpu", "cuda")) == {}
+    assert "attribution" not in idle(settings("cpu", "cuda"))
     assert ATTRIBUTED_ON in idle(settings("cuda"))["attribution"]
 
 
@@ -183,7 +183,7 @@ def test_files_from_elsewhere_are_attributed_by_kind(tmp_path: Path) -> None:
 
 # ---- the report
 
-ATTRIBUTED = {
+ATTRIBUTED: dict[str, Any] = {
     "provider": "cpu",
     "batch": 1,
     "threads": 1,
@@ -207,6 +207,10 @@ def test_the_report_shows_kinds_and_blocks_before_and_after(tmp_path: Path) -> N
         ("quantizing", "–", "0.400 (50.0%)"),
     )
     assert kinds.remarks[1] == "main INT8: operators 0.800\u202fms, p50 without a profile 0.894\u202fms."
+    heavy = ATTRIBUTED | {"files": [ATTRIBUTED["files"][1] | {"p50_ms": 0.5}]}
+    rough = by_kind({"attribution": heavy})
+    assert rough is not None and rough.remarks[0].endswith("Writing them down took much of it: shares are rough.")
+    assert "rough" not in "".join(kinds.remarks)
     assert [line[0] for line in blocks.rows] == ["embedding", "blocks.0", "blocks.1", "head"]
     assert blocks.rows[2] == ("blocks.1", "0.600", "–")
     bench = Bench(tmp_path)

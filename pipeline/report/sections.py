@@ -27,7 +27,7 @@ class Section:
 
 def sections(metrics: Mapping[str, Any]) -> tuple[Section, ...]:
     """What the metrics of a stage say beyond its rows."""
-    makers = (over_seeds, scenarios, by_kind, by_block, matrix, sensitivity)
+    makers = (over_seeds, scenarios, torch_reference, by_kind, by_block, matrix, sensitivity)
     return tuple(section for make in makers if (section := make(metrics)) is not None)
 
 
@@ -108,6 +108,32 @@ def _limits(rows: Sequence[Any]) -> Iterator[str]:
             yield f"{_file(row)}, {text(row, 'scenario')}: throughput still grew at batch {text(row, 'batch')}."
 
 
+def torch_reference(metrics: Mapping[str, Any]) -> Section | None:
+    """Networks in PyTorch; None where none was timed."""
+    rows = listing(metrics, "torch")
+    if not rows:
+        return None
+    return Section(
+        "torch",
+        "PyTorch, as a reference",
+        "Networks of the pipeline in PyTorch on the same cores, with 95% intervals; the first call of a compiled one "
+        "compiles. They took no turns with the files, and so there is no verdict.",
+        ("Network", "Mode", "Setting", "p50 ms", "First call ms", "Peak MB"),
+        tuple(
+            (
+                text(row, "network"),
+                text(row, "mode"),
+                _setting(row),
+                significant(number(row, "p50_ms"))
+                + f" ({interval(number(row, 'p50_low'), number(row, 'p50_high'), significant) or DASH})",
+                significant(number(row, "first_ms")),
+                significant(number(row, "peak_memory_mb")),
+            )
+            for row in rows
+        ),
+    )
+
+
 def by_kind(metrics: Mapping[str, Any]) -> Section | None:
     """Milliseconds of each file by kind of operator; None where the operators were not timed."""
     found = mapping(metrics, "attribution")
@@ -126,11 +152,7 @@ def by_kind(metrics: Mapping[str, Any]) -> Section | None:
             for kind in kinds
         ),
         (
-            *(
-                f"{_file(file)}: operators {milliseconds(number(file, 'operators_ms'))}, p50 without a profile "
-                f"{milliseconds(number(file, 'p50_ms'))}."
-                for file in files
-            ),
+            *map(_sum_beside_p50, files),
             "Time between operators is in p50 alone; what it takes to write each operator down is in their sum alone.",
         ),
     )
@@ -159,6 +181,14 @@ def _file(row: Any) -> str:
 
 def _setting(row: Any) -> str:
     return f"{text(row, 'provider')}, batch {text(row, 'batch')}, threads {text(row, 'threads')}"
+
+
+def _sum_beside_p50(file: Any) -> str:
+    operators, p50 = number(file, "operators_ms"), number(file, "p50_ms")
+    rough = (
+        " Writing them down took much of it: shares are rough." if operators and p50 and operators > 1.5 * p50 else ""
+    )
+    return f"{_file(file)}: operators {milliseconds(operators)}, p50 without a profile {milliseconds(p50)}.{rough}"
 
 
 def _of_total(value: float | None, total: float | None) -> str:

@@ -15,8 +15,12 @@ from typing import Any
 
 import onnx
 
-from .node_times import NodeTime
+from .comparison import Quiet
+from .latency import Plan, Progress, Setting
+from .node_times import NodeTime, node_times
+from .variants import Variant, distinct
 
+ATTRIBUTED_ON = "operators are told apart on the provider cpu alone"
 PRODUCTS, ATTENTION, OTHER = "matrix products", "attention", "other"
 KINDS = {  # operators of ONNX and of the runtime's own
     PRODUCTS: "MatMul Gemm FusedMatMul FusedGemm MatMulInteger MatMulIntegerToFloat DynamicQuantizeMatMul MatMulNBits "
@@ -68,6 +72,39 @@ class Attribution:
             "blocks": dict(self.blocks),
             "operators_ms": self.total_ms,
         }
+
+
+def attributed(
+    variants: Sequence[Variant],
+    settings: Sequence[Setting],
+    rows: Sequence[dict[str, Any]],
+    plan: Plan,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """What takes the time of each file in the first setting on the CPU, by kind, block and module; the first file is
+    the baseline. `unsaid` where no setting is.
+    """
+
+    setting = next((setting for setting in settings if setting.provider == "cpu"), None)
+    if setting is None:
+        return {"unsaid": ATTRIBUTED_ON}
+    chosen = distinct(variants)
+    subjects = [variant.subject(setting.batch) for variant in chosen]
+    seconds = min(1.5, plan.seconds)
+    taken = node_times(
+        subjects, setting, progress or Quiet(), seconds=seconds, seed=plan.seed, timeout_s=plan.timeout_s
+    )
+    at = {"provider": setting.provider, "batch": setting.batch, "threads": setting.threads}
+    p50 = {row["sha256"]: row["p50_ms"] for row in rows if at.items() <= row.items()}
+    return {
+        **at,
+        "files": [
+            variant.short()
+            | attribute(nodes, origins(variant.bundle.path)).as_json()
+            | {"p50_ms": p50[variant.bundle.sha256]}
+            for variant, nodes in zip(chosen, taken, strict=True)
+        ],
+    }
 
 
 def origins(path: Path) -> Origins:

@@ -38,8 +38,8 @@ class ChildFailed(RuntimeError):
 class Child:
     """A running child process. Close it, or use it as a context manager."""
 
-    def __init__(self, module: str, label: str, *, limited: bool = True) -> None:
-        """module: a sibling of this file that calls `serve`. label: how errors name it.
+    def __init__(self, module: str, label: str, *, package: str = "", limited: bool = True) -> None:
+        """module: calls `serve`; a sibling of this file, or of another package. label: how errors name it.
 
         limited: address space no larger than the machine's memory, so that a model which asks for a terabyte fails
         alone (graphics drivers and torch reserve more than that, hence the choice).
@@ -49,8 +49,9 @@ class Child:
         environment = {name: value for name, value in os.environ.items() if name not in CLEARED} | SET
         environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
         # -P: the working folder must not be able to shadow a module.
+        path = f"{package or __package__}.{module}"
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", f"{__package__}.{module}", str(os.getpid()), "limited" if limited else "free"],
+            [sys.executable, "-P", "-m", path, str(os.getpid()), "limited" if limited else "free"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

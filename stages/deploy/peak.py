@@ -65,6 +65,18 @@ def peak(kind: Kind, setting: Setting, plan: Plan, progress: Progress) -> Peak:
     return Peak(at.provider, at.threads, kind, gflops(SIDE**3, 1, float(np.median(walls))))
 
 
+def peaks(rows: Sequence[dict[str, Any]], settings: Sequence[Setting], plan: Plan, progress: Progress) -> list[Peak]:
+    """Of each provider and thread count, for the kinds of files whose MACs are known; in 8 bits on the CPU alone."""
+    kinds = dict.fromkeys(kind_of(row["variant"]) for row in rows if row["macs"] is not None)
+    places = {(setting.provider, setting.threads): setting for setting in reversed(settings)}
+    return [
+        peak(kind, setting, plan, progress)
+        for setting in places.values()
+        for kind in kinds
+        if kind == "float" or setting.provider == "cpu"
+    ]
+
+
 def product(kind: Kind, side: int = SIDE) -> onnx.ModelProto:
     """An image-like input (batch, 1, side, side) times a constant (side, side): float32, or uint8 times int8."""
     rng = np.random.default_rng(0)
@@ -73,7 +85,7 @@ def product(kind: Kind, side: int = SIDE) -> onnx.ModelProto:
     weight = square if kind == "float" else rng.integers(-63, 64, (side, side), dtype=np.int8)
     given, taken = (TensorProto.FLOAT, TensorProto.FLOAT) if kind == "float" else (TensorProto.UINT8, TensorProto.INT32)
     node = helper.make_node("MatMul" if kind == "float" else "MatMulInteger", ["input", "weight"], ["product"])
-    shape = ["batch", 1, side, side]
+    shape: list[str | int | None] = ["batch", 1, side, side]
     graph = helper.make_graph(
         [node],
         "product",
@@ -84,11 +96,11 @@ def product(kind: Kind, side: int = SIDE) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def share(row: dict[str, Any], peaks: Sequence[Peak]) -> dict[str, float | None]:
+def share(row: dict[str, Any], known: Sequence[Peak]) -> dict[str, float | None]:
     """gflops reached by a row's p50, and peak_share of the peak of its kind; None where MACs or peak are not known."""
     if row["macs"] is None:
         return {"gflops": None, "peak_share": None}
     reached = gflops(row["macs"], row["batch"], row["p50_ms"])
     where = row["provider"], row["threads"], kind_of(row["variant"])
-    top = next((one.gflops for one in peaks if (one.provider, one.threads, one.kind) == where), None)
+    top = next((one.gflops for one in known if (one.provider, one.threads, one.kind) == where), None)
     return {"gflops": reached, "peak_share": None if top is None else reached / top}

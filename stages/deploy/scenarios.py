@@ -16,6 +16,7 @@ from .child import Child
 from .latency import TWIN, Measured, Plan, Progress, Setting, Subject, load_command, measure
 from .sessions import GRAPHICS
 from .statistics import ENOUGH, Interval, noise_factor, percentile_interval, ratio_interval
+from .variants import Variant, distinct
 
 TRIALS = 7  # halvings: the rate is found to a 128th of what back-to-back calls reach
 # A queue at load r forgets how it began after some 1 / (1 - r)^2 calls; a trial lasts so many times that.
@@ -73,6 +74,49 @@ class Server:
             "unsaid": self.unsaid,
             "limited": False,
         }
+
+
+def offline_rows(
+    variants: Sequence[Variant], settings: Sequence[Setting], limit: int, plan: Plan, progress: Progress
+) -> list[dict[str, Any]]:
+    """A row for each file, provider, thread count and place of the data."""
+    rows: list[dict[str, Any]] = []
+    chosen = distinct(variants)
+    for setting in _places(settings):
+        subjects = [variant.subject(setting.batch) for variant in chosen]
+        fixed = {s.name: batch for s, v in zip(subjects, chosen, strict=True) if (batch := v.fixed_batch) is not None}
+        found = offline(subjects, setting, limit, fixed, plan, progress)
+        rows += [v.short() | _at(setting) | one.as_json() for v, one in zip(chosen, found, strict=True)]
+    return rows
+
+
+def server_rows(
+    variants: Sequence[Variant],
+    settings: Sequence[Setting],
+    bound_ms: float,
+    seconds: float,
+    plan: Plan,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """The same; a file that takes larger batches only has no row, which is noted."""
+    rows: list[dict[str, Any]] = []
+    chosen = distinct(variants)
+    for variant in chosen:
+        if variant.fixed_batch not in (None, 1):
+            progress.note(f"{variant.name} takes batches of {variant.fixed_batch} only: no server scenario")
+    for setting in _places(settings):
+        for variant in (variant for variant in chosen if variant.fixed_batch in (None, 1)):
+            found = server(variant.subject(setting.batch), setting, bound_ms, seconds, plan, progress)
+            rows.append(variant.short() | _at(setting) | found.as_json(bound_ms))
+    return rows
+
+
+def _places(settings: Sequence[Setting]) -> list[Setting]:
+    return [setting for setting in settings if setting.batch == settings[0].batch]
+
+
+def _at(setting: Setting) -> dict[str, Any]:
+    return {"provider": setting.provider, "threads": setting.threads, "io": setting.io}
 
 
 def batches(limit: int) -> list[int]:

@@ -35,6 +35,11 @@ class Variant:
     def name(self) -> str:
         return "/".join(part for part in (self.arm, self.entry, self.precision) if part)
 
+    @property
+    def fixed_batch(self) -> int | None:
+        """The only batch size that the file takes; None: any."""
+        return self.bundle.signature.shape[0]
+
     def subject(self, batch: int) -> Subject:
         """What is timed. Raises InvalidInput for a batch that the file does not take."""
         bundle = self.bundle
