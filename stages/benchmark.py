@@ -50,6 +50,7 @@ from .methods import InvalidInput
 from .torch_reference import Mode
 
 if TYPE_CHECKING:
+    from .deploy.bundle import Bundle
     from .deploy.latency import Plan, Progress, Results, Setting
     from .deploy.predict import Accuracy
     from .deploy.variants import Variant
