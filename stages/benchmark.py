@@ -17,7 +17,7 @@ within `server_p99_ms`, waiting included. Both are measured of the baseline and 
 
 `attribution` tells where the time of the baseline and of each final file goes, from ONNX Runtime's own profile of
 further calls: by kind of operator, by block, by module. Its sum stands beside p50: time between operators is in p50
-alone, and writing each operator down lengthens it a little. On the CPU provider only.
+alone, and writing each operator down lengthens it, much where operators are small. On the CPU provider only.
 
 `torch` names networks that are timed in PyTorch too, eager and by torch.compile, each in a process of its own: a
 reference, never a product. They take no turns with the files, and so no verdict is spoken.
@@ -25,7 +25,7 @@ reference, never a product. They take no turns with the files, and so no verdict
 `peak_share` of a row is how near its p50 comes to what this host's cores can do: operations a second (two for each
 multiply-add) over those of a large matrix product in ONNX Runtime, float for float files and 8 bit for 8-bit ones.
 
-reads    the onnx files of all arms, the test split
+reads    the onnx files of all arms, the test split; the networks that `torch` names
 writes   samples.npz (every timed call), rows.json
 
     sievit benchmark pipeline.yaml
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from .deploy.predict import Accuracy
     from .deploy.variants import Variant
 
-
 Scenario = Literal["single", "offline", "server"]
 
 
@@ -76,7 +75,7 @@ class TorchReference(Config):
             if twice := next((value for n, value in enumerate(values) if value in values[:n]), None):
                 raise ValueError(f"{name}: {twice} stands there twice; name each once")
         if pretrained := next((name for name in self.networks if name.startswith("timm:")), None):
-            raise ValueError(f"networks: {pretrained} is no stage of this pipeline and no artifact")
+            raise ValueError(f"networks: {pretrained} is no stage of this pipeline and no artifact; name one")
         return self
 
 
@@ -130,7 +129,7 @@ class BenchmarkConfig(Config):
         if "single" not in self.scenarios:
             raise ValueError("scenarios: single is what all else is compared with; add it")
         if "server" in self.scenarios and self.server_p99_ms is None:
-            raise ValueError("scenarios: server needs server_p99_ms, the latency that 99 % of the queries must keep")
+            raise ValueError("scenarios: server needs a bound; set server_p99_ms, which 99 % of the queries must keep")
         return self
 
 

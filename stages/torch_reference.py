@@ -66,7 +66,8 @@ def _timed(
         with Child("torch_reference", f"PyTorch {mode}", package=__package__, limited=False) as child:
             load = {"do": "load", "folder": str(folder.absolute()), "mode": mode, "threads": setting.threads}
             load |= {"device": DEVICES[setting.provider], "batch": setting.batch, "cache": cache}
-            first.append(child.ask(load | {"cores": measuring_cores(setting.threads)}, plan.timeout_s)["first_ms"])
+            loaded = child.ask(load | {"cores": measuring_cores(setting.threads)}, plan.timeout_s)
+            first.append(loaded["first_ms"])
             call_ms = child.ask({"do": "warm", "limit_s": plan.warm_up_s}, plan.timeout_s)["call_ms"]
             calls = max(1, round(plan.seconds / plan.sessions / ROUNDS * 1e3 / max(call_ms, 1e-3)))
             for number in range(ROUNDS):
@@ -82,6 +83,7 @@ def _timed(
         "samples": sum(len(slot.wall_ms) for slot in slots),
         "first_ms": max(first),  # later sessions find what the first one compiled
         "peak_memory_mb": max(memory),
+        "torch": loaded["torch"],
     }
 
 
@@ -128,6 +130,8 @@ def load(command: dict[str, Any]) -> tuple[Callable[[], object], float]:
 
 def main() -> None:
     """Answer commands until the parent closes the pipe."""
+    from importlib.metadata import version
+
     from .deploy.child import answering, serve
     from .deploy.worker import peak_memory_mb, time_calls, warm_up
 
@@ -137,7 +141,7 @@ def main() -> None:
             match command["do"]:
                 case "load":
                     call, first_ms = load(command)
-                    content |= {"first_ms": first_ms}
+                    content |= {"first_ms": first_ms, "torch": version("torch")}
                 case "warm":
                     content |= warm_up(call, command["limit_s"])
                 case "time":

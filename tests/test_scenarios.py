@@ -221,7 +221,7 @@ def test_a_real_worker_answers_poisson_queries(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"scenarios": ("offline",)}, "single is what all else is compared with"),
-        ({"scenarios": ("single", "server")}, "server needs server_p99_ms"),
+        ({"scenarios": ("single", "server")}, "server needs a bound; set server_p99_ms"),
         ({"scenarios": ("single", "single")}, "stands there twice"),
     ],
 )

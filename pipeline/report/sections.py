@@ -116,8 +116,8 @@ def torch_reference(metrics: Mapping[str, Any]) -> Section | None:
     return Section(
         "torch",
         "PyTorch, as a reference",
-        "Networks of the pipeline in PyTorch on the same cores, with 95% intervals; the first call of a compiled one "
-        "compiles. They took no turns with the files, and so there is no verdict.",
+        f"Networks of the pipeline in PyTorch {text(rows[0], 'torch')} on the same cores, 95% intervals; the first "
+        "call of a compiled one compiles. They took no turns with the files, and so there is no verdict.",
         ("Network", "Mode", "Setting", "p50 ms", "First call ms", "Peak MB"),
         tuple(
             (
