@@ -145,7 +145,7 @@ def by_kind(metrics: Mapping[str, Any]) -> Section | None:
         "kinds",
         "Time by kind of operator",
         f"Milliseconds of one call and their share, {_setting(found)}, from ONNX Runtime's own profile; the first file "
-        "is the baseline. Attention: what follows from the scores, and products of two activations.",
+        "is the baseline. Attention is softmax and products of two activations; its projections are matrix products.",
         ("Operators", *map(_file, files)),
         tuple(
             (kind, *(_of_total(number(file, "kinds", kind), number(file, "operators_ms")) for file in files))

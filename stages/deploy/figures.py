@@ -71,6 +71,7 @@ def block_times(files: Mapping[str, Mapping[str, float]], setting: str) -> str:
             )
         axes.set_xticks(range(len(blocks)), blocks, rotation=45, ha="right", fontsize=8)
         axes.set_ylabel(f"ms a call ({setting})")
+        axes.set_axisbelow(True)
         axes.grid(alpha=0.25, axis="y")
         axes.legend(frameon=False, fontsize=8)
         return _svg(figure)
