@@ -128,6 +128,7 @@ def _half(
 
     from .deploy.bundle import write_sidecar
     from .deploy.half import LARGEST, overflow, to_half
+    from .deploy.isa import usable_cores
     from .deploy.predict import scores
 
     worst = overflow(path, pixels)
@@ -147,7 +148,8 @@ def _half(
     half = path.with_name("fp16.onnx")
     to_half(path, half)
     sidecar = write_sidecar(half, precision="fp16", **about)
-    before, after = scores(path, pixels), scores(half, pixels)
+    cores = len(usable_cores())
+    before, after = scores(path, pixels, threads=cores), scores(half, pixels, threads=cores)
     if not np.isfinite(after).all():
         half.unlink()
         sidecar.unlink()

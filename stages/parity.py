@@ -57,6 +57,7 @@ def parity(
     import numpy as np
     import torch
 
+    from .deploy.isa import usable_cores
     from .deploy.predict import scores
     from .vision.attention import set_fused
 
@@ -69,7 +70,8 @@ def parity(
         set_fused(network, True)
         sets = kept_sets(network, path, images, pixels, tolerance)  # type: ignore[arg-type]  # no Swin has tokens
         sure = ~(sets.tied | sets.wrong)
-    answers = [scores(path, pixels[:ALONE], batch=1), scores(path, pixels, batch=batch)]
+    cores = len(usable_cores())
+    answers = [scores(path, shown, batch=size, threads=cores) for shown, size in ((pixels[:ALONE], 1), (pixels, batch))]
     worst: dict[str, float] = {}
     disagreements, compared = 0, 0
     for name, fused in (("plain", False), ("fused", True)):

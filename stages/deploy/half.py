@@ -24,6 +24,7 @@ from .probe import Magnitude, float_tensors, magnitudes
 
 LARGEST = 65504.0  # the largest number of half precision
 SMALLEST = 2.0**-24
+EXTERNAL_ABOVE = 2_000_000_000  # bytes of weights; protobuf cannot hold more in one file
 FULL = {"LayerNormalization", "Softmax"}
 LINEAR = {"MatMul", "Gemm", "Conv"}
 
@@ -32,7 +33,7 @@ def to_half(source: Path, target: Path) -> None:
     """Write `target`, the half-precision twin of the float file `source`; the same source gives the same bytes."""
     model = onnx.load(source)
     graph = model.graph
-    floats, full = float_tensors(model), full_nodes(model)
+    floats, full = float_tensors(source), full_nodes(model)
     precisions: dict[str, set[bool]] = defaultdict(set)  # of weights: read in fp32 (True), in half (False)
     for index, node in enumerate(graph.node):
         for name in node.input:
@@ -73,7 +74,8 @@ def to_half(source: Path, target: Path) -> None:
     del graph.node[:]
     graph.node.extend(kept)
     del graph.value_info[:]  # of the types that were
-    onnx.save(model, target)
+    external = sum(len(tensor.raw_data) for tensor in graph.initializer) > EXTERNAL_ABOVE
+    onnx.save(model, target, save_as_external_data=external, location=f"{target.name}.data")
 
 
 def full_nodes(model: onnx.ModelProto) -> set[int]:

@@ -13,6 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from .isa import usable_cores
 from .preprocess import normalise
 from .sessions import open_session
 from .sidecar import Sidecar, read_sidecar
@@ -45,8 +46,7 @@ def magnitudes(path: Path, pixels: NDArray[np.uint8], batch: int = 8) -> list[Ma
     """Of every float tensor that a node of a file with a sidecar makes or reads as weights, in order of execution.
     pixels: uint8 [n, size, size, 3]. A NaN counts as infinite.
     """
-    model = onnx.load(path)
-    floats = float_tensors(model)
+    model, floats = onnx.load(path), float_tensors(path)
     made = [(node, name) for node in model.graph.node for name in node.output if name in floats]
     nodes, given_out = [], []
     for index, (_, name) in enumerate(made):
@@ -71,8 +71,10 @@ def magnitudes(path: Path, pixels: NDArray[np.uint8], batch: int = 8) -> list[Ma
     return [*weights, *(Magnitude(node.name, node.op_type, name, value) for (node, name), value in outputs)]
 
 
-def float_tensors(model: onnx.ModelProto) -> set[str]:
-    """Names of all tensors of float32, weights and inputs included."""
+def float_tensors(path: Path) -> set[str]:
+    """Names of all tensors of float32 in a file, weights and inputs included."""
+    # Without weights of a file of their own: more than 2 GB is not taken.
+    model = onnx.load(path, load_external_data=False)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
     stated = [*inferred.value_info, *inferred.input, *inferred.output]
     floats = {value.name for value in stated if value.type.tensor_type.elem_type == TensorProto.FLOAT}
@@ -93,7 +95,7 @@ def _opened(
     copy = path.with_name(f"{path.stem}-probe.onnx")  # beside it, where weights in a file of their own are looked for
     copy.write_bytes(model.SerializeToString())
     try:
-        yield open_session(copy)
+        yield open_session(copy, threads=len(usable_cores()))
     finally:
         copy.unlink()
 
