@@ -258,6 +258,8 @@ def test_networks_of_other_classes_or_other_images_are_not_compared(
     other = commit(store, "export", "e" * 12, "other", "onnx", weights=2, data=DATA | {"test_fraction": 0.4})
     answer = sievit("compare", "dense", other.ref)
     assert answer.code == 3 and "they differ in data.test_fraction" in answer.err and "--data" in answer.err
+    fewer = commit(store, "export", "9" * 12, "fewer", "onnx", weights=2, data=DATA | {"max_train": 50})
+    assert "they differ in data.max_train" in sievit("compare", "dense", fewer.ref).err
     same = commit(store, "export", "c" * 12, "same", "onnx", weights=2, data=DATA | {"workers": 4, "mean": [0.1] * 3})
     assert sievit("compare", "dense", same.ref).code == 0, "these decide nothing about which images are tested on"
     (tmp_path / "letters").mkdir()
