@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from .products import Product
 
 SIDECAR, CLASSES, CARD, PROGRAM = "model.json", "classes.txt", "README.md", "predict.py"
-# What a pack's answers do not depend on, and people may write into.
-FREE = (CARD, PROGRAM)
 
 
 def pack(

@@ -15,7 +15,6 @@ from sievit.pipeline.session import session_of, written_store
 
 from . import products
 from .methods import InvalidInput
-from .pack import FREE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,17 +55,18 @@ def predict(
         sievit predict digits-int8 photo.jpg more/ --top 3
         sievit predict quantize@latest photos/ --json
     """
-    from .deploy.bundle import open_bundle
+    from .deploy.bundle import open_bundle, weight_files
     from .deploy.child import ChildFailed
     from .deploy.packing import check_pack
     from .deploy.scorer import scorer
+    from .deploy.sidecar import sidecar_path
 
     session = session_of(context)
     console = session.console
     console.by_line = True
     product = products.find(model, written_store(store), session.stages)
-    check_pack(product.path.parent, leaving_out=FREE)
     sidecar = open_bundle(product.path).sidecar
+    check_pack(product.path.parent, [product.path.name, sidecar_path(product.path).name, *weight_files(product.path)])
     assert sidecar is not None
     answers: list[Answer] = []
     try:
