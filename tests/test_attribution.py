@@ -143,6 +143,7 @@ def test_an_operators_time_is_the_lower_quartile_of_its_calls(tmp_path: Path) ->
 # ---- the stage
 
 
+@pytest.mark.slow
 def test_the_stage_attributes_the_baseline_and_the_final_files_and_no_others(tmp_path: Path) -> None:
     export, dense = made(tmp_path / "export", seed=1), made(tmp_path / "dense", seed=2, work=4)
     made(tmp_path / "quantize", seed=3)

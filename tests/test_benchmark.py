@@ -193,6 +193,7 @@ def test_gates_and_the_summary_over_seeds_hold_means_with_each_seed_against_its_
     assert top1[0] != top1[1]
 
 
+@pytest.mark.slow
 def test_without_a_dense_arm_the_float_file_is_the_baseline_and_there_are_no_gates(tmp_path: Path) -> None:
     many = [
         Labelled("main", "export", made(tmp_path / "a", seed=1), False, 0),  # type: ignore[arg-type]
@@ -213,6 +214,7 @@ def test_a_file_for_other_classes_than_the_test_split_is_refused(tmp_path: Path)
         run(ctx)
 
 
+@pytest.mark.slow
 def test_any_onnx_file_is_measured_without_torch_and_without_a_sidecar(tmp_path: Path) -> None:
     tiny_onnx.linear(tmp_path / "a.onnx")
     tiny_onnx.linear(tmp_path / "b.onnx", seed=1)

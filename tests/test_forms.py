@@ -77,6 +77,7 @@ def test_attention_with_its_projection_gives_the_answers_of_the_plain_graph(
     np.testing.assert_allclose(answers(model), answers(path), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_attention_with_a_bias_is_left_alone(folder: Path) -> None:
     before = onnx.load(exported("swin", folder))
     after = onnx.ModelProto.FromString(before.SerializeToString())

@@ -100,7 +100,7 @@ def test_weights_beside_the_file_go_with_it_and_a_changed_one_is_noticed(
     Image.fromarray(tiny_onnx.pictures(1)[0]).save(image)
     assert sievit("predict", "pack", str(image)).code == 0
     kept = (tmp_path / "pack" / "model.json").read_text()
-    (tmp_path / "pack" / "model.json").write_text(kept.replace("0.25", "0.24"))
+    (tmp_path / "pack" / "model.json").write_text(kept.replace("class 0", "class zero"))
     assert "model.json is not the file that was packed" in sievit("predict", "pack", str(image)).err
     (tmp_path / "pack" / "model.json").write_text(kept)
     weights = bytearray((tmp_path / "pack" / "model.data").read_bytes())
@@ -391,9 +391,10 @@ def test_the_packed_program_prepares_images_as_we_do_to_the_last_digit(tmp_path:
                 std = (0.229, 0.224, 0.225)[: len(mean)]
                 pre = Preprocessing(size, 1 / 255, mean, std, resize, crop, crop_pct)
                 pixels = np.asarray(picture(io.BytesIO(path.read_bytes()), 64.0))
-                for dtype in ("float32", "float16", "uint8"):
-                    ours = normalise(fit(pixels, pre)[None], pre, dtype)
-                    theirs = standalone.prepare(path, asdict(pre), dtype)
+                forms = (("float32", "NCHW"), ("float16", "NCHW"), ("uint8", "NCHW"), ("uint8", "NHWC"))
+                for dtype, layout in forms:
+                    ours = normalise(fit(pixels, pre)[None], pre, dtype, layout)
+                    theirs = standalone.prepare(path, asdict(pre), dtype, layout)
                     assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs), (path.name, size, dtype)
 
 

@@ -199,6 +199,7 @@ def test_a_file_of_a_fixed_batch_is_tried_at_that_one_alone() -> None:
 # ---- stage, settings, report
 
 
+@pytest.mark.slow
 def test_the_stage_runs_both_scenarios_on_the_final_files(tmp_path: Path) -> None:
     many = [Labelled("main", "export", made(tmp_path / "a"), True, 0)]  # type: ignore[arg-type]
     settings = {"scenarios": ("single", "offline", "server"), "offline_batch": 2, "server_p99_ms": 50.0}

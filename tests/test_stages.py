@@ -37,7 +37,7 @@ stages:
   prune:     {target: {macs: 0.6}}
   finetune:  {epochs: 3, batch_size: 8, distill: {teacher: train, kind: hard}, tokens: {blocks: [1], keep: 0.75}}
   export:    {}
-  quantize:  {max_drop: 0.5, min_speedup: null}
+  quantize:  {max_drop: 0.5, min_speedup: null, schemes: [static]}
   benchmark: {batch_sizes: [1], seconds: 0.1}
 arms:
   dense: {ticket: {examples: {keep: 1.0}, patches: {keep: 1.0}}, train: {weights: null}, prune: null, quantize: null}
@@ -317,7 +317,8 @@ def killed_until_done(project: Project, kills: int, seed: int) -> int:
             )
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(15, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 15])
 def test_killed_runs_end_with_the_tickets_weights_and_files_of_an_undisturbed_one(
     finished: Project, tmp_path: Path, kills: int
 ) -> None:

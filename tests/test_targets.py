@@ -131,6 +131,7 @@ def context(tmp_path: Path, config: PruneConfig, **args: int) -> Context:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_size_is_that_of_the_file_which_is_exported(tmp_path: Path) -> None:
     ctx = context(tmp_path, PruneConfig(importance="l1", target=Target(size_mb=0.15)), depth=1)
     prune.run(ctx)

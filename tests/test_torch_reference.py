@@ -92,6 +92,7 @@ def test_only_providers_with_a_device_of_torch_have_rows(model: Folder, monkeypa
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_network_is_timed_in_a_process_of_its_own_every_session(model: Folder) -> None:
     plan, progress = Plan(seconds=0.1, sessions=2, warm_up_s=0.05), Listening()
     (row,) = reference_rows({"train": model.root}, ["eager"], [Setting("cpu", 1, 1, "host")], plan, progress)

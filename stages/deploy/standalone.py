@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 
-def prepare(path: str | Path, stated: dict[str, Any], dtype: str) -> NDArray[np.generic]:
-    """An image file -> the network's input [1, channels, size, size], by the preprocessing of model.json."""
+def prepare(path: str | Path, stated: dict[str, Any], dtype: str, layout: str = "NCHW") -> NDArray[np.generic]:
+    """An image file -> the network's input [1, channels, size, size], or channels last, as model.json says."""
     pre = {"resize": "bilinear", "crop": "none", "crop_pct": 1.0, "scale": 1 / 255, **stated}
     size, method = pre["size"], Image.Resampling[pre["resize"].upper()]
     picture: Image.Image = ImageOps.exif_transpose(Image.open(path))
@@ -27,10 +27,13 @@ def prepare(path: str | Path, stated: dict[str, Any], dtype: str) -> NDArray[np.
         wide, high = (max(shorter, round(side * (shorter / min(picture.size)))) for side in picture.size)
     left, top = (wide - size) // 2, (high - size) // 2
     picture = picture.resize((wide, high), method).crop((left, top, left + size, top + size))
-    pixels = np.asarray(picture).transpose(2, 0, 1)[None]
-    if dtype == "uint8":
-        return pixels
+    pixels = np.asarray(picture)[None]
     mean, std = (np.array(pre[name], np.float32).reshape(1, -1, 1, 1) for name in ("mean", "std"))
+    if dtype == "uint8":
+        grey = np.rint(pixels.mean(axis=3, keepdims=True, dtype=np.float32)).astype(np.uint8)
+        pixels = grey if mean.size == 1 else pixels
+        return pixels if layout == "NHWC" else pixels.transpose(0, 3, 1, 2)
+    pixels = pixels.transpose(0, 3, 1, 2)
     values = pixels.astype(np.float32) if mean.size == 3 else pixels.mean(axis=1, keepdims=True, dtype=np.float32)
     return ((values * np.float32(pre["scale"]) - mean) / std).astype(dtype)
 
@@ -43,7 +46,7 @@ def main() -> None:
     asked = session.get_inputs()[0]
     dtype = {"tensor(uint8)": "uint8", "tensor(float16)": "float16"}.get(asked.type, "float32")
     for path in sys.argv[1:]:
-        images = prepare(path, card["preprocessing"], dtype)
+        images = prepare(path, card["preprocessing"], dtype, card.get("layout", "NCHW"))
         images = np.repeat(images, asked.shape[0] if isinstance(asked.shape[0], int) else 1, axis=0)
         scores = session.run([card["output"]], {card["input"]: images})[0][0].astype(np.float64)
         shares = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
