@@ -50,8 +50,9 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 chosen = balanced(train.labels, np.arange(len(train)), count, draw)
                 np.save(Path(folder) / "pixels.npy", train.pixels(chosen))
-                workshop = Workshop(options.onnx, Path(folder), Path(folder) / "pixels.npy", weight_bits(), 3600.0)
-                path = workshop.make(Form("static"))
+                pixels = Path(folder) / "pixels.npy"
+                with Workshop(options.onnx, Path(folder), pixels, weight_bits(), 3600.0) as workshop:
+                    path = workshop.make(Form("static"))
                 assert path is not None
                 write_sidecar(
                     path, preprocessing=source.sidecar.raw["preprocessing"], classes=source.sidecar.classes,

@@ -100,10 +100,10 @@ def files(model: str, folder: Path) -> Iterator[tuple[str, Form, Architecture, P
             source, preprocessing=preprocessing, classes=[str(n) for n in range(1000)], precision="fp32", parameters=0,
             macs=architecture.macs(), opset=OPSET, source={},
         )  # fmt: skip
-        workshop = Workshop(source, work, pixels, weight_bits(), 3600.0)
-        for form in FORMS:
-            if (path := workshop.make(form)) is not None:
-                yield name, form, architecture, path
+        with Workshop(source, work, pixels, weight_bits(), 3600.0) as workshop:
+            for form in FORMS:
+                if (path := workshop.make(form)) is not None:
+                    yield name, form, architecture, path
 
 
 def rows_of(model: str, options: argparse.Namespace) -> tuple[list[Row], float]:

@@ -90,6 +90,12 @@ class Forge:
         self.before = self._accuracy(self.expected)
         self._float = Form(None)
 
+    def __enter__(self) -> Forge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._workshop.__exit__()
+
     def scheme(self, scheme: Literal["static", "dynamic", "weights"]) -> Candidate:
         """The first file of this scheme that is good enough, else the most accurate one."""
         from .deploy.eight_bit import Form
@@ -119,7 +125,7 @@ class Forge:
         for candidate in [None, *good]:
             form = self._float if candidate is None else candidate.form
             left = () if candidate is None else candidate.left_float
-            kinds: list[Literal["fused", "whole"]] = ["fused"] if form.scheme == "static" else ["fused", "whole"]
+            kinds: list[Literal["fused", "whole"]] = ["fused", "whole"] if form.scheme == "dynamic" else ["fused"]
             for kind in kinds:
                 path = self._file(replace(form, attention=kind))
                 if path is not None:

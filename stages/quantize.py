@@ -124,11 +124,11 @@ def run(ctx: Context) -> None:
     if source.sidecar is None or source.sidecar.precision != "fp32":
         raise InvalidInput(f"{source.path} is not a float file", "let quantize read the artifact of export")
     pixels, origin = _calibration(ctx, config)
-    forge = Forge(ctx, config, source, pixels)
-    before = forge.before
-    schemes = [forge.scheme(scheme) for scheme in config.tried]
-    good = [made for made in schemes if reason_against(config, before, made) is None]
-    candidates = [*good, *forge.fused(good), *forge.half()]
+    with Forge(ctx, config, source, pixels) as forge:
+        before = forge.before
+        schemes = [forge.scheme(scheme) for scheme in config.tried]
+        good = [made for made in schemes if reason_against(config, before, made) is None]
+        candidates = [*good, *forge.fused(good), *forge.half()]
     chosen, reason, speeds = _choose(ctx, config, source, schemes, candidates, before)
     best = chosen if chosen is not None and chosen.form.eight_bit else _best(schemes, candidates, before, speeds)
     precision = "int8" if best is chosen else "fp16" if chosen is not None and chosen.form.scheme else "fp32"
@@ -266,9 +266,9 @@ def _speeds(ctx: Context, config: QuantizeConfig, source: Bundle, candidates: Se
     image = source.sidecar.image
     files = {"fp32": source} | {made.form.text(): open_bundle(made.path) for made in candidates}
     subjects = [Subject(n, b.path, b.signature.input, b.signature.dtype, image) for n, b in files.items()]
-    before = watch()
+    before, plan = watch(), Plan(seconds=config.seconds, seed=ctx.seed, placed=False)
     try:
-        results = measure(subjects, settings, Plan(seconds=config.seconds, seed=ctx.seed), ctx.progress)
+        results = measure(subjects, settings, plan, ctx.progress)
     except ChildFailed as error:
         raise SievitError(str(error), where=str(source.path)) from error
     ctx.metrics |= host_state(before, results, settings, ctx.progress)

@@ -404,5 +404,5 @@ def test_a_graph_that_nncf_cannot_take_gives_its_own_message(tmp_path: Path) -> 
     tiny_onnx.sidecar(path, classes=10, opset=9)
     with pytest.raises(SievitError) as error:
         quantize.run(context(tmp_path, Folder(tmp_path)))
-    assert "nncf: static failed" in error.value.message
+    assert "quantizer: static failed" in error.value.message
     assert "opset version < 10" in error.value.message

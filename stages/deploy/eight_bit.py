@@ -62,7 +62,10 @@ def weight_bits() -> int:
 
 
 class Workshop:
-    """Makes the forms of one source. pixels: .npy of the calibration images. timeout_s: of a quantizer's answer."""
+    """Makes the forms of one source; close it, or use it as a context manager.
+
+    pixels: .npy of the calibration images. timeout_s: of a quantizer's answer.
+    """
 
     def __init__(self, source: Path, folder: Path, pixels: Path, bits: int, timeout_s: float) -> None:
         self._source = source
@@ -70,6 +73,15 @@ class Workshop:
         self._pixels = pixels
         self._bits = bits
         self._timeout_s = timeout_s
+        self._child: Child | None = None
+
+    def __enter__(self) -> Workshop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._child is not None:
+            self._child.close()
+            self._child = None
 
     def make(self, form: Form) -> Path | None:
         """The file of a form; None where nothing of the graph could take it.
@@ -132,8 +144,8 @@ class Workshop:
             return target
         partial = target.with_suffix(".partial")
         command = {"do": do, "source": str((source or self._source).absolute()), "target": str(partial.absolute())}
-        with Child("quantizer", "nncf" if do == "static" else "onnxruntime", limited=False) as child:
-            child.ask(command | {"pixels": str(self._pixels.absolute())} | more, self._timeout_s)
+        self._child = self._child or Child("quantizer", "quantizer", limited=False)
+        self._child.ask(command | {"pixels": str(self._pixels.absolute())} | more, self._timeout_s)
         return partial.replace(target)
 
 

@@ -75,6 +75,7 @@ class Plan:
     warm_up_s: float = 1.0  # at most, a session and setting
     seed: int = 0
     timeout_s: float = 300.0  # of any single answer of a worker
+    placed: bool = True  # find out which provider runs which operators; the CPU's own provider is the only one there
 
 
 @dataclass
@@ -131,11 +132,12 @@ def measure(
     groups = sorted(
         {(s.provider, s.threads) for s in settings}, key=lambda g: [(s.provider, s.threads) for s in settings].index(g)
     )
-    steps = len(subjects) * len(groups) + plan.sessions * len(settings) * (len(everyone) + _rounds(plan))
+    asked = [provider for provider, _ in groups if plan.placed or provider != "cpu"]
+    steps = len(subjects) * len(asked) + plan.sessions * len(settings) * (len(everyone) + _rounds(plan))
     with tempfile.TemporaryDirectory() as cache, progress.task("latency", steps) as task:
         for provider, threads in groups:
             group = [s for s in settings if (s.provider, s.threads) == (provider, threads)]
-            for subject in subjects:
+            for subject in subjects if provider in asked else ():
                 found = _placement(subject, group[0], cache, plan)
                 for setting in group:
                     results[subject.name, setting].nodes = found["nodes"]
