@@ -28,8 +28,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -114,6 +115,10 @@ class Speed:
     noise: float
 
 
+Decision = tuple[Candidate | None, str, dict[str, Speed]]
+"""The product (None: the float file as it is), the reason, and the speed of every form."""
+
+
 def run(ctx: Context) -> None:
     """Make the forms, judge them, write the product; see the module's docstring."""
     from .deploy.bundle import open_bundle
@@ -129,7 +134,9 @@ def run(ctx: Context) -> None:
         schemes = [forge.scheme(scheme) for scheme in config.tried]
         good = [made for made in schemes if reason_against(config, before, made) is None]
         candidates = [*good, *forge.fused(good), *forge.half()]
-    chosen, reason, speeds = _choose(ctx, config, source, schemes, candidates, before)
+    chosen, reason, speeds = _once(
+        ctx.work, candidates, lambda: _decide(ctx, config, source, schemes, candidates, before)
+    )
     best = chosen if chosen is not None and chosen.form.eight_bit else _best(schemes, candidates, before, speeds)
     precision = "int8" if best is chosen else "fp16" if chosen is not None and chosen.form.scheme else "fp32"
     drop = before.top1 - best.accuracy.top1
@@ -160,20 +167,11 @@ def run(ctx: Context) -> None:
         ctx.progress.note(f"float is kept: {reason}")
 
 
-def _choose(
-    ctx: Context,
-    config: QuantizeConfig,
-    source: Bundle,
-    schemes: Sequence[Candidate],
-    candidates: Sequence[Candidate],
-    before: Accuracy,
-) -> tuple[Candidate | None, str, dict[str, Speed]]:
-    """The product (None: the float file as it is), the reason, and every form's speed. It is kept in the work folder: a
-    resumed run must not decide anew by other timings.
-    """
-    decision = ctx.work / "decision.json"
+def _once(work: Path, candidates: Sequence[Candidate], decide: Callable[[], Decision]) -> Decision:
+    """What `decide` says, kept in the work folder: a resumed run must not decide anew by other timings."""
+    decision = work / "decision.json"
     if not decision.is_file():
-        chosen, reason, speeds = _decide(ctx, config, source, schemes, candidates, before)
+        chosen, reason, speeds = decide()
         record = {"chosen": None if chosen is None else chosen.form.text(), "reason": reason}
         told = {name: {n: getattr(speed, n) for n in Speed.__slots__} for name, speed in speeds.items()}
         write_whole(decision, record | {"speeds": told})
@@ -190,7 +188,7 @@ def _decide(
     schemes: Sequence[Candidate],
     candidates: Sequence[Candidate],
     before: Accuracy,
-) -> tuple[Candidate | None, str, dict[str, Speed]]:
+) -> Decision:
     lesser = [made for made in candidates if made.form.scheme]
     if config.min_speedup is None and lesser:
         lost = 100 * (before.top1 - lesser[0].accuracy.top1)
