@@ -19,21 +19,19 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
-from onnx import TensorProto, helper
 
 from sievit.pipeline.progress import Silent
 from sievit.stages.deploy.bundle import open_bundle, write_sidecar
 from sievit.stages.deploy.eight_bit import DOT_PRODUCTS, Form, Workshop, weight_bits
 from sievit.stages.deploy.isa import instruction_sets, processor_name
 from sievit.stages.deploy.latency import TWIN, Plan, Subject, measure, settings_of
+from sievit.stages.deploy.peak import Kind, gflops, peak
 from sievit.stages.deploy.statistics import noise_factor, percentile_interval, ratio_interval
 from sievit.stages.vision.architecture import Architecture
 from sievit.stages.vision.network import create
@@ -129,34 +127,11 @@ def rows_of(model: str, options: argparse.Namespace) -> tuple[list[Row], float]:
         return rows, noise_factor(ratio_interval(base, results[TWIN, setting].slots))
 
 
-def peak(threads: int, integer: bool, size: int = 1024, seconds: float = 2.0) -> float:
-    """Billion operations a second of a large matrix product in ONNX Runtime, float or 8-bit: the best call."""
-    kinds = (TensorProto.UINT8, TensorProto.INT8, TensorProto.INT32) if integer else (TensorProto.FLOAT,) * 3
-    node = helper.make_node("MatMulInteger" if integer else "MatMul", ["a", "b"], ["c"])
-    values = [helper.make_tensor_value_info(name, kind, [size, size]) for name, kind in zip("abc", kinds, strict=True)]
-    model = helper.make_model(
-        helper.make_graph([node], "product", values[:2], values[2:]), opset_imports=[helper.make_opsetid("", OPSET)]
-    )
-    model.ir_version = 10
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = threads
-    session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    types = (np.uint8, np.int8) if integer else (np.float32, np.float32)
-    feed = {name: np.ones((size, size), dtype=kind) for name, kind in zip("ab", types, strict=True)}
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        session.run(None, feed)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
-
-
-def show(rows: list[Row], peaks: dict[str, float]) -> None:
+def show(rows: list[Row], peaks: dict[str, float], batch: int) -> None:
     titles = f"{'MACs':>7} {'MB':>6} {'p50 ms':>8} {'times':>6} {'95% interval':>14} {'of peak':>8}"
     print(f"{'network':26} {'form':26} {titles}")
     for row in rows:
-        reached = 2 * row.macs / row.p50_ms / 1e6
-        share = reached / peaks["float" if row.form.startswith("float") else "8-bit"]
+        share = gflops(row.macs, batch, row.p50_ms) / peaks["float" if row.form.startswith("float") else "int8"]
         print(
             f"{row.network:26} {row.form:26} {row.macs / 1e9:6.2f}G {row.megabytes:6.1f} {row.p50_ms:8.2f} "
             f"{row.speedup:6.2f} {f'{row.low:.2f} to {row.high:.2f}':>14} {share:8.0%}"
@@ -172,15 +147,17 @@ def main() -> int:
     parser.add_argument("--sessions", type=int, default=3)
     options = parser.parse_args()
     exact = bool(DOT_PRODUCTS & set(instruction_sets()))
-    peaks = {"float": peak(options.threads, False), "8-bit": peak(options.threads, True)}
+    kinds: tuple[Kind, ...] = ("float", "int8")
+    setting, plan = settings_of(["cpu"], [options.threads], [1])[0], Plan(options.seconds)
+    peaks = {kind: peak(kind, setting, plan, Silent()).gflops for kind in kinds}
     print(f"{processor_name()}, {', '.join(instruction_sets())}; {weight_bits()}-bit weights")
-    print(f"large matrix product: float {peaks['float']:.0f} GFLOP/s, 8-bit {peaks['8-bit']:.0f} GOP/s")
+    print(f"large matrix product: float {peaks['float']:.0f} GFLOP/s, 8-bit {peaks['int8']:.0f} GOP/s")
     everything: list[dict[str, Any]] = []
     missed = []
     for model in options.model:
         rows, noise = rows_of(model, options)
         print(f"\n{model}, batch {options.batch}, {options.threads} threads; A/A noise {noise - 1:.1%}")
-        show(rows, peaks)
+        show(rows, peaks, options.batch)
         best = max((row for row in rows if row.network == JUDGED), key=lambda row: row.speedup)
         bar = BARS.get(model)
         print(f"best of '{JUDGED}': {best.form}, {best.speedup:.2f} times" + (f" (asked: {bar:g})" if bar else ""))

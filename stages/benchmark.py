@@ -47,7 +47,7 @@ from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
 
 from .deploy.providers import Provider
 from .methods import InvalidInput
-from .torch_reference import Mode
+from .torch_reference import TorchReference
 
 if TYPE_CHECKING:
     from .deploy.bundle import Bundle
@@ -56,27 +56,6 @@ if TYPE_CHECKING:
     from .deploy.variants import Variant
 
 Scenario = Literal["single", "offline", "server"]
-
-
-class TorchReference(Config):
-    """Networks that are timed in PyTorch beside the files."""
-
-    networks: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        description="stages of the main arm that write a model, or of others: [finetune, dense/train]; or artifacts"
-    )
-    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = Field(
-        default=("eager", "compiled"), description="as written, and by torch.compile"
-    )
-
-    @model_validator(mode="after")
-    def _each_once(self) -> TorchReference:
-        for name in ("networks", "modes"):
-            values = getattr(self, name)
-            if twice := next((value for n, value in enumerate(values) if value in values[:n]), None):
-                raise ValueError(f"{name}: {twice} stands there twice; name each once")
-        if pretrained := next((name for name in self.networks if name.startswith("timm:")), None):
-            raise ValueError(f"networks: {pretrained} is no stage of this pipeline and no artifact; name one")
-        return self
 
 
 class BenchmarkConfig(Config):

@@ -10,7 +10,6 @@ A file is looked up in the store by its SHA-256, so that a copy is known as what
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,8 +79,9 @@ def find(asked: str, store: Store, stages: Sequence[Stage]) -> Product:
 
 def _known(path: Path, store: Store) -> Artifact | None:
     """The newest artifact that has this very file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    from .deploy.sidecar import sha256_of
+
+    digest = sha256_of(path)
     holding = [
         artifact
         for artifact in store.artifacts()

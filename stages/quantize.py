@@ -315,11 +315,16 @@ def balanced(labels: NDArray[np.int64], members: NDArray[np.int64], count: int, 
 
 def _write(ctx: Context, source: Bundle, best: Candidate, chosen: Candidate | None) -> None:
     """The product, and the best INT8 file beside it when float is the product."""
+    from .deploy.bundle import weight_files
+
     written = [("model", source.path if chosen is None else chosen.path)]
     written += [] if best is chosen else [("int8", best.path)]
     for stem, path in written:
         for suffix in (".onnx", ".json"):
             shutil.copyfile(path.with_suffix(suffix), ctx.out / f"{stem}{suffix}")
+        for name in weight_files(path):  # a float file of more than 2 GB keeps them beside it
+            (ctx.out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path.parent / name, ctx.out / name)
 
 
 def preflight(seen: Preflight) -> None:

@@ -12,7 +12,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from sievit.pipeline.stage import Config
 
 from .methods import InvalidInput
 
@@ -22,6 +26,27 @@ if TYPE_CHECKING:
 Mode = Literal["eager", "compiled"]
 DEVICES = {"cpu": "cpu", "cuda": "cuda"}  # provider -> device; others have no counterpart
 ROUNDS = 10
+
+
+class TorchReference(Config):
+    """Networks that are timed in PyTorch beside the files."""
+
+    networks: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="stages of the main arm that write a model, or of others: [finetune, dense/train]; or artifacts"
+    )
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = Field(
+        default=("eager", "compiled"), description="as written, and by torch.compile"
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> TorchReference:
+        for name in ("networks", "modes"):
+            values = getattr(self, name)
+            if twice := next((value for n, value in enumerate(values) if value in values[:n]), None):
+                raise ValueError(f"{name}: {twice} stands there twice; name each once")
+        if pretrained := next((name for name in self.networks if name.startswith("timm:")), None):
+            raise ValueError(f"networks: {pretrained} is no stage of this pipeline and no artifact; name one")
+        return self
 
 
 def reference_rows(

@@ -19,9 +19,10 @@ from sievit.pipeline.stage import Labelled
 from sievit.stages.benchmark import benchmark_files, run
 from sievit.stages.deploy import preprocess
 from sievit.stages.deploy.bundle import open_bundle
+from sievit.stages.deploy.eight_bit import Form, Workshop
 from sievit.stages.deploy.pixels import bake
 from sievit.stages.deploy.predict import scores
-from sievit.stages.deploy.quantizer import quantize
+from sievit.stages.deploy.quantized_graph import describe
 from sievit.stages.deploy.sidecar import parse_preprocessing, read_sidecar
 from sievit.stages.methods import InvalidInput
 from sievit.stages.vision.decode import PICTURE, to_square
@@ -92,14 +93,17 @@ def test_the_benchmark_feeds_a_file_of_pixels(tmp_path: Path) -> None:
     assert [row["variant"] for row in rows] == ["fp32", "uint8"]
 
 
-def test_the_quantizer_calibrates_a_file_of_pixels_to_the_same_int8_file(tmp_path: Path) -> None:
-    pytest.importorskip("nncf")
+@pytest.mark.parametrize("form", [Form("static"), Form("dynamic")], ids=Form.text)
+def test_a_file_of_pixels_becomes_the_8_bit_file_that_its_twin_becomes(form: Form, tmp_path: Path) -> None:
     plain, raw = pair(tmp_path, tiny_onnx.transformer)
     np.save(tmp_path / "pixels.npy", tiny_onnx.pictures(16))
     answers = []
     for path in (plain, raw):
-        target = tmp_path / f"int8-{path.name}"
-        told = quantize(path, target, tmp_path / "pixels.npy", None)
+        (tmp_path / path.stem).mkdir()
+        with Workshop(path, tmp_path / path.stem, tmp_path / "pixels.npy", 8, 300.0) as workshop:
+            target = workshop.make(form)
+        assert target is not None
+        told = describe(onnx.load(target))
         assert told["quantized_nodes"] == 13 and told["astray"] == {}
         tiny_onnx.sidecar(target, precision="int8")
         answers.append(scores(target, tiny_onnx.pictures(16)))

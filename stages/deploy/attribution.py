@@ -84,7 +84,6 @@ def attributed(
     """What takes the time of each file in the first setting on the CPU, by kind, block and module; the first file is
     the baseline. `unsaid` where no setting is.
     """
-
     setting = next((setting for setting in settings if setting.provider == "cpu"), None)
     if setting is None:
         return {"unsaid": ATTRIBUTED_ON}

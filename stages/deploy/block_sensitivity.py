@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 
 CHUNK = 16  # images
 
@@ -20,7 +21,7 @@ def divergence(expected: NDArray[np.float32], scored: NDArray[np.float32]) -> ND
     """How far a file's answers are from others, for each image: Kullback-Leibler divergence of softmax(expected) from
     softmax(scored), nats. Scores (n, classes) -> (n).
     """
-    first, second = (_log_softmax(scores.astype(np.float64)) for scores in (expected, scored))
+    first, second = (log_softmax(scores.astype(np.float64), axis=1) for scores in (expected, scored))
     difference: NDArray[np.float64] = (np.exp(first) * (first - second)).sum(axis=1)
     return difference
 
@@ -62,9 +63,3 @@ def fewest(costs: Mapping[str, float], passes: Callable[[Sequence[str]], bool]) 
         else:
             low = middle + 1
     return best
-
-
-def _log_softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = scores - scores.max(axis=1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result
