@@ -238,6 +238,7 @@ print(json.dumps([found, heavy], allow_nan=False))
     assert found["host"]["onnxruntime"] == ort.__version__
 
 
+@pytest.mark.slow
 def test_files_of_one_name_are_told_apart_and_equal_files_share_a_measurement(tmp_path: Path) -> None:
     paths = [tmp_path / folder / "model.onnx" for folder in ("one", "two", "three")]
     for path, seed in zip(paths, (0, 1, 0), strict=True):

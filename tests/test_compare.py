@@ -87,6 +87,7 @@ def test_both_files_are_timed_together_as_the_options_say(sievit: Sievit, store:
     assert (providers, batches, threads, seconds) == (("cpu",), (4,), (2,), 0.5)
 
 
+@pytest.mark.slow
 def test_files_are_really_measured_and_a_file_is_no_faster_than_itself(sievit: Sievit, store: Store) -> None:
     """The one run of the real benchmark here."""
     document = sievit("compare", "dense", "export@1", "--seconds", "0.1", "--json").document

@@ -41,13 +41,13 @@ def variant(kind: str) -> Network:
         "dense",
         "pruned distilled",
         "pruned reduced lv-vit",
-        "reduced fused",
-        "merged",
         *(
             pytest.param(kind, marks=pytest.mark.slow)
             for kind in (
                 "distilled",
                 "registers",
+                "reduced fused",
+                "merged",
                 "lv-vit",
                 "pruned",
                 "reduced",

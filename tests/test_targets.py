@@ -217,6 +217,7 @@ def test_a_target_that_the_clock_never_meets_is_refused_with_how_near_it_came_an
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_candidates_are_timed_as_files_beside_the_dense_one(tmp_path: Path) -> None:
     """A whole network against a few units of it: the one comparison whose outcome no busy host turns round."""
     dense = network(embed_dim=96, depth=6).architecture

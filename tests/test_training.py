@@ -558,6 +558,7 @@ def test_early_stopping_survives_a_kill(images: Images, tmp_path: Path, after: i
         assert all(torch.equal(state(expected.network)[name], t) for name, t in state(one.network).items())
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_trains_as_the_plain_one_and_leaves_clean_names(
     images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
