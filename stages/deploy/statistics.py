@@ -128,15 +128,18 @@ def _slot_median(slot: Slot) -> float:
 
 def _bootstrap(pairs: Sequence[_Pair], seed: int) -> Interval:
     """Of the median ratio. Two stages: sessions with replacement, then as many rounds of each with replacement."""
-    sessions = [[p.ratio for p in pairs if p.session == number] for number in sorted({p.session for p in pairs})]
+    of_session: dict[int, list[float]] = {}
+    for pair in pairs:
+        of_session.setdefault(pair.session, []).append(pair.ratio)
+    rounds = np.array([len(ratios) for ratios in of_session.values()])
+    table = np.full((len(rounds), int(rounds.max())), np.nan)  # sessions may differ in how many rounds they share
+    for row, ratios in zip(table, of_session.values(), strict=True):
+        row[: len(ratios)] = ratios
     rng = np.random.default_rng(seed)
-    draws = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        chosen: list[float] = []
-        for number in rng.integers(len(sessions), size=len(sessions)):
-            rounds = sessions[number]
-            chosen.extend(rounds[place] for place in rng.integers(len(rounds), size=len(rounds)))
-        draws[index] = np.median(chosen)
+    chosen = rng.integers(len(rounds), size=(RESAMPLES, len(rounds)))
+    places = (rng.random((*chosen.shape, table.shape[1])) * rounds[chosen][..., None]).astype(np.int64)
+    taken = np.where(np.arange(table.shape[1]) < rounds[chosen][..., None], table[chosen[..., None], places], np.nan)
+    draws = np.nanmedian(taken.reshape(RESAMPLES, -1), axis=1)
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(draws, [tail, 100 - tail])
     value = float(np.median([pair.ratio for pair in pairs]))
