@@ -514,6 +514,33 @@ def test_a_busy_host_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert crowded["disturbed_reason"] == "other processes kept 1.4 cores busy"
 
 
+def test_heat_and_a_changing_pace_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting("cpu", 1, 1, "host")
+    monkeypatch.setattr("sievit.stages.deploy.comparison.busy_cores", lambda: 0.0)
+
+    def state(*pace: float, throttled: tuple[int | None, int | None] = (None, None)) -> dict[str, Any]:
+        counts = iter(throttled)
+        monkeypatch.setattr("sievit.stages.deploy.comparison.times_throttled", lambda: next(counts))
+        slots = [Slot(number, 0, np.full(10, wall), wall, wall) for number, wall in enumerate(pace)]
+        results = {(name, setting): Measured(slots=slots, steady=[True]) for name in ("a", "b")}
+        return host_state(watch(), results, [setting], Listening())
+
+    assert not state(1.0, 1.05)["disturbed"] and state(1.0, 1.05)["drift"] == pytest.approx(1.05)
+    assert state(1.0, 1.05, 1.3)["disturbed_reason"] == "one session was 30% slower than another on the same files"
+    assert not state(1.0, throttled=(7, 7))["disturbed"]
+    assert state(1.0, throttled=(7, 9))["disturbed_reason"] == "cores were slowed down for heat 2 times"
+
+
+def test_throttling_is_counted_over_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "CORES", tmp_path)
+    assert isa.times_throttled() is None
+    for core, count in enumerate((3, 4)):
+        folder = tmp_path / f"cpu{core}" / "thermal_throttle"
+        folder.mkdir(parents=True)
+        (folder / "core_throttle_count").write_text(f"{count}\n")
+    assert isa.times_throttled() == 7
+
+
 def test_host_facts_name_processor_cores_and_instruction_sets() -> None:
     facts = isa.host_facts()
     assert facts["processor"]

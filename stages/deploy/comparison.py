@@ -11,13 +11,15 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from .isa import busy_cores, graphics_cards, host_facts
+from .isa import busy_cores, graphics_cards, host_facts, times_throttled
 from .latency import TWIN, Progress, Results, Setting, Subject
 from .sessions import GRAPHICS
 from .statistics import Interval, Slot, noise_factor, percentile_interval, ratio_interval, too_few, verdict
 
 # Below this share of its wall time on a core, the calling thread was pushed aside by others.
 QUIET_SHARE = 0.9
+STEADY_PACE = 0.1  # sessions that differ by more show a clock or neighbours that changed
+CHANGING = {"ondemand", "conservative", "powersave", "schedutil"}  # governors that leave a busy core a lower clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,25 @@ def processor_share(results: Results, settings: Sequence[Setting]) -> float | No
     return busy / wall if wall else None
 
 
+def drift(results: Results, settings: Sequence[Setting]) -> float | None:
+    """How many times as long the slowest session took as the quickest, the same files in the same settings: the
+    geometric mean over all of them, of medians. 1 is a steady host; None with less than two sessions.
+    """
+    logs: dict[int, list[float]] = {}
+    for (_, setting), measured in results.items():
+        if setting not in settings:
+            continue
+        of_session: dict[int, list[NDArray[np.float64]]] = {}
+        for slot in measured.slots:
+            of_session.setdefault(slot.session, []).append(slot.wall_ms)
+        for session, walls in of_session.items():
+            logs.setdefault(session, []).append(float(np.log(np.median(np.concatenate(walls)))))
+    if len(logs) < 2:
+        return None
+    means = [float(np.mean(values)) for values in logs.values()]
+    return float(np.exp(max(means) - min(means)))
+
+
 def raw_samples(results: Results) -> dict[str, Any]:
     """Every timed call: column arrays of session, round and wall_ms for each "subject/provider/threads/batch/io"."""
     arrays: dict[str, Any] = {}
@@ -166,6 +187,7 @@ class Watch:
 
     facts: dict[str, Any]
     busy: float | None  # cores that others kept busy
+    throttled: int | None  # how often cores were slowed down for heat, since boot
 
 
 class Quiet:
@@ -184,14 +206,15 @@ class Quiet:
 
 def watch() -> Watch:
     """Look at the host for a moment."""
-    return Watch(host_facts(), busy_cores())
+    return Watch(host_facts(), busy_cores(), times_throttled())
 
 
 def host_state(before: Watch, results: Results, settings: Sequence[Setting], progress: Progress) -> dict[str, Any]:
     """Host facts, and whether others disturbed the measurement, which is also said to `progress`.
 
-    Disturbed: other processes kept more than half a core busy before or after, or the calling threads had a core for
-    less than 90 % of their wall time.
+    Disturbed: other processes kept more than half a core busy before or after, the calling threads had a core for less
+    than 90 % of their wall time, cores were slowed down for heat, or the same files changed their pace by more than
+    10 % from session to session. Ratios within a round survive that; milliseconds do not.
     """
     after = busy_cores()
     share = processor_share(results, settings)
@@ -201,6 +224,14 @@ def host_state(before: Watch, results: Results, settings: Sequence[Setting], pro
         reasons.append(f"other processes kept {busiest:.1f} cores busy")
     if share is not None and share < QUIET_SHARE:
         reasons.append(f"the measuring threads had a core for {share:.0%} of the time")
+    hot = times_throttled()
+    if hot is not None and before.throttled is not None and hot > before.throttled:
+        reasons.append(f"cores were slowed down for heat {hot - before.throttled} times")
+    pace = drift(results, settings)
+    if pace is not None and pace > 1 + STEADY_PACE:
+        reasons.append(f"one session was {pace - 1:.0%} slower than another on the same files")
+    if before.facts.get("governor") in CHANGING:
+        progress.note(f"the governor {before.facts['governor']} changes the clock with the load: set performance")
     host = before.facts | {"onnxruntime": ort.__version__, "other_busy_cores": before.busy}
     if any(setting.provider in GRAPHICS for setting in settings):
         host["graphics_cards"] = graphics_cards()
@@ -213,4 +244,5 @@ def host_state(before: Watch, results: Results, settings: Sequence[Setting], pro
         "disturbed": bool(reasons),
         "disturbed_reason": ", ".join(reasons),
         "processor_share": share,
+        "drift": pace,
     }

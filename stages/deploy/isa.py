@@ -20,6 +20,7 @@ FLAGS = (
     "avx2", "fma", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8",
     "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve",
 )  # fmt: skip
+CORES = Path("/sys/devices/system/cpu")
 
 
 def host_facts() -> dict[str, Any]:
@@ -36,7 +37,7 @@ def host_facts() -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "virtual_machine": "hypervisor" in _cpuinfo("flags").split(),
     }
-    if governor := _read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")):
+    if governor := _read(CORES / "cpu0/cpufreq/scaling_governor"):
         facts["governor"] = governor
     if megahertz := _cpuinfo("cpu MHz"):
         facts["megahertz"] = round(float(megahertz))
@@ -67,7 +68,7 @@ def separate_cores(cores: list[int]) -> list[int]:
     """One logical core of each physical one: two hardware threads of a core share its multipliers."""
     chosen: dict[str, int] = {}
     for core in cores:
-        siblings = _read(Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")) or str(core)
+        siblings = _read(CORES / f"cpu{core}/topology/thread_siblings_list") or str(core)
         chosen.setdefault(siblings, core)
     return sorted(chosen.values())
 
@@ -94,6 +95,12 @@ def busy_cores(seconds: float = 0.3) -> float | None:
         return None
     idle, total = after[0] - before[0], after[1] - before[1]
     return round((1 - idle / total) * (os.cpu_count() or 1), 2)
+
+
+def times_throttled() -> int | None:
+    """How often the cores were slowed down for heat since boot, all counted; None where the system does not count."""
+    counters = [_read(path) for path in CORES.glob("cpu[0-9]*/thermal_throttle/core_throttle_count")]
+    return sum(int(count) for count in counters if count) if any(counters) else None
 
 
 def graphics_cards() -> list[str]:
