@@ -47,6 +47,7 @@ def material(
     inputs: Mapping[str, Artifact],
     many: Mapping[str, Sequence[Labelled]],
     references: Mapping[str, str],
+    files: Mapping[str, Sequence[str]],
     data: DataConfig,
     data_fingerprint: str,
     model: ModelConfig,
@@ -55,18 +56,20 @@ def material(
     device: str,
     host_fingerprint: str,
 ) -> dict[str, Any]:
-    """Everything that the stage's result depends on, as plain JSON."""
+    """Everything that the stage's result depends on, as plain JSON. files: config field -> SHA-256 of each of them."""
     uses = stage.uses
     found: dict[str, Any] = {
         "stage": stage.name,
         "code_version": stage.version,
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude=set(files)),
         "inputs": {role: artifact.digest for role, artifact in inputs.items()}
         | {role: [_labelled(one) for one in ones] for role, ones in many.items()},
         "packages": versions(stage.packages),
     }
     if references:
         found["references"] = dict(references)
+    if files:
+        found["files"] = {name: list(digests) for name, digests in files.items()}
     if "data" in uses:
         config_of_data = data.model_dump(mode="json", exclude=_NOT_CONTENT)
         found["data"] = {"fingerprint": data_fingerprint, "config": config_of_data}
@@ -117,6 +120,26 @@ def weights_digest(model: ModelConfig, base: Path) -> str | None:
             where=str(path),
             hint="model.weights names a .safetensors file",
         ) from error
+
+
+def file_digests(named: Mapping[str, Sequence[str]], base: Path, at: str) -> dict[str, list[str]]:
+    """SHA-256 of each of the user's files, by the config field that names them. base: where relative paths begin.
+
+    Raises: InputError at the field, below the path `at` of pipeline.yaml.
+    """
+    found: dict[str, list[str]] = {}
+    for name, paths in named.items():
+        for path in paths:
+            try:
+                digest = sha256_file(base / Path(path).expanduser())[0]
+            except OSError as error:
+                raise InputError(
+                    f"{path} cannot be read ({error.strerror})",
+                    hint="paths are meant from the folder of pipeline.yaml",
+                    field=f"{at}.{name}",
+                ) from error
+            found.setdefault(name, []).append(digest)
+    return found
 
 
 def explain(wanted: Mapping[str, Any], candidates: Sequence[Artifact]) -> list[Change]:

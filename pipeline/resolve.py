@@ -120,6 +120,7 @@ class Facts:
         self._progress = progress
         self._data: dict[str, str] = {}
         self._weights: dict[str, str | None] = {}
+        self._files: dict[Place, dict[str, list[str]]] = {}
 
     def data(self, node: Node) -> str:
         """The fingerprint of a node's data source. SpecError: what the data block names is not there."""
@@ -139,6 +140,16 @@ class Facts:
             self._weights[name] = keys.weights_digest(model, self._plan.spec.base)
         return self._weights[name]
 
+    def files(self, node: Node) -> dict[str, list[str]]:
+        """Digests of the files that a node's settings name. SpecError: one of them cannot be read."""
+        if place(node) not in self._files:
+            spec, named = self._plan.spec, node.stage.files(node.entry.config)
+            try:
+                self._files[place(node)] = keys.file_digests(named, spec.base, f"stages.{node.entry.name}")
+            except InputError as error:
+                raise pointed(error, node, spec) from None
+        return self._files[place(node)]
+
     def material(self, node: Node, inputs: Inputs) -> dict[str, Any]:
         """Everything that the node's result depends on."""
         uses = node.stage.uses
@@ -148,6 +159,7 @@ class Facts:
             inputs=inputs.single,
             many=inputs.many,
             references=inputs.texts,
+            files=self.files(node),
             data=node.data,
             data_fingerprint=self.data(node) if "data" in uses else "",
             model=node.model,

@@ -108,6 +108,9 @@ class Stage:
     # artifact reference (train@7), or "timm:<model name>", which the engine leaves to the stage.
     references: Callable[[Any], Mapping[str, str]] = lambda config: {}
     reference_kind: Kind = "model"  # what all of them must be
+    # Files of the user's that config fields name, field -> paths from the folder of pipeline.yaml: in the key stands
+    # what they hold, not where they lie.
+    files: Callable[[Any], Mapping[str, Sequence[str]]] = lambda config: {}
     # Whether the result under these settings hangs on how fast the host is, although the stage does not always use it.
     timed: Callable[[Any], bool] = lambda config: False
     # Refuses settings that contradict each other or those of the stages it reads. Part of every plan, so it reads the

@@ -25,7 +25,7 @@ from sievit.pipeline.session import DEFAULT_PIPELINE, session_of, store_of
 from sievit.pipeline.settings import LaunchConfig
 from sievit.pipeline.team import Team, follow
 
-from . import benchmark, export, finetune, matrix, prune, quantize, sensitivity, ticket, train
+from . import adopt, benchmark, export, finetune, matrix, prune, quantize, sensitivity, ticket, train
 from .compare import compare
 from .deploy.providers import Provider
 from .importances import Importance, Judging
@@ -42,6 +42,7 @@ STAGES = (
     prune.STAGE,
     finetune.STAGE,
     export.STAGE,
+    adopt.STAGE,
     quantize.STAGE,
     benchmark.STAGE,
     matrix.STAGE,

@@ -38,7 +38,7 @@ class Facts:
     opset: int
     precision: str
     parameters: int
-    macs: int
+    macs: int | None
     classes: Sequence[str]
     preprocessing: Mapping[str, Any]
     files: Mapping[str, str]  # name -> what it is

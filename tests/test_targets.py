@@ -82,8 +82,9 @@ def test_a_target_is_exactly_one(fields: dict[str, Any]) -> None:
 def test_the_host_is_in_the_key_exactly_where_the_result_hangs_on_it(target: dict[str, float], timed: bool) -> None:
     found = keys.material(
         prune.STAGE, PruneConfig(target=Target(**target)), inputs={}, many={}, references={},
-        data=DataConfig(source="builtin:digits"), data_fingerprint="", model=ModelConfig(name="deit_tiny_patch16_224"),
-        weights_digest=None, seed=0, device="cpu", host_fingerprint="abc",
+        files={}, data=DataConfig(source="builtin:digits"), data_fingerprint="",
+        model=ModelConfig(name="deit_tiny_patch16_224"), weights_digest=None,
+        seed=0, device="cpu", host_fingerprint="abc",
     )  # fmt: skip
     assert found.get("host") == ("abc" if timed else None)
 

@@ -170,6 +170,14 @@ def _reach(row: Mapping[str, Any]) -> str:
     return f"{text(row, 'axis')} {macs} of MACs, {params} of parameters{fast}"
 
 
+def _adopt(metrics: Mapping[str, Any]) -> list[str]:
+    said = [f"{text(metrics, 'file')}: {text(metrics, 'signature')}, opset {count(number(metrics, 'opset'))}."]
+    judged = count(number(mapping(metrics, "judged_on"), "images"))
+    said.append(f"Top-1 {percent(number(metrics, 'top1'))} of {judged} calibration images.")
+    said.append(f"{size(number(metrics, 'bytes'))}, {big(number(metrics, 'macs'))} MACs.")
+    return said
+
+
 def _export(metrics: Mapping[str, Any]) -> list[str]:
     parity = mapping(metrics, "parity")
     said = []
@@ -280,6 +288,7 @@ _SAYS: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "finetune": _train,
     "prune": _prune,
     "export": _export,
+    "adopt": _adopt,
     "quantize": _quantize,
     "benchmark": _benchmark,
 }

@@ -98,14 +98,14 @@ def write_sidecar(
     classes: Sequence[str],
     precision: str,
     parameters: int,
-    macs: int,
+    macs: int | None,
     opset: int,
     source: Mapping[str, Any],
 ) -> Path:
     """Write the sidecar of a finished ONNX file and return its path. The same arguments give the same bytes.
 
     preprocessing: {"resize", "size", "crop", "crop_pct", "scale", "mean", "std"}; the file's names and digest are read
-    from it. Raises InvalidInput when file and arguments disagree.
+    from it. macs: None where they are not known. Raises InvalidInput when file and arguments disagree.
     """
     signature = _signature(load_checked(onnx_path), onnx_path)
     parsed = parse_preprocessing(dict(preprocessing), f"{onnx_path.name}: preprocessing")
@@ -122,7 +122,7 @@ def write_sidecar(
         "classes": [str(name) for name in classes],
         "precision": precision,
         "parameters": int(parameters),
-        "macs": int(macs),
+        "macs": macs,
         "opset": int(opset),
         "sha256": sha256_of(onnx_path),
         "source": dict(source),

@@ -58,7 +58,7 @@ class Sidecar:
     classes: tuple[str, ...]
     precision: str  # "fp32", "fp16" or "int8"
     parameters: int
-    macs: int  # multiply-accumulates for one image
+    macs: int | None  # multiply-accumulates for one image; None: not known
     opset: int
     sha256: str
     source: Mapping[str, Any]
@@ -128,7 +128,7 @@ def _parse(raw: object, path: Path) -> Sidecar:
         classes=tuple(str(name) for name in fields.items("classes")),
         precision=fields.text("precision"),
         parameters=int(fields.number("parameters")),
-        macs=int(fields.number("macs")),
+        macs=None if fields.fields.get("macs") is None else int(fields.number("macs")),
         opset=int(fields.number("opset")),
         sha256=fields.text("sha256"),
         source=fields.value("source", {}),

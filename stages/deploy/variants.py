@@ -8,6 +8,7 @@ from typing import Any
 
 from ..methods import InvalidInput
 from .bundle import Bundle
+from .graph_macs import graph_macs
 from .latency import Subject
 
 # What shows that a file without a sidecar is an 8-bit one.
@@ -45,6 +46,10 @@ class Variant:
         bundle = self.bundle
         return Subject(self.name, bundle.path, bundle.signature.input, bundle.signature.dtype, image(bundle, batch))
 
+    def _counted(self) -> int | None:
+        """MACs by the graph, of the input as it is fed."""
+        return graph_macs(self.bundle.path, image(self.bundle, self.fixed_batch or 1))
+
     def short(self) -> dict[str, Any]:
         """Its names, for tables beside the rows."""
         return {"arm": self.arm, "entry": self.entry, "variant": self.precision, "final": self.final}
@@ -63,7 +68,7 @@ class Variant:
             "sha256": bundle.sha256,
             "bytes": bundle.path.stat().st_size,
             "parameters": sidecar.parameters if sidecar else bundle.parameters,
-            "macs": sidecar.macs if sidecar else None,
+            "macs": sidecar.macs if sidecar else self._counted(),
             "top1": None,
             "top1_low": None,
             "top1_high": None,
