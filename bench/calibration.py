@@ -22,9 +22,9 @@ from sievit.pipeline.spec import load_pipeline
 from sievit.stages.__main__ import STAGES
 from sievit.stages.deploy.block_sensitivity import divergence
 from sievit.stages.deploy.bundle import open_bundle, write_sidecar
-from sievit.stages.deploy.eight_bit import Form, Workshop, weight_bits
+from sievit.stages.deploy.eight_bit import Form, Workshop, ranges_on, weight_bits
 from sievit.stages.deploy.predict import accuracy, scores
-from sievit.stages.quantize import balanced
+from sievit.stages.ranges import balanced
 from sievit.stages.vision.dataset import load_split
 
 COUNTS = (4, 16, 64, 256, 1024)
@@ -50,8 +50,9 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 chosen = balanced(train.labels, np.arange(len(train)), count, draw)
                 np.save(Path(folder) / "pixels.npy", train.pixels(chosen))
-                pixels = Path(folder) / "pixels.npy"
-                with Workshop(options.onnx, Path(folder), pixels, weight_bits(), 3600.0) as workshop:
+                pixels, bits = Path(folder) / "pixels.npy", weight_bits()
+                ranges = ranges_on(pixels, options.onnx, Path(folder), bits, 3600.0)
+                with Workshop(options.onnx, Path(folder), bits, 3600.0, ranges) as workshop:
                     path = workshop.make(Form("static"))
                 assert path is not None
                 write_sidecar(

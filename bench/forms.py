@@ -28,7 +28,7 @@ import numpy as np
 
 from sievit.pipeline.progress import Silent
 from sievit.stages.deploy.bundle import open_bundle, write_sidecar
-from sievit.stages.deploy.eight_bit import DOT_PRODUCTS, Form, Workshop, weight_bits
+from sievit.stages.deploy.eight_bit import DOT_PRODUCTS, Form, Workshop, ranges_on, weight_bits
 from sievit.stages.deploy.isa import instruction_sets, processor_name
 from sievit.stages.deploy.latency import TWIN, Plan, Subject, measure, settings_of
 from sievit.stages.deploy.peak import Kind, gflops, peak
@@ -98,7 +98,8 @@ def files(model: str, folder: Path) -> Iterator[tuple[str, Form, Architecture, P
             source, preprocessing=preprocessing, classes=[str(n) for n in range(1000)], precision="fp32", parameters=0,
             macs=architecture.macs(), opset=OPSET, source={},
         )  # fmt: skip
-        with Workshop(source, work, pixels, weight_bits(), 3600.0) as workshop:
+        ranges = ranges_on(pixels, source, work, weight_bits(), 3600.0)
+        with Workshop(source, work, weight_bits(), 3600.0, ranges) as workshop:
             for form in FORMS:
                 if (path := workshop.make(form)) is not None:
                     yield name, form, architecture, path

@@ -33,14 +33,14 @@ from sievit.pipeline.progress import Silent
 from sievit.pipeline.store import Artifact, Store
 from sievit.stages.__main__ import STAGES
 from sievit.stages.deploy.bundle import Bundle, open_bundle, write_sidecar
-from sievit.stages.deploy.eight_bit import Form, Workshop, weight_bits
+from sievit.stages.deploy.eight_bit import Form, Workshop, ranges_on, weight_bits
 from sievit.stages.deploy.isa import instruction_sets, processor_name
 from sievit.stages.deploy.latency import TWIN, Plan, Subject, measure, settings_of
 from sievit.stages.deploy.predict import accuracy, scores
 from sievit.stages.deploy.preprocess import normalise
 from sievit.stages.deploy.statistics import noise_factor, percentile_interval, ratio_interval
 from sievit.stages.products import find
-from sievit.stages.quantize import balanced
+from sievit.stages.ranges import balanced
 from sievit.stages.vision.dataset import load_splits
 
 FORMS = (Form("static"), Form("dynamic"), Form("dynamic", "fused"), Form("dynamic", "whole"))
@@ -195,7 +195,8 @@ def main() -> int:
         for name in WORKFLOWS:
             path = by_olive(options.olive.absolute(), name, dense, folder, inputs)
             files[name] = described(path, dense, "fp32" if name == "Olive, optimised" else "int8")
-        with Workshop(dense.path, folder, pixels, weight_bits(), 3600.0) as workshop:
+        ranges = ranges_on(pixels, dense.path, folder, weight_bits(), 3600.0)
+        with Workshop(dense.path, folder, weight_bits(), 3600.0, ranges) as workshop:
             for form in FORMS:
                 if (path_or_none := workshop.make(form)) is not None:
                     files[f"Sievit, {form.text()}"] = described(path_or_none, dense, "int8")

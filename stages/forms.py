@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from sievit.pipeline.errors import SievitError
+from .ranges import RangesConfig, quantizer_failed, recorded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,21 +69,25 @@ class Candidate:
 class Forge:
     """Makes the files of one run and judges their accuracy on the calibration split. before: the float file's."""
 
-    def __init__(self, ctx: Context, config: Asked, source: Bundle, pixels: NDArray[np.uint8]) -> None:
-        import numpy as np
+    def __init__(self, ctx: Context, config: Asked, source: Bundle) -> None:
         import onnx
 
         from .deploy.eight_bit import Form, Workshop, weight_bits
         from .deploy.quantized_graph import linear_layers, name_nodes
         from .vision.dataset import load_split
 
-        calibration = ctx.work / "calibration.npy"
-        np.save(calibration, pixels, allow_pickle=False)
-        self.bits = weight_bits() if config.weight_bits == "auto" else config.weight_bits
+        self.bits: Literal[7, 8] = weight_bits() if config.weight_bits == "auto" else config.weight_bits
         self.sensitivity: dict[str, dict[str, float]] = {}
         self._ctx, self._config, self._source = ctx, config, source
         self._judge = load_split(ctx.data.model_dump(), ctx.base, "calibration")
-        self._workshop: Workshop = Workshop(source.path, ctx.work, calibration, self.bits, config.timeout)
+        asked = partial(RangesConfig, images=config.calibration_images, bits=self.bits, timeout=config.timeout)
+        self._workshop: Workshop = Workshop(
+            source.path,
+            ctx.work,
+            self.bits,
+            config.timeout,
+            lambda alpha: recorded(ctx, asked(alpha=alpha)),
+        )
         model = onnx.load(source.path)
         name_nodes(model)
         self._layers = linear_layers(model)
@@ -195,11 +200,7 @@ class Forge:
             try:
                 path = self._workshop.make(form)
             except ChildFailed as error:
-                raise SievitError(
-                    f"{error}",
-                    where=str(self._source.path),
-                    hint="leave quantize out (quantize: null), or export with opset 20",
-                ) from error
+                raise quantizer_failed(error, self._source.path) from error
             task.advance()
         if path is None or path == self._source.path:
             return path

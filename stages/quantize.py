@@ -36,16 +36,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from sievit.pipeline.errors import SievitError
-from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
+from sievit.pipeline.stage import Config, Context, Preflight, Stage
 
 from .forms import Candidate, Forge, reason_against
 from .methods import InvalidInput
+from .ranges import READS, calibration_images
 from .vision.notes import write_whole
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from .deploy.bundle import Bundle
     from .deploy.predict import Accuracy
 
@@ -128,8 +126,8 @@ def run(ctx: Context) -> None:
     source = open_bundle(ctx.inputs["onnx"].file("model.onnx"))
     if source.sidecar is None or source.sidecar.precision != "fp32":
         raise InvalidInput(f"{source.path} is not a float file", "let quantize read the artifact of export")
-    pixels, origin = _calibration(ctx, config)
-    with Forge(ctx, config, source, pixels) as forge:
+    pixels, origin = calibration_images(ctx, config.calibration_images)
+    with Forge(ctx, config, source) as forge:
         before = forge.before
         schemes = [forge.scheme(scheme) for scheme in config.tried]
         good = [made for made in schemes if reason_against(config, before, made) is None]
@@ -279,40 +277,6 @@ def _speeds(ctx: Context, config: QuantizeConfig, source: Bundle, candidates: Se
     return found
 
 
-def _calibration(ctx: Context, config: QuantizeConfig) -> tuple[NDArray[np.uint8], str]:
-    """Calibration images, uint8 [n, size, size, 3], balanced over classes, and where they come from."""
-    import numpy as np
-
-    from .vision.dataset import load_split
-
-    tickets = ctx.inputs.get("tickets")
-    images = load_split(ctx.data.model_dump(), ctx.base, "calibration" if tickets is None else "train")
-    kept = np.arange(len(images))
-    if tickets is not None:
-        kept = np.load(tickets.file("kept.npy"), allow_pickle=False)
-        if kept.ndim != 1 or not len(kept) or kept.min() < 0 or kept.max() >= len(images):
-            raise InvalidInput(
-                f"the tickets do not belong to this training split of {len(images)} images",
-                "make them on the same data",
-            )
-    chosen = balanced(images.labels, kept, config.calibration_images, ctx.seed)
-    return images.pixels(chosen), "calibration split" if tickets is None else "ticket examples"
-
-
-def balanced(labels: NDArray[np.int64], members: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """At most `count` of `members` (indices into labels), class by class in turn, ascending; repeatable."""
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(np.sort(members))
-    of_label = labels[shuffled]
-    turn = np.empty(len(shuffled), dtype=np.int64)
-    for label in np.unique(of_label):
-        places = np.flatnonzero(of_label == label)
-        turn[places] = np.arange(len(places))
-    return np.sort(shuffled[np.argsort(turn, kind="stable")[:count]])
-
-
 def _write(ctx: Context, source: Bundle, best: Candidate, chosen: Candidate | None) -> None:
     """The product, and the best INT8 file beside it when float is the product."""
     from .deploy.bundle import weight_files
@@ -342,10 +306,10 @@ def preflight(seen: Preflight) -> None:
 
 STAGE = Stage(
     name="quantize",
-    version=2,
+    version=3,
     config=QuantizeConfig,
     run=run,
-    reads=(Reads("onnx", "onnx"), Reads("tickets", "tickets", optional=True)),
+    reads=READS,
     writes="onnx",
     manual=__doc__,
     packages=("onnx", "onnxruntime", "nncf"),

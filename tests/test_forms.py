@@ -22,7 +22,7 @@ from tiny_vision import images, swin
 from sievit.stages.deploy import eight_bit
 from sievit.stages.deploy.attention_fusion import fuse_attention, fuse_projection
 from sievit.stages.deploy.block_sensitivity import divergence, fewest, rank
-from sievit.stages.deploy.eight_bit import Form, Workshop, weight_bits
+from sievit.stages.deploy.eight_bit import Form, Workshop, ranges_on, weight_bits
 from sievit.stages.deploy.quantized_graph import describe, linear_layers, name_nodes
 from sievit.stages.vision.onnx_export import export
 
@@ -103,7 +103,7 @@ class Made:
         np.save(pixels, tiny_onnx.pictures(8, size=32))
         tiny_onnx.sidecar(path, classes=5, preprocessing=tiny_onnx.PREPROCESSING | {"size": 32})
         self.source = path
-        self.workshop = Workshop(path, folder, pixels, bits, 300.0)
+        self.workshop = Workshop(path, folder, bits, 300.0, ranges_on(pixels, path, folder, bits, 300.0))
         model = onnx.load(path)
         name_nodes(model)
         self.layers = linear_layers(model)

@@ -20,7 +20,7 @@ from sievit.pipeline.stage import Labelled
 from sievit.stages.benchmark import benchmark_files, run
 from sievit.stages.deploy import preprocess
 from sievit.stages.deploy.bundle import open_bundle
-from sievit.stages.deploy.eight_bit import Form, Workshop
+from sievit.stages.deploy.eight_bit import Form, Workshop, ranges_on
 from sievit.stages.deploy.pixels import bake
 from sievit.stages.deploy.predict import scores
 from sievit.stages.deploy.quantized_graph import describe
@@ -100,8 +100,10 @@ def test_a_file_of_pixels_becomes_the_8_bit_file_that_its_twin_becomes(form: For
     np.save(tmp_path / "pixels.npy", tiny_onnx.pictures(16))
     answers = []
     for path in (plain, raw):
-        (tmp_path / path.stem).mkdir()
-        with Workshop(path, tmp_path / path.stem, tmp_path / "pixels.npy", 8, 300.0) as workshop:
+        folder = tmp_path / path.stem
+        folder.mkdir()
+        ranges = ranges_on(tmp_path / "pixels.npy", path, folder, 8, 300.0)
+        with Workshop(path, folder, 8, 300.0, ranges) as workshop:
             target = workshop.make(form)
         assert target is not None
         told = describe(onnx.load(target))

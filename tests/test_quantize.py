@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from test_benchmark import Folder, Listening
 
 from sievit.pipeline.errors import SievitError
 from sievit.pipeline.settings import DataConfig, ModelConfig
-from sievit.pipeline.stage import Context
-from sievit.stages import quantize
-from sievit.stages.deploy import block_sensitivity
+from sievit.pipeline.stage import Context, Part, Stage
+from sievit.stages import quantize, ranges
+from sievit.stages.deploy import block_sensitivity, eight_bit
 from sievit.stages.deploy.bundle import open_bundle
 from sievit.stages.deploy.eight_bit import Form, Workshop
 from sievit.stages.deploy.predict import Accuracy, accuracy, scores
@@ -50,7 +50,7 @@ def context(
     out.mkdir(parents=True)
     work.mkdir()
     inputs: dict[str, Any] = {"onnx": exported} | ({"tickets": tickets} if tickets else {})
-    return Context(
+    ctx = Context(
         config=quantize.QuantizeConfig(**({"calibration_images": 32, "seconds": 0.2} | config)),
         data=DATA,
         model=ModelConfig(),
@@ -66,6 +66,18 @@ def context(
         references={},
         progress=Listening(),  # type: ignore[arg-type]
     )
+
+    def part(stage: Stage, config: Any, *, role: str, model: object = None, reads: Sequence[str] = ()) -> Part:
+        folder = work.with_name(role)
+        made = not folder.exists()
+        if made:
+            folder.mkdir()
+            given = {name: inputs[name] for name in reads if name in inputs}
+            stage.run(replace(ctx, config=config, out=folder, inputs=given, metrics={}, ledger={}, figures=[]))
+        return Part(Folder(folder), made)  # type: ignore[arg-type]
+
+    ctx.part = part
+    return ctx
 
 
 @pytest.fixture(scope="module")
@@ -315,24 +327,46 @@ def test_schemes_that_cannot_give_what_is_asked_are_refused(fields: dict[str, An
 def test_calibration_takes_ticket_examples_only_and_all_classes_alike(exported: Folder, tmp_path: Path) -> None:
     labels = np.repeat(np.arange(4), [100, 50, 10, 2])
     members = np.arange(0, 162, 2)
-    chosen = quantize.balanced(labels, members, 20, seed=3)
+    chosen = ranges.balanced(labels, members, 20, seed=3)
     assert np.isin(chosen, members).all()
     assert len(np.unique(chosen)) == 20
     assert np.bincount(labels[chosen]).tolist() == [7, 7, 5, 1]
-    np.testing.assert_array_equal(chosen, quantize.balanced(labels, members[::-1], 20, seed=3))
-    assert len(quantize.balanced(labels, members, 1000, seed=3)) == len(members)
+    np.testing.assert_array_equal(chosen, ranges.balanced(labels, members[::-1], 20, seed=3))
+    assert len(ranges.balanced(labels, members, 1000, seed=3)) == len(members)
 
     tickets = Folder(tmp_path / "tickets")
     tickets.root.mkdir()
     kept = np.array([1, 5, 9, 700])
     np.save(tickets.file("kept.npy"), kept)
     ctx = context(tmp_path, exported, tickets=tickets)
-    pixels, origin = quantize._calibration(ctx, ctx.config)
+    pixels, origin = ranges.calibration_images(ctx, ctx.config.calibration_images)
     assert origin == "ticket examples"
     np.testing.assert_array_equal(pixels, load_split(DATA.model_dump(), tmp_path, "train").pixels(kept))
     np.save(tickets.file("kept.npy"), np.array([1, 10**6]))
     with pytest.raises(InvalidInput, match="do not belong to this training split"):
-        quantize._calibration(ctx, ctx.config)
+        ranges.calibration_images(ctx, ctx.config.calibration_images)
+
+
+def test_ranges_are_recorded_once_for_every_quantize_of_a_file_that_asks_alike(
+    exported: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[Any] = []
+    real = eight_bit.record_ranges
+
+    def counted(source: Path, target: Path, pixels: Path, alpha: float | None, *more: Any) -> Path:
+        recorded.append((alpha, len(np.load(pixels))))
+        return real(source, target, pixels, alpha, *more)
+
+    monkeypatch.setattr(eight_bit, "record_ranges", counted)
+    asked: dict[str, Any] = {"schemes": ("static",), "min_speedup": None, "smooth_quant": "off", "revert_seconds": 0}
+    first, again = (
+        context(tmp_path, exported, name, max_drop=drop, **asked) for name, drop in (("a", 1.0), ("b", 0.9))
+    )
+    again.part = first.part  # one store
+    for ctx in (first, again):
+        quantize.run(ctx)
+    assert recorded == [(None, 32)]
+    assert again.metrics["forms"] == first.metrics["forms"]
 
 
 def test_a_quantized_residual_is_noticed() -> None:

@@ -12,7 +12,7 @@ operator, and some of its layers left float. Each is a file, made once and kept 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -55,7 +55,29 @@ class Form:
         return ", ".join(words)
 
 
-def weight_bits() -> int:
+def record_ranges(source: Path, target: Path, pixels: Path, alpha: float | None, bits: int, timeout_s: float) -> Path:
+    """Write `target`, the static form as nncf leaves it, from ranges that it records on images; returns its path.
+
+    pixels: .npy of uint8 [n, size, size, 3]. alpha: SmoothQuant's strength, None: without. bits: of the weights.
+    Raises: ChildFailed when the quantizer crashes, takes longer than timeout_s or refuses the graph.
+    """
+    files = {"source": str(source.absolute()), "target": str(target.absolute()), "pixels": str(pixels.absolute())}
+    with Child("quantizer", "quantizer", limited=False) as child:
+        child.ask({"do": "static", **files, "alpha": alpha, "bits": bits}, timeout_s)
+    return target
+
+
+def ranges_on(pixels: Path, source: Path, folder: Path, bits: int, timeout_s: float) -> Callable[[float | None], Path]:
+    """For a `Workshop` without a store: `record_ranges` on these images, kept in `folder`, once for each strength."""
+
+    def ranges(alpha: float | None) -> Path:
+        target = folder / f"ranges-{alpha}.onnx"
+        return target if target.is_file() else record_ranges(source, target, pixels, alpha, bits, timeout_s)
+
+    return ranges
+
+
+def weight_bits() -> Literal[7, 8]:
     """8, or 7 on a processor that adds products of 8-bit numbers in pairs of 16 bits, where they saturate."""
     have = set(instruction_sets())
     return 8 if have & DOT_PRODUCTS or not have & {"avx2", "avx512f"} else 7
@@ -64,13 +86,15 @@ def weight_bits() -> int:
 class Workshop:
     """Makes the forms of one source; close it, or use it as a context manager.
 
-    pixels: .npy of the calibration images. timeout_s: of a quantizer's answer.
+    timeout_s: of a quantizer's answer. ranges: SmoothQuant's strength -> the file that `record_ranges` writes.
     """
 
-    def __init__(self, source: Path, folder: Path, pixels: Path, bits: int, timeout_s: float) -> None:
+    def __init__(
+        self, source: Path, folder: Path, bits: int, timeout_s: float, ranges: Callable[[float | None], Path]
+    ) -> None:
         self._source = source
         self._folder = folder
-        self._pixels = pixels
+        self._ranges = ranges
         self._bits = bits
         self._timeout_s = timeout_s
         self._child: Child | None = None
@@ -96,8 +120,7 @@ class Workshop:
                 model = onnx.load(self._source)
                 done = fuse_attention(model) if form.attention == "fused" else bool(fuse_projection(model))
             case "static":
-                raw = self._asked("static", self._folder / f"raw-{form.alpha}.onnx", alpha=form.alpha, bits=self._bits)
-                model, done = onnx.load(raw), True
+                model, done = onnx.load(self._ranges(form.alpha)), True
                 unquantize(model, self._named_source(), form.kept_float)
                 fold_scales(model)
             case "dynamic":
@@ -145,7 +168,7 @@ class Workshop:
         partial = target.with_suffix(".partial")
         command = {"do": do, "source": str((source or self._source).absolute()), "target": str(partial.absolute())}
         self._child = self._child or Child("quantizer", "quantizer", limited=False)
-        self._child.ask(command | {"pixels": str(self._pixels.absolute())} | more, self._timeout_s)
+        self._child.ask(command | more, self._timeout_s)
         return partial.replace(target)
 
 
