@@ -39,7 +39,7 @@ def ls(
 
     sievit ls train
     """
-    from . import views
+    from . import views_store
 
     session, place = session_of(context), written_store(store)
     known = [each.name for each in session.stages]
@@ -48,7 +48,7 @@ def ls(
     artifacts, unreadable = place.scan(stage)
     found = sorted(artifacts, key=lambda artifact: str(artifact.manifest["created"]))
     session.console.result(
-        {"store": str(place.root), "artifacts": [listed(artifact) for artifact in found]}, views.artifacts
+        {"store": str(place.root), "artifacts": [listed(artifact) for artifact in found]}, views_store.artifacts
     )
     for path, error in unreadable:
         session.console.say(f"warning: {path}: {error.message}")
@@ -65,11 +65,11 @@ def show(
 
     sievit show finetune@latest --json
     """
-    from . import views
+    from . import views_store
 
     artifact = written_store(store).resolve(ref)
     document = {"ref": artifact.ref, "path": str(artifact.root), **artifact.manifest}
-    session_of(context).console.result(document, views.artifact)
+    session_of(context).console.result(document, views_store.artifact)
 
 
 def explain(
@@ -89,14 +89,14 @@ def explain(
 
     sievit explain prune --set prune.target.macs=0.4
     """
-    from . import views
+    from . import views_store
 
     session = session_of(context)
     if "@" in what:
         document = explained_artifact(store_of(store, pipeline), what)
     else:
         document = _explained_stage(session, pipeline, set_, store_of(store, pipeline), what, arm or "main")
-    session.console.result(document, views.explanation)
+    session.console.result(document, views_store.explanation)
 
 
 def _explained_stage(
@@ -167,11 +167,11 @@ def diff(
 
     sievit diff ticket@1 ticket@2
     """
-    from . import views
+    from . import views_store
 
     session, place = session_of(context), written_store(store)
     document = compared(place.resolve(left), place.resolve(right), session.stages, place.verify)
-    session.console.result(document, views.difference)
+    session.console.result(document, views_store.difference)
 
 
 def compared(
@@ -227,7 +227,7 @@ def report(
     debug: options.Debug = False,
 ) -> None:
     """Write the report of a run again and say where it is."""
-    from . import records, views
+    from . import records, views_store
     from .report.page import write
 
     session, place = session_of(context), written_store(store)
@@ -235,7 +235,7 @@ def report(
     if record is None:
         raise InputError(f"no run is recorded in {place.root}", hint="`sievit run` makes one")
     page, twin = write(record.as_json(), place)
-    session.console.result({"run": record.id, "report": str(page), "markdown": str(twin)}, views.report)
+    session.console.result({"run": record.id, "report": str(page), "markdown": str(twin)}, views_store.report)
 
 
 # ---- Store
@@ -255,7 +255,7 @@ def verify(
 
     Exit code 4 when something is damaged.
     """
-    from . import views
+    from . import views_store
 
     if ref is not None and all_:
         raise UsageError("REF and --all exclude each other", hint="without either, all are verified")
@@ -273,7 +273,7 @@ def verify(
         except IntegrityError as error:
             damaged.append({"ref": artifact.ref, "message": error.message, "where": error.where})
     document = {"checked": count, "damaged": damaged, "seconds": round(time.monotonic() - began, 3)}
-    session.console.result(document, views.verification)
+    session.console.result(document, views_store.verification)
     if damaged:
         raise IntegrityError(
             f"{len(damaged)} of {count} artifacts are damaged",
@@ -303,7 +303,7 @@ def gc(
 
     sievit gc --keep-last 2 --dry-run
     """
-    from . import views
+    from . import views_store
     from .collect import collect
 
     session, place = session_of(context), written_store(store)
@@ -317,7 +317,7 @@ def gc(
     if planned and not dry_run and not yes:
         if not session.console.interactive:
             raise UsageError("gc removes files, and nobody can be asked", hint="--yes removes, --dry-run only looks")
-        session.console.stderr.print(views.collection(_collected(place, planned, dry_run=True)))
+        session.console.stderr.print(views_store.collection(_collected(place, planned, dry_run=True)))
         if not typer.confirm("remove these?", err=True):
             raise SievitError("nothing was removed")
     done = planned if dry_run or not planned else sweep(dry_run=False)
@@ -325,7 +325,7 @@ def gc(
         "artifacts": len(sound) + len(unreadable),
         "damaged_only": damaged,
     }
-    session.console.result(document, views.collection)
+    session.console.result(document, views_store.collection)
 
 
 def _collected(store: Store, removals: Sequence[Removal], *, dry_run: bool) -> Document:

@@ -205,8 +205,8 @@ def draw(document: dict[str, Any]) -> RenderableType:
     """A and B in columns, what the difference is worth, and the conditions."""
     from rich.console import Group
 
+    from sievit.pipeline.drawing import line, table
     from sievit.pipeline.report.numbers import big, percent, points, ratio, share, significant, size
-    from sievit.pipeline.views import line, table
 
     a, b, found = document["a"], document["b"], document["accuracy"]
     fields = document["fields"]

@@ -206,8 +206,8 @@ def draw(document: dict[str, Any]) -> RenderableType:
     """The folder, what is in it, and what to do with it."""
     from rich.console import Group
 
+    from sievit.pipeline.drawing import line, table
     from sievit.pipeline.report.numbers import size
-    from sievit.pipeline.views import line, table
 
     rows = [(name, size(bytes_)) for name, bytes_ in document["files"].items()]
     measurement = f"measured by {document['measured']}" if document["measured"] else "not measured: the card says so"

@@ -183,8 +183,8 @@ def _wrong(path: Path, message: str) -> Answer:
 
 def draw(document: dict[str, Any]) -> RenderableType:
     """The images that were answered, a line a class."""
+    from sievit.pipeline.drawing import table
     from sievit.pipeline.report.numbers import percent
-    from sievit.pipeline.views import table
 
     rows = [
         ("" if place else answer["image"], each["class"], percent(each["probability"]))

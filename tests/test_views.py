@@ -10,7 +10,7 @@ import pytest
 from report_run import measurement
 from rich.console import Console, Group, RenderableType
 
-from sievit.pipeline import views
+from sievit.pipeline import views, views_store
 from sievit.pipeline.diagnostics import Source, Span, located
 
 
@@ -48,7 +48,7 @@ def test_damage_is_told_in_sentences_and_its_place_can_be_copied_whole() -> None
         "message": "train@2 is not what was stored: model.safetensors has 7294050 bytes, expected 7294048",
         "where": place,
     }
-    assert drawn(views.verification({"checked": 17, "damaged": [damaged]})).splitlines() == [
+    assert drawn(views_store.verification({"checked": 17, "damaged": [damaged]})).splitlines() == [
         "train@2",
         "  model.safetensors has 7294050 bytes, expected 7294048",
         f"  {place}",
@@ -56,7 +56,7 @@ def test_damage_is_told_in_sentences_and_its_place_can_be_copied_whole() -> None
     ]
     removed = {"path": "s/train/238bdee454f0", "kind": "damaged", "why": damaged["message"], "bytes": 7_294_050}
     document = {"store": "s", "removed": [removed], "bytes": 7_294_050, "dry_run": True}
-    assert drawn(views.collection(document)).splitlines() == [
+    assert drawn(views_store.collection(document)).splitlines() == [
         "what                                                   kind        size",
         "train/238bdee454f0                                     damaged  7.29 MB",
         "model.safetensors has 7294050 bytes, expected 7294048",
@@ -69,7 +69,7 @@ def test_a_difference_of_many_rows_is_one_line_and_of_a_few_is_told() -> None:
     few = [{"field": f"gates[{row}].bound", "left": 1.0, "right": 2.0} for row in range(2)]
     changes = {"config": [], "inputs": [], "files": [], "metrics": [*curve, *few]}
     shown = drawn(
-        views.difference({"left": "train@1", "right": "train@2", "changes": changes, "common": {}})
+        views_store.difference({"left": "train@1", "right": "train@2", "changes": changes, "common": {}})
     ).splitlines()
     assert len(shown) == 2 + 1 + 2
     assert shown[2].startswith("curve") and "30 values in 30 rows differ" in shown[2]
@@ -93,7 +93,9 @@ def test_an_error_fits_the_terminal_and_its_carets_stay_under_the_fault(width: i
 def test_a_difference_ends_with_what_both_have_in_common() -> None:
     changes: dict[str, list[object]] = {"config": [], "inputs": [], "files": [], "metrics": []}
     common = {"images_jaccard": 0.25, "patches_of": "9 training images"}
-    shown = drawn(views.difference({"left": "a@1", "right": "a@2", "changes": changes, "common": common})).splitlines()
+    shown = drawn(
+        views_store.difference({"left": "a@1", "right": "a@2", "changes": changes, "common": common})
+    ).splitlines()
     assert shown[0] == "a@1 and a@2 are equal"
     assert [line.split() for line in shown[-2:]] == [
         ["images_jaccard", "0.25"], ["patches_of", "9", "training", "images"],
