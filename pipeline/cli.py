@@ -1,7 +1,7 @@
 """The command line: every verb of Sievit, on whatever stages the composition root hands over.
 
-`cli_run` holds the commands that make something, `cli_store` those that read the store; `views` draws. Nothing on this
-side imports a tensor library, so that help, plans and listings answer at once.
+`cli_run` holds the commands on a whole pipeline, `cli_stage` those of single stages, `cli_store` those that read the
+store. Nothing on this side imports a tensor library, so that help, plans and listings answer at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import cli_run, cli_store, manual, options
+from . import cli_run, cli_stage, cli_store, manual, options
 from .console import Console
 from .errors import InputError, Interrupted, SievitError, UsageError
 from .session import Session, input_error
@@ -73,7 +73,7 @@ def _commands(
     for command in cli_run.COMMANDS:
         yield "Run", command.__name__, command, inspect.getdoc(command) or ""
     for stage in stages:
-        yield "Stages", stage.name, instead.get(stage.name) or cli_run.stage_command(stage), stage.manual
+        yield "Stages", stage.name, instead.get(stage.name) or cli_stage.stage_command(stage), stage.manual
     for name, command in instead.items():
         if name not in {stage.name for stage in stages}:
             yield "Stages", name, command, inspect.getdoc(command) or ""
@@ -92,7 +92,7 @@ def execute(
     team: Team | None = None,
 ) -> int:
     """Run one command line and return its exit code. The one place where errors become text."""
-    console = Console(json="--json" in arguments, debug="--debug" in arguments)
+    console = Console(json="--json" in arguments, events="--json-lines" in arguments, debug="--debug" in arguments)
     _open_streams()
     try:
         alone = arguments[0] if arguments else None
@@ -109,7 +109,7 @@ def execute(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not complain
         if left:
             return BROKEN_PIPE
-        console.json = False  # there is no stdout for a document
+        console.json = console.events = False  # there is no stdout for a document
         return console.close(SievitError(f"the output cannot be written: {error}"))
     return code
 

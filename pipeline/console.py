@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .diagnostics import printable
@@ -31,14 +32,18 @@ class Console:
     """The two streams of one command line.
 
     json: one JSON document on stdout. debug: tracebacks on stderr. by_line: with json a document a line, as `piece`
-    gives them, an error that ends the command being the last.
+    gives them, an error that ends the command being the last. events: lines as `events` describes them, the document
+    as the last of them.
     """
 
-    def __init__(self, *, json: bool = False, debug: bool = False) -> None:
-        self.json = json
+    def __init__(self, *, json: bool = False, events: bool = False, debug: bool = False) -> None:
+        self.json = json or events
+        self.events = events
         self.debug = debug
-        self.by_line = False
+        self.by_line = events
         self._document: Document | None = None
+        self._events = _kept(sys.stdout) if events else None
+        self._unwritten: OSError | None = None
 
     @cached_property
     def stdout(self) -> RichConsole:
@@ -67,8 +72,22 @@ class Console:
     def piece(self, document: Document) -> None:
         """A part of a result that comes bit by bit: said at once with --json, and not at all without."""
         if self.json:
-            sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
+            sys.stdout.write(_line(document))
             sys.stdout.flush()
+
+    def event(self, fields: Document) -> None:
+        """One event on stdout, also while `results_only` has stdout elsewhere. A reader that has gone stops nothing:
+        `close` says so.
+        """
+        from . import events, records
+
+        if self._events is None or self._unwritten is not None:
+            return
+        try:
+            self._events.write(_line({"v": events.VERSION, **fields, "time": records.now()}))
+            self._events.flush()
+        except OSError as error:
+            self._unwritten = error
 
     def say(self, text: str) -> None:
         """A line beside the result."""
@@ -82,7 +101,11 @@ class Console:
         if self.json:
             failure = {"error": error.as_json()} if error is not None else {}
             document = {**(self._document or {}), **failure}
-            if document:
+            if self.events:
+                self.event({"event": "result", "result": document})
+                if self._unwritten is not None:
+                    raise self._unwritten
+            elif document:
                 sys.stdout.write(json.dumps(document, indent=None if self.by_line else 2, allow_nan=False) + "\n")
         elif error is not None:
             self._tell(error.text(self.stderr.width if self.stderr.is_terminal else None))
@@ -90,6 +113,19 @@ class Console:
 
     def _tell(self, text: str) -> None:
         self.stderr.print("\n".join(map(printable, text.split("\n"))), soft_wrap=True)
+
+
+def _kept(stream: TextIO | None) -> TextIO:
+    """A stream as it is now, wherever its descriptor leads later."""
+    try:
+        return os.fdopen(os.dup(stream.fileno()), "w", encoding="utf-8") if stream else Path(os.devnull).open("w")
+    except OSError:  # no file: somebody in this process reads it
+        assert stream is not None
+        return stream
+
+
+def _line(document: Document) -> str:
+    return json.dumps(document, allow_nan=False) + "\n"
 
 
 @contextmanager

@@ -49,5 +49,9 @@ StoreFolder = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout", rich_help_panel=OUTPUT)]
+JsonLines = Annotated[
+    bool,
+    typer.Option("--json-lines", help="a JSON object an event on stdout, the result last", rich_help_panel=OUTPUT),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress", rich_help_panel=OUTPUT)]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error", rich_help_panel=OUTPUT)]

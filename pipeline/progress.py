@@ -1,7 +1,7 @@
-"""How far a run is, told to people: bars on a terminal, plain lines in a log, nothing for a script.
+"""How far a run is, told to people: a tree with bars on a terminal, plain lines in a log, nothing for a script.
 
-All of it goes to stderr. Names come from files and folders, so what a terminal would obey is replaced before it is
-printed.
+All of it goes to stderr (`events` tells the same to programs, on stdout). Names come from files and folders, so what a
+terminal would obey is replaced before it is printed.
 """
 
 from __future__ import annotations
@@ -9,40 +9,57 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TextIO
+from dataclasses import dataclass
+from typing import Literal, Protocol, TextIO
 
 from .diagnostics import printable
 from .stage import Progress, Task
 
 _LINE_EVERY_S = 10.0
+Place = tuple[str, str]  # arm and entry of a stage
+Ended = Literal["done", "cached", "failed", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a stage came to an end. ref: its artifact, of one that has one; seconds: what it took, 0 when cached."""
+
+    state: Ended
+    seconds: float
+    ref: str | None = None
+
+    @property
+    def outcome(self) -> str:
+        """In a word or two: train@7, train@7 (cached), failed."""
+        return f"{self.ref}{' (cached)' if self.state == 'cached' else ''}" if self.ref else self.state
 
 
 class Display(Progress, Protocol):
     """What the runner speaks to: a stage's Progress, and the stages themselves."""
 
     @contextmanager
-    def run(self, stages: int) -> Iterator[None]:
-        """The length of a run of so many stages."""
+    def run(self, places: Sequence[Place], expected: Mapping[Place, float | None]) -> Iterator[None]:
+        """The length of a run of these stages. expected: seconds of those that will probably work, None: unknown."""
 
-    def begin(self, number: int, label: str) -> None:
+    def begin(self, number: int, place: Place) -> None:
         """Stage `number` (from 1) starts to work."""
 
-    def end(self, number: int, label: str, outcome: str, seconds: float) -> None:
-        """Stage `number` has come to an end: `outcome` is short, such as "train@7" or "failed"."""
+    def end(self, number: int, place: Place, ending: Ending) -> None:
+        """Stage `number` has come to an end, whether it worked or not."""
 
 
 class Silent:
     """Nothing at all: for --json, and the base of the others."""
 
     @contextmanager
-    def run(self, stages: int) -> Iterator[None]:
+    def run(self, places: Sequence[Place], expected: Mapping[Place, float | None]) -> Iterator[None]:
         yield
 
-    def begin(self, number: int, label: str) -> None: ...
+    def begin(self, number: int, place: Place) -> None: ...
 
-    def end(self, number: int, label: str, outcome: str, seconds: float) -> None: ...
+    def end(self, number: int, place: Place, ending: Ending) -> None: ...
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:
@@ -72,16 +89,16 @@ class Lines:
         self._stages = 0
 
     @contextmanager
-    def run(self, stages: int) -> Iterator[None]:
-        self._stages = stages
+    def run(self, places: Sequence[Place], expected: Mapping[Place, float | None]) -> Iterator[None]:
+        self._stages = len(places)
         yield
 
-    def begin(self, number: int, label: str) -> None:
-        _print(self._stream, f"[{number}/{self._stages}] {label} ...")
+    def begin(self, number: int, place: Place) -> None:
+        _print(self._stream, f"[{number}/{self._stages}] {'/'.join(place)} ...")
 
-    def end(self, number: int, label: str, outcome: str, seconds: float) -> None:
-        took = f" in {duration(seconds)}" if seconds else ""
-        _print(self._stream, f"[{number}/{self._stages}] {label}: {outcome}{took}")
+    def end(self, number: int, place: Place, ending: Ending) -> None:
+        took = f" in {duration(ending.seconds)}" if ending.seconds else ""
+        _print(self._stream, f"[{number}/{self._stages}] {'/'.join(place)}: {ending.outcome}{took}")
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:
@@ -124,7 +141,7 @@ def choose(
     stream: TextIO | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Display:
-    """The display that fits: bars on a terminal that can redraw, lines elsewhere.
+    """The display that fits: tree and bars on a terminal that can redraw, lines elsewhere.
 
     NO_COLOR takes the colours, not the bars. TERM=dumb takes the bars.
     """
@@ -175,16 +192,17 @@ class _LineTask:
         self._done = 0
         self._values: dict[str, float] = {}
         self._started = self._printed_at = clock()
-        self._printed_done = -1
+        self._unsaid = True
 
     def advance(self, steps: int = 1, **values: float) -> None:
         self._done += steps
         self._values.update(values)
+        self._unsaid = True
         if self._clock() - self._printed_at >= _LINE_EVERY_S:
             self._line()
 
     def close(self) -> None:
-        if self._printed_done != self._done:
+        if self._unsaid:
             self._line()
 
     def _line(self) -> None:
@@ -195,4 +213,4 @@ class _LineTask:
         values = f"  {told_values(self._values)}" if self._values else ""
         _print(self._stream, f"  {self._label} {self._done}/{self._total}{values}{left}")
         self._printed_at = now
-        self._printed_done = self._done
+        self._unsaid = False

@@ -18,10 +18,11 @@ from . import keys, records
 from .alone import inputs_alone
 from .errors import InputError, Interrupted, SievitError, Terminated, UsageError
 from .execute import Setting, Stop, execute, stoppable
+from .expectations import earlier, took_by
 from .forecast import forecast
 from .manifest import sha256_of
 from .preflight import check_stages
-from .progress import Silent
+from .progress import Ended, Ending, Silent
 from .records import NodeRecord, RunRecord
 from .resolve import Facts, Inputs, Place, caveats, gather, place, sources
 from .team import Team
@@ -74,13 +75,16 @@ def run(
     with stoppable():
         facts = Facts(plan, store, manner.progress)
         asked = {place(node) for node in chosen}
-        check_stages(plan, _will_run(plan, store, facts, asked, manner.force), store, manner.invalid_input)
+        to_run = _will_run(plan, store, facts, asked, manner.force)
+        check_stages(plan, to_run, store, manner.invalid_input)
+        took = earlier(store) if to_run else {}
+        expected = {place(node): took_by(node, took).seconds for node in to_run}
         for note in caveats(plan):
             manner.progress.note(note)
         with store.in_use():
             pass_ = _Pass(plan, store, facts, manner)
             pass_.record.touched = asked
-            with pass_.recorded(), manner.progress.run(len(chosen)):
+            with pass_.recorded(), manner.progress.run([place(node) for node in chosen], expected):
                 pass_.go_through(chosen, may_make=wanted if only else None, keep_going=keep_going)
     return pass_.record
 
@@ -125,7 +129,7 @@ def run_stage(
         with store.in_use():
             pass_ = _Pass(plan, store, facts, manner)
             pass_.record.touched = {place(node)}
-            with pass_.recorded(), manner.progress.run(1):
+            with pass_.recorded(), manner.progress.run([place(node)], {}):
                 pass_.make(1, node, inputs, may_make=True)
     return pass_.record
 
@@ -140,12 +144,12 @@ def run_part(
     with stoppable():
         facts = Facts(plan, store, display)
         inputs, _ = _alone(plan, node, store, facts, inputs_override or {}, manner)
-        with store.in_use(), display.run(1):
-            label = "/".join(place(node))
+        at = place(node)
+        with store.in_use(), display.run([at], {}):
             started = time.monotonic()
-            artifact, cached = _Pass(plan, store, facts, manner).part(node, inputs, lambda: display.begin(1, label))
+            artifact, cached = _Pass(plan, store, facts, manner).part(node, inputs, lambda: display.begin(1, at))
             seconds = 0.0 if cached else time.monotonic() - started
-            display.end(1, label, f"{artifact.ref}{' (cached)' if cached else ''}", seconds)
+            display.end(1, at, Ending("cached" if cached else "done", seconds, artifact.ref))
     return artifact, cached
 
 
@@ -248,14 +252,14 @@ class _Pass:
     def make(self, number: int, node: Node, inputs: Inputs, *, may_make: bool) -> None:
         """Bring one node to an artifact, and say so in the record."""
         line = self.record.node(*place(node))
-        label = f"{node.arm}/{node.entry.name}"
         started = time.monotonic()
         try:
-            artifact, cached = self._reach(number, label, node, inputs, line, may_make)
+            artifact, cached = self._reach(number, node, inputs, line, may_make)
         except BaseException as error:
             line.state = "waiting" if _is_stop(error) else "failed"
             line.error = error.message if isinstance(error, SievitError) else type(error).__name__
-            self.display.end(number, label, "stopped" if _is_stop(error) else "failed", time.monotonic() - started)
+            how: Ended = "stopped" if _is_stop(error) else "failed"
+            self.display.end(number, place(node), Ending(how, time.monotonic() - started))
             raise
         self.made[place(node)] = artifact
         line.state, line.ref, line.key, line.error = ("cached" if cached else "done"), artifact.ref, artifact.key, None
@@ -265,10 +269,10 @@ class _Pass:
             self.record.gates = records.judge(self.plan.spec.gates.model_dump(), artifact.metrics.get("gates", {}))
         if not cached:
             self.record.save(self.store)
-        self.display.end(number, label, f"{artifact.ref}{' (cached)' if cached else ''}", line.seconds)
+        self.display.end(number, place(node), Ending("cached" if cached else "done", line.seconds, artifact.ref))
 
     def _reach(
-        self, number: int, label: str, node: Node, inputs: Inputs, line: NodeRecord, may_make: bool
+        self, number: int, node: Node, inputs: Inputs, line: NodeRecord, may_make: bool
     ) -> tuple[Artifact, bool]:
         """(artifact, whether it was there)."""
         for artifact in inputs.artifacts():
@@ -278,13 +282,14 @@ class _Pass:
         if not may_make:
             if hit := self._hit(node.stage.name, line.key):
                 return hit, True
+            label = "/".join(place(node))
             hint = f"`sievit run --until {node.entry.name}` makes it"
             raise InputError(f"{label} has not been made with these settings", where=label, hint=hint)
 
         def begin() -> None:
             line.state = "running"
             self.record.save(self.store)
-            self.display.begin(number, label)
+            self.display.begin(number, place(node))
 
         return self._found_or_made(node, inputs, material, begin)
 

@@ -17,6 +17,7 @@ from .team import Elsewhere, Team
 if TYPE_CHECKING:
     from .diagnostics import Span
     from .plan import Plan
+    from .progress import Display
     from .spec import PipelineSpec
     from .stage import Stage
     from .store import Store
@@ -46,6 +47,16 @@ class Session:
         plan = make_plan(spec, self.stages)
         check_settings(plan, self.invalid_input)
         return plan
+
+    def display(self, quiet: bool) -> Display:
+        """Where the progress of this command is told."""
+        if self.console.events:
+            from .events import Events
+
+            return Events(self.console.event)
+        from .progress import choose
+
+        return choose(quiet=quiet, silent=self.console.json)
 
     def start(self, plan: Plan) -> NoReturn:
         """Run this command in the processes that a pipeline asks for. Raises: Elsewhere, when they have ended."""

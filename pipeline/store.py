@@ -35,7 +35,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _KEY = re.compile(r"[0-9a-f]{12}")
 KEY_DIGITS = 12
 _REF = re.compile(r"(?P<stage>[^@]+)(?:@(?P<which>.*))?", re.DOTALL)
-_MIN_FREE_BYTES = 50 * 2**20
+MIN_FREE_BYTES = 50 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,9 +346,9 @@ class Store:
         except OSError as error:
             raise _not_writable(self.root, error) from error
         free = shutil.disk_usage(self.root).free
-        if free < _MIN_FREE_BYTES:
+        if free < MIN_FREE_BYTES:
             raise InputError(
-                f"only {free // 2**20} MiB are free for the store; at least {_MIN_FREE_BYTES // 2**20} MiB are needed",
+                f"only {free // 2**20} MiB are free for the store; at least {MIN_FREE_BYTES // 2**20} MiB are needed",
                 where=str(self.root),
                 hint="free some space (`sievit gc` removes artifacts nobody needs), or use another --store",
             )

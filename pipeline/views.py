@@ -47,13 +47,16 @@ def plan(document: Document) -> RenderableType:
         for each in document["stages"]
     ]
     count = sum(each["state"] in {"run", "unknown"} for each in document["stages"])
-    total = document["expected_seconds"]
     closing = f"{count} of {len(rows)} stages to run" if count else f"nothing to do: {len(rows)} stages cached"
-    about = f", about {duration(total)}" if count and total is not None else ""
+    if count and document["expected_seconds"] is not None:
+        closing += f", about {duration(document['expected_seconds'])}"
+    if count and document["expected_bytes"] is not None:
+        closing += f", about {size(document['expected_bytes'])} of the {size(document['free_bytes'])} free"
     return Group(
         table("arm", "stage", "state", "about", "why", rows=rows, right={"about"}, whole={"arm", "stage", "state"}),
         Text(""),
-        line(closing + about),
+        line(closing),
+        *(line(f"warning: {warning}", "bold yellow") for warning in document["warnings"]),
         *(line(f"note: {note}") for note in document["notes"]),
     )
 

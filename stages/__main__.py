@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from sievit.pipeline import options
 from sievit.pipeline.cli import execute
-from sievit.pipeline.cli_run import run_part, run_stage
+from sievit.pipeline.cli_stage import Asked, run_part, run_stage, with_stage_options
 from sievit.pipeline.console import results_only
 from sievit.pipeline.errors import Interrupted, SievitError, Terminated, UsageError
-from sievit.pipeline.progress import choose
-from sievit.pipeline.session import DEFAULT_PIPELINE, session_of, store_of
+from sievit.pipeline.session import session_of
 from sievit.pipeline.settings import LaunchConfig
 from sievit.pipeline.team import Team, follow
 
 from . import adopt, benchmark, export, finetune, matrix, prune, quantize, sensitivity, ticket, train
 from .compare import compare
 from .deploy.providers import Provider
+from .doctor import doctor
 from .importances import Importance, Judging
+from .init import init
 from .methods import InvalidInput
 from .pack import pack
 from .predict import predict
@@ -67,27 +67,18 @@ def _on_files(name: str, metavar: str, text: str, *, least: int | None = None) -
 
 def measure(
     context: typer.Context,
+    asked: Asked,
     *,
-    pipeline: options.Pipeline = DEFAULT_PIPELINE,
     onnx: Annotated[list[Path], _on_files("--onnx", "FILE", "a file to measure")],
     provider: Annotated[list[str], _on_files("--provider", "|".join(PROVIDERS), "default cpu")],
     batch: Annotated[list[int], _on_files("--batch", "N", "images at once; default 1", least=1)],
     threads: Annotated[list[int], _on_files("--threads", "N", "CPU threads; default 1", least=1)],
-    set_: options.Set,
-    arm: options.StageArm = "main",
-    input_: options.Input,
-    force: options.Force = False,
-    wait: options.Wait = 0.0,
-    store: options.StoreFolder = None,
-    quiet: options.Quiet = False,
-    json: options.Json = False,
-    debug: options.Debug = False,
 ) -> None:
     session = session_of(context)
     if onnx:
         from sievit.pipeline import views
 
-        if set_ or input_ or force or store is not None or arm != "main":
+        if asked.overrides or asked.inputs or asked.force or asked.folder is not None or asked.arm != "main":
             raise UsageError(
                 "--set, --arm, --input, --force and --store do not go with --onnx",
                 hint="a file is measured by itself: --provider, --batch and --threads say how",
@@ -101,7 +92,7 @@ def measure(
                 tuple(provider) or ("cpu",),
                 tuple(batch) or (1,),
                 tuple(threads) or (1,),
-                progress=choose(quiet=quiet, silent=json),
+                progress=session.display(asked.quiet),
             )
         session.console.result(measured, views.measurement)
         return
@@ -110,24 +101,13 @@ def measure(
             "--provider, --batch and --threads go with --onnx",
             hint="in a pipeline: --set 'benchmark.providers=[cpu]' --set 'benchmark.batch_sizes=[1, 8]'",
         )
-    run_stage(
-        session,
-        benchmark.STAGE,
-        pipeline,
-        overrides=set_,
-        arm=arm,
-        inputs=input_,
-        force=force,
-        wait_s=wait,
-        store=store_of(store, pipeline),
-        quiet=quiet,
-    )
+    run_stage(session, benchmark.STAGE, asked)
 
 
 def measure_sensitivity(
     context: typer.Context,
+    asked: Asked,
     *,
-    pipeline: options.Pipeline = DEFAULT_PIPELINE,
     seconds: Annotated[
         float | None,
         typer.Option(
@@ -152,15 +132,6 @@ def measure_sensitivity(
             max=0.95,
         ),
     ],
-    set_: options.Set,
-    arm: options.StageArm = "main",
-    input_: options.Input,
-    force: options.Force = False,
-    wait: options.Wait = 0.0,
-    store: options.StoreFolder = None,
-    quiet: options.Quiet = False,
-    json: options.Json = False,
-    debug: options.Debug = False,
 ) -> None:
     """Measure what each axis of each block loses when it alone is cut.
 
@@ -178,20 +149,7 @@ def measure_sensitivity(
     fractions = tuple(sorted(set(fraction), reverse=True))
     config = partial(_sensitivity_config, importance=importance, seconds=seconds, fractions=fractions)
     session = session_of(context)
-    document = run_part(
-        session,
-        sensitivity.STAGE,
-        config,
-        pipeline,
-        of=prune.STAGE.name,
-        overrides=set_,
-        arm=arm,
-        inputs=input_,
-        force=force,
-        wait_s=wait,
-        store=store_of(store, pipeline),
-        quiet=quiet,
-    )
+    document = run_part(session, sensitivity.STAGE, config, asked, of=prune.STAGE.name)
     session.console.result(document, views.sensitivity)
 
 
@@ -211,8 +169,11 @@ def _sensitivity_config(
     return sensitivity.SensitivityConfig(judging=Judging(**judging), effort=sensitivity.Effort(**effort))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"benchmark": measure, "sensitivity": measure_sensitivity}
-HAND_OVER = {"Hand over": (pack, predict, compare)}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "benchmark": with_stage_options(measure),
+    "sensitivity": with_stage_options(measure_sensitivity),
+}
+FURTHER = {"Hand over": (pack, predict, compare), "Set up": (init, doctor)}
 
 
 def main() -> int:
@@ -240,7 +201,7 @@ def main() -> int:
 
 
 def _command(arguments: list[str], team: Team) -> int:
-    return execute(STAGES, (InvalidInput,), arguments, commands=COMMANDS, further=HAND_OVER, team=team)
+    return execute(STAGES, (InvalidInput,), arguments, commands=COMMANDS, further=FURTHER, team=team)
 
 
 def _start(arguments: list[str], launch: LaunchConfig, device: str) -> int:

@@ -15,7 +15,7 @@ from sievit.pipeline.cli import execute
 from sievit.pipeline.records import NodeRecord, RunRecord
 from sievit.pipeline.settings import DataConfig
 from sievit.pipeline.store import Artifact, Store
-from sievit.stages.__main__ import COMMANDS, HAND_OVER, STAGES
+from sievit.stages.__main__ import COMMANDS, FURTHER, STAGES
 from sievit.stages.methods import InvalidInput
 
 DIGITS = tuple("0123456789")
@@ -47,7 +47,7 @@ class Sievit:
 
     def __call__(self, *arguments: str) -> Answer:
         self.capsys.readouterr()
-        code = execute(STAGES, (InvalidInput,), arguments, commands=COMMANDS, further=HAND_OVER)
+        code = execute(STAGES, (InvalidInput,), arguments, commands=COMMANDS, further=FURTHER)
         return Answer(code, *self.capsys.readouterr())
 
 

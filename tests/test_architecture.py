@@ -22,12 +22,14 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 OUTPUT = {"--json", "--debug"}
-STAGE = {"PIPELINE", "--set", "--arm", "--input", "--force", "--wait", "--store", "--quiet", *OUTPUT}
+LIVE = {"--quiet", "--json-lines", *OUTPUT}
+STAGE = {"PIPELINE", "--set", "--arm", "--input", "--force", "--wait", "--store", *LIVE}
 OPTIONS: dict[str, set[str]] = {  # of every command, as a user writes them; "" is `sievit` itself
     "": {"--version", "--json", "--install-completion", "--show-completion"},
-    "run": {"PIPELINE", "--set", "--arm", "--only", "--until", "--force", "--wait", "--store", "--quiet", *OUTPUT},
+    "run": {"PIPELINE", "--set", "--arm", "--only", "--until", "--force", "--wait", "--store", *LIVE},
     "plan": {"PIPELINE", "--set", "--store", *OUTPUT},
-    "init": {"TARGET", "--data", "--model", "--force", *OUTPUT},
+    "init": {"WHERE", "--data", "--model", "--target", "--device", "--yes", "--force", *OUTPUT},
+    "doctor": {"--store", *OUTPUT},
     "schema": OUTPUT,
     "ticket": STAGE,
     "train": STAGE,
@@ -131,7 +133,7 @@ def test_the_options_of_every_command_are_these_and_no_others() -> None:
     from sievit.pipeline.cli import build_app
     from sievit.stages import __main__ as composition
 
-    more = {"commands": composition.COMMANDS, "further": composition.HAND_OVER}
+    more = {"commands": composition.COMMANDS, "further": composition.FURTHER}
     assert options_of(build_app(composition.STAGES, **more)) == OPTIONS
     for name in OPTIONS:  # a command that is built alone is the same command
         if name:
@@ -141,7 +143,7 @@ def test_the_options_of_every_command_are_these_and_no_others() -> None:
 
 def test_every_stage_file_imports_without_a_tensor_library() -> None:
     stages = [path.stem for path in (ROOT / "stages").glob("*.py") if not path.stem.startswith("__")]
-    assert len(stages) == 29
+    assert len(stages) == 33
     program = f"import sys\nfrom sievit.stages import {', '.join(stages)}\nprint(set(sys.modules) & {set(HEAVY)!r})"
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr

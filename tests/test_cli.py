@@ -92,9 +92,7 @@ def test_every_command_explains_itself_in_80_columns(
     from sievit.stages import __main__ as composition
 
     assert (
-        execute(
-            composition.STAGES, (), [command, "--help"], commands=composition.COMMANDS, further=composition.HAND_OVER
-        )
+        execute(composition.STAGES, (), [command, "--help"], commands=composition.COMMANDS, further=composition.FURTHER)
         == 0
     )
     out = capsys.readouterr().out
@@ -169,7 +167,7 @@ row of it.
 # ---- output and exit codes
 
 WITHOUT_A_STORE = [
-    ["ls"], ["plan"], ["schema"], ["verify"], ["gc"], ["--version"], ["init", "other.yaml"], ["explain", "train"],
+    ["ls"], ["plan"], ["schema"], ["verify"], ["gc"], ["--version"], ["explain", "train"],
 ]  # fmt: skip
 WITH_A_STORE = [
     ["run"], ["train"], ["ls"], ["ls", "train"], ["show", "train"], ["explain", "train@2"],
@@ -189,7 +187,6 @@ FAILURES = [
     (2, ["explain", "tran"]),
     (2, ["ls", "tran"]),
     (2, ["verify", "--all", "train@1"]),
-    (2, ["init"]),
     (3, ["run", "nowhere.yaml"]),
     (3, ["plan", "--set", "train.epcohs=3"]),
     (3, ["run", "--set", "train.fail=true"]),
@@ -198,7 +195,6 @@ FAILURES = [
     (3, ["show", "train@@"]),
     (3, ["report"]),
     (3, ["report", "abc"]),
-    (3, ["init", "x", "--data", "nowhere"]),
 ]
 
 
@@ -578,45 +574,7 @@ def test_a_report_can_be_written_again(sievit: Sievit) -> None:
     assert sievit("report", run["run"], "--json").document["report"] == str(page)
 
 
-# ---- init and schema
-
-
-def test_the_starter_plans_as_it_is(sievit: Sievit, folder: Path) -> None:
-    from sievit.stages.__main__ import STAGES as REAL
-
-    (folder / "photos" / "cat").mkdir(parents=True)
-    (folder / "photos" / "cat" / "1.jpg").write_bytes(b"a plan looks at names and bytes only")
-    for target, more in {
-        "a": [],
-        "b/c.yaml": ["--data", "photos", "--model", "vit_small_patch16_224.augreg_in1k"],
-        "d": ["--data", "photos/cat/.."],
-        "e": ["--model", "vit_tiny_patch16_224"],
-    }.items():
-        written = Path(sievit("init", target, *more, "--json").document["path"])
-        planned = sievit("plan", str(written), "--json", stages=REAL)
-        assert planned.code == 0, planned.out
-        assert len(planned.document["stages"]) == ENTRIES
-        assert {"main", "dense", "random"} == {stage["arm"] for stage in planned.document["stages"]}
-
-
-def test_init_never_overwrites_unless_forced(sievit: Sievit, folder: Path) -> None:
-    mine = folder / "pipeline.yaml"
-    before = mine.read_bytes()
-    assert sievit("init").code == 2
-    assert mine.read_bytes() == before
-    assert sievit("init", "--force").code == 0
-    assert mine.read_bytes() != before
-
-
-def test_init_names_data_relative_to_the_file_and_refuses_what_is_not_there(sievit: Sievit, folder: Path) -> None:
-    from sievit.pipeline.spec import load_pipeline
-
-    (folder / "b" / "strange: \"name' é").mkdir(parents=True)
-    assert sievit("init", "b", "--data", "b/strange: \"name' é").code == 0
-    assert load_pipeline(folder / "b" / "pipeline.yaml", STAGES).data.source == "strange: \"name' é"
-    refused = sievit("init", "c", "--data", "nowhere")
-    assert refused.code == 3
-    assert not (folder / "c").exists()
+# ---- schema
 
 
 def test_the_schema_is_json_with_or_without_json(sievit: Sievit) -> None:
@@ -743,15 +701,3 @@ def test_a_stopped_run_says_how_to_go_on_and_goes_on(number: signal.Signals, cod
     out, _ = again.communicate(timeout=60)
     assert again.returncode == 0
     assert json.loads(out)["metrics"]["resumed_at"] >= 1
-
-
-def test_the_starter_for_digits_is_the_projects_own_pipeline(tmp_path: Path) -> None:
-    from sievit.pipeline.spec import load_pipeline
-    from sievit.pipeline.starter import write_starter
-    from sievit.stages.__main__ import STAGES as REAL
-
-    written = load_pipeline(write_starter(tmp_path), REAL)
-    shipped = load_pipeline(Path(__file__).parents[1] / "pipeline.yaml", REAL)
-    assert (written.data, written.model, written.gates) == (shipped.data, shipped.model, shipped.gates)
-    for name, arm in shipped.arms.items():
-        assert [(e.name, e.config) for e in written.arms[name].entries] == [(e.name, e.config) for e in arm.entries]

@@ -6,14 +6,17 @@ import io
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from sievit.pipeline import host
 from sievit.pipeline.bars import Bars
-from sievit.pipeline.progress import Display, Lines, Notebook, Quiet, Silent, choose, duration
+from sievit.pipeline.progress import Display, Ending, Lines, Notebook, Quiet, Silent, choose, duration
 
 
 class Terminal(io.StringIO):
@@ -21,16 +24,19 @@ class Terminal(io.StringIO):
         return True
 
 
+TRAIN, PRUNE = ("main", "train"), ("main", "prune")
+
+
 def tell(display: Display) -> None:
-    with display.run(2):
-        display.begin(1, "main/train")
+    with display.run([TRAIN, PRUNE], {TRAIN: 60.0}):
+        display.begin(1, TRAIN)
         with display.task("epochs", 3) as task:
             for loss in (3.0, 2.0, 1.0):
                 task.advance(1, loss=loss)
         display.note("a note")
         display.warn("a warning")
-        display.end(1, "main/train", "train@7", 75.0)
-        display.end(2, "main/prune", "prune@1 (cached)", 0.0)
+        display.end(1, TRAIN, Ending("done", 75.0, "train@7"))
+        display.end(2, PRUNE, Ending("cached", 0.0, "prune@1"))
 
 
 def test_a_log_gets_plain_lines() -> None:
@@ -81,14 +87,15 @@ def test_a_long_note_goes_on_below_its_beginning_and_breaks_no_word(monkeypatch:
     monkeypatch.setenv("COLUMNS", "60")
     stream = Terminal()
     display = Bars(stream, colour=False)
-    with display.run(12):
-        display.begin(3, "main/quantize")
+    places = [("main", f"stage{number}") for number in range(11)] + [("main", "quantize")]
+    with display.run(places, {}):
+        display.begin(3, ("main", "quantize"))
         display.note("the measuring threads had a core for 37% of the time")
         lines = [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).splitlines()]
-    column = len("  3/12  ") + 24 + 2
+    column = len("  3/12  main/quantize  ")
     (first,) = [number for number, line in enumerate(lines) if "the measuring" in line]
-    assert lines[first] == "  3/12  main/quantize".ljust(column) + "the measuring threads had"
-    assert lines[first + 1] == " " * column + "a core for 37% of the time"
+    assert lines[first] == "  3/12  main/quantize  the measuring threads had a core for"
+    assert lines[first + 1] == " " * column + "37% of the time"
 
 
 @pytest.mark.parametrize(
@@ -120,6 +127,87 @@ def test_no_color_takes_the_colours_of_the_bars(monkeypatch: pytest.MonkeyPatch)
     assert colour.search(coloured.getvalue()) and not colour.search(plain.getvalue())
 
 
+ENTRIES = ("ticket", "train", "prune", "finetune", "export", "quantize")
+
+
+@contextmanager
+def under_way(
+    arms: int = 2, *, expected: float | None = 60.0, stream: Terminal | None = None
+) -> Iterator[tuple[Bars, list[float]]]:
+    """A run in which ticket of the first arm is done, and train works since 20 s and warned. Yields its clock too."""
+    now = [0.0]
+    display = Bars(stream or Terminal(), colour=False, clock=lambda: now[0])
+    places = [(f"arm{arm}", entry) for arm in range(arms) for entry in ENTRIES]
+    with display.run(places, dict.fromkeys(places, expected)):
+        display.begin(1, places[0])
+        display.end(1, places[0], Ending("done", 60.0, "ticket@1"))
+        display.begin(2, places[1])
+        display.warn("3 broken images")
+        now[0] = 20.0
+        yield display, now
+
+
+def shown(display: Bars) -> list[str]:
+    """The lines of the live part, spaces at their ends left out."""
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(display.screen())
+    return [line.rstrip() for line in stream.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_tree_shows_every_stage_of_every_arm_and_leaves_room_for_what_a_terminal_echoes(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    with under_way() as (display, _):
+        lines = shown(display)
+    assert max(map(len, lines)) <= width - 3, "^C and a space"
+    words = " ".join(" ".join(lines).split())
+    states = "✓ ticket ▸ train · prune · finetune · export · quantize"
+    assert f"arm0 {states}" in words
+    assert f"arm1 {states.replace('✓', '·').replace('▸', '·')}" in words
+    assert "1 warning above: arm0/train" in words
+    assert "1/12" in words
+
+
+def test_a_terminal_without_the_signs_gets_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(Terminal):
+        encoding = "ascii"  # type: ignore[assignment]
+
+    monkeypatch.setenv("COLUMNS", "80")
+    with under_way(stream=Plain()) as (display, _):
+        words = " ".join(" ".join(shown(display)).split())
+    assert "arm0 + ticket > train . prune" in words
+
+
+def test_of_many_arms_those_around_the_working_one_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "20")
+    with under_way(arms=30) as (display, _):
+        first = shown(display)
+        display.begin(91, ("arm15", "train"))
+        lines = shown(display)
+    assert max(len(first), len(lines)) <= 20
+    assert first[0].startswith("arm0 ")
+    assert any(re.fullmatch(r" +\d+ arms after", line) for line in first)
+    assert any(line.startswith("arm15") and "▸ train" in line for line in lines)
+    left_out = [int(count) for count in re.findall(r"(\d+) arms (?:before|after)", "\n".join(lines))]
+    assert len(left_out) == 2
+    assert sum(left_out) + sum(line.startswith("arm") for line in lines) == 30
+
+
+def test_what_is_left_is_what_earlier_runs_took_less_what_has_gone() -> None:
+    with under_way(arms=1) as (display, now):
+        assert display.left() == 60.0 * 5 - 20.0
+        now[0] = 100.0
+        assert display.left() == 60.0 * 4, "a stage that takes longer than expected is about to end"
+        display.end(2, ("arm0", "train"), Ending("done", 100.0, "train@1"))
+        display.end(3, ("arm0", "prune"), Ending("cached", 0.0, "prune@1"))
+        assert display.left() == 60.0 * 3
+    with under_way(expected=None) as (display, _):
+        assert display.left() is None
+
+
 NASTY = "a[red]b[/red]\x1b[31mc\nd\te\u202ef\x00g\udcff"
 
 
@@ -127,13 +215,13 @@ def test_names_cannot_steer_the_terminal() -> None:
     log, terminal = io.StringIO(), Terminal()
     displays: list[tuple[Display, io.StringIO]] = [(Lines(log), log), (Bars(terminal, colour=False), terminal)]
     for display, stream in displays:
-        with display.run(1):
-            display.begin(1, NASTY)
+        with display.run([(NASTY, NASTY)], {}):
+            display.begin(1, (NASTY, NASTY))
             with display.task(NASTY, 1) as task:
                 task.advance(1, **{NASTY: 1.0})
             display.note(NASTY)
             display.warn(NASTY)
-            display.end(1, NASTY, NASTY, 0.0)
+            display.end(1, (NASTY, NASTY), Ending("done", 0.0, NASTY))
         text = stream.getvalue()
         assert "\x1b[31m" not in text and "\u202e" not in text and "\x00" not in text and "c\nd" not in text
         assert text.count("a[red]b[/red]") >= 3

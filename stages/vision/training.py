@@ -124,7 +124,8 @@ def fit(
             be like the last: on whole images, with the last tokens, all masks in place.
         checkpoint: a file to resume from if it is there, and to write to at least every checkpoint_seconds and at
             each epoch's end.
-        tick: called after each step with the nominal steps gone since the last (clock.py) and with values to show.
+        tick: called after each step, and each epoch that was judged, with the nominal steps gone since the last
+            (clock.py) and with values to show.
         sharding: how several processes hold the network: ddp, each the whole of it; fsdp2, a part of it each.
     Raises: InvalidInput when the loss is not finite, with the step; for a batch that cannot be divided among the
     processes.
@@ -175,6 +176,8 @@ def fit(
             if clock.within and run.due(checkpoint_seconds):
                 run.save()
         run.end_epoch(judge, after_epoch, keep_epochs)
+        if judge is not None:
+            tick(0, {"top1": run.curve[-1]["top1_calibration"]})
         run.save()
     kept = step.kept
     step.masks.settle(kept)
