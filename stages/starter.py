@@ -26,6 +26,7 @@ SMALL_SIDES = (
 FEW, SOME = 2_500, 25_000  # training images: up to these, small and middling batches
 TEST_FRACTION, CALIBRATION = 0.25, 0.1  # what the data block sets aside when it says nothing
 ERROR = 0.025  # of the answers, where a gate needs an idea of the standard error
+PACKED = "A Swin sees the other patches blanked; `mosaic` saves their time for a keep whose patches fill a square."
 UNTIL = {
     "macs": "this fraction of the multiply-accumulates is left",
     "params": "this fraction of the parameters is left",
@@ -118,10 +119,10 @@ def starter(name: str, wish: Wish, census: Census | None = None) -> str:
         data=", ".join(f"{key}: {value}" for key, value in data.items()),
         model=model,
         patches=0.75 if wish.plain_digits else 0.5,
-        proxy=f", proxy: {{epochs: 4{recipe}}}" if recipe else "",
-        pace=pace,
+        proxy=_proxy(wish, recipe),
+        pace=pace + (f"\n  # {PACKED}" if _is_swin(wish.model) else ""),
         epochs=epochs,
-        packing=", patches: mosaic" if _is_swin(wish.model) else "",
+        packing=", patches: zero" if _is_swin(wish.model) else "",
         recipe=recipe,
         until=UNTIL[target.kind],
         target=f"{target.kind}: {target.asked:g}",
@@ -184,6 +185,13 @@ def _pace(wish: Wish, census: Census | None) -> tuple[int, int, str, str]:
     if why:
         pace += f" Batches of {batch}: {why}."
     return epochs, max(2, epochs // 2), f", batch_size: {batch}{flip}", pace
+
+
+def _proxy(wish: Wish, recipe: str) -> str:
+    """The short runs that score images; a Swin ranks no patches, and another network's tickets are taken."""
+    ranker = [f"model: {{name: {PHOTO_MODEL}}}"] if _is_swin(wish.model) else []
+    settings = [*ranker, *([f"epochs: 4{recipe}"] if recipe else [])]
+    return f", proxy: {{{', '.join(settings)}}}" if settings else ""
 
 
 def _gate(wish: Wish, census: Census | None) -> tuple[float, str]:
