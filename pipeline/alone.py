@@ -57,6 +57,7 @@ def _override(inputs: Inputs, plan: Plan, node: Node, store: Store, role: str, t
             raise InputError(
                 f"{artifact.ref} holds {writes}, but {node.stage.name} reads {reads.kind} as {role!r}",
                 where=f"--input {role}={text}",
+                hint=f"name one that holds {reads.kind}: `sievit ls` lists them",
             )
         made_by = (str(artifact.manifest.get("arm")), str(artifact.manifest.get("entry")))
         add(inputs, role, artifact, made_by, plan, many=many)

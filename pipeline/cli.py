@@ -110,7 +110,8 @@ def execute(
         if left:
             return BROKEN_PIPE
         console.json = console.events = False  # there is no stdout for a document
-        return console.close(SievitError(f"the output cannot be written: {error}"))
+        hint = "free some space, or write elsewhere"
+        return console.close(SievitError(f"the output cannot be written: {error}", hint=hint))
     return code
 
 
@@ -135,27 +136,31 @@ def _invoke(
     except typer.TyperException as error:  # a wrong option, command or value
         return console.close(_usage(error))
     except typer.Abort:
-        return console.close(Interrupted("nothing was done"))
+        return console.close(Interrupted("nothing was done", hint="run the same command again"))
     except invalid_input as error:
         return console.close(input_error(error))
     except OSError as error:
         if error.filename is None:  # not about a file: stdout
             raise
-        return console.close(InputError(error.strerror or str(error), where=str(error.filename)))
+        hint = "see that it is there and that this user may read and write it"
+        return console.close(InputError(error.strerror or str(error), where=str(error.filename), hint=hint))
     except Exception as error:
         hint = "" if console.debug else "--debug shows the traceback; please report it"
         unexpected = SievitError(f"unexpected {type(error).__name__}: {error}", hint=hint)
         unexpected.__cause__ = error
         return console.close(unexpected)
     if code == Interrupted.exit_code:  # Typer's answer to Ctrl-C
-        return console.close(Interrupted("stopped by Ctrl-C"))
+        return console.close(Interrupted("stopped by Ctrl-C", hint="run the same command again"))
     return code or console.close()
 
 
 def _usage(error: typer.TyperException) -> UsageError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "sievit"
-    return UsageError(error.format_message(), hint=f"{path} --help")
+    message = error.format_message()
+    # What a shell makes of --set prune.target={macs: 0.5} without quotes.
+    quoted = "quote a value with spaces: --set 'prune.target={macs: 0.5}'; " if "unexpected extra" in message else ""
+    return UsageError(message, hint=f"{quoted}{path} --help")
 
 
 def _sievit(

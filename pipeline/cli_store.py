@@ -319,7 +319,7 @@ def gc(
             raise UsageError("gc removes files, and nobody can be asked", hint="--yes removes, --dry-run only looks")
         session.console.stderr.print(views_store.collection(_collected(place, planned, dry_run=True)))
         if not typer.confirm("remove these?", err=True):
-            raise SievitError("nothing was removed")
+            raise SievitError("nothing was removed", hint="--dry-run looks without asking, --yes removes without")
     done = planned if dry_run or not planned else sweep(dry_run=False)
     document = _collected(place, done, dry_run=dry_run) | {
         "artifacts": len(sound) + len(unreadable),

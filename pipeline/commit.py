@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import manifest as manifests
-from .errors import SievitError
+from .errors import STAGES_FAULT, SievitError
 
 READ_ONLY = 0o444
 
@@ -94,7 +94,9 @@ def payload_files(folder: Path) -> dict[str, Path]:
             found[path.relative_to(folder).as_posix()] = path
         elif not stat.S_ISDIR(mode):
             kind = "a symbolic link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
-            raise SievitError(f"the stage left {path.name!r}, which is {kind}: only plain files can be kept")
+            raise SievitError(
+                f"the stage left {path.name!r}, which is {kind}: only plain files can be kept", hint=STAGES_FAULT
+            )
     return found
 
 
@@ -102,9 +104,11 @@ def seal(folder: Path, disk: Disk) -> dict[str, dict[str, Any]]:
     """Sync, protect and hash every payload file of a folder: the manifest's `files`."""
     found = payload_files(folder)
     if manifests.NAME in found:
-        raise SievitError(f"the stage left a file named {manifests.NAME}, a name the engine needs for itself")
+        raise SievitError(
+            f"the stage left a file named {manifests.NAME}, a name the engine needs for itself", hint=STAGES_FAULT
+        )
     if all(manifests.is_figure(name) for name in found):
-        raise SievitError("the stage ended without leaving a file: there is nothing to keep")
+        raise SievitError("the stage ended without leaving a file: there is nothing to keep", hint=STAGES_FAULT)
     sealed: dict[str, dict[str, Any]] = {}
     for name, path in found.items():
         disk.sync(path)

@@ -86,7 +86,8 @@ def contents(path: Path) -> bytes:
         raise SpecError("no such file", where=str(path), hint=hint) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise SpecError(f"the file cannot be read: {reason}", where=printable(str(path))) from None
+        where = printable(str(path))
+        raise SpecError(f"the file cannot be read: {reason}", where=where, hint="give this user the right to") from None
 
 
 def decode(data: bytes, name: str) -> Source:

@@ -19,6 +19,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import ClassVar
 
+STAGES_FAULT = "this is a fault of the stage rather than of your settings; --debug shows the traceback"
+
 
 class SievitError(Exception):
     """Base of all errors that a user is meant to read. Printed without a traceback."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import host, records
 from .energy import Meter
-from .errors import InputError, Interrupted, SievitError, Terminated
+from .errors import STAGES_FAULT, InputError, Interrupted, SievitError, Terminated
 from .manifest import FIGURES, canonical
 from .plan import part_of
 from .progress import Notebook
@@ -190,7 +190,10 @@ def _write_figures(figures: Sequence[Figure], out: Path) -> list[dict[str, str]]
     for figure in figures:
         file = f"{FIGURES}/{figure.name}.svg"
         if not _FIGURE_NAME.fullmatch(figure.name) or any(one["file"] == file for one in described):
-            raise SievitError(f"the stage named a figure {figure.name!r}: names are plain file stems, each used once")
+            raise SievitError(
+                f"the stage named a figure {figure.name!r}: names are plain file stems, each used once",
+                hint=STAGES_FAULT,
+            )
         path = out / file
         path.parent.mkdir(exist_ok=True)
         path.write_text(figure.svg, encoding="utf-8")
@@ -203,7 +206,7 @@ def _plain(values: dict[str, Any], name: str) -> dict[str, Any]:
     try:
         canonical(values)
     except (TypeError, ValueError) as error:
-        raise SievitError(f"the stage's {name} are no plain JSON values: {error}") from error
+        raise SievitError(f"the stage's {name} are no plain JSON values: {error}", hint=STAGES_FAULT) from error
     return values
 
 
@@ -230,8 +233,7 @@ def readable(node: Node, setting: Setting, draft: Draft) -> Iterator[None]:
         if _disk_is_full(error):
             raise SievitError(_no_space(draft), where=at, hint=f"free some space, then {resume}") from error
         kind = type(error).__name__
-        hint = "this is a fault of the stage rather than of your settings; --debug shows the traceback"
-        raise SievitError(f"{at} failed with {kind}: {error}", where=at, hint=hint) from error
+        raise SievitError(f"{at} failed with {kind}: {error}", where=at, hint=STAGES_FAULT) from error
 
 
 def _resume(node: Node, setting: Setting) -> str:

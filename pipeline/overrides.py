@@ -121,7 +121,7 @@ def _set(node: Node, override: Override, depth: int) -> Node:
     if node.value is not None and not isinstance(node.value, dict):
         kind = "a list is set as a whole" if isinstance(node.value, tuple) else "it has no fields to set"
         done = ".".join(override.path[:depth]).removeprefix("stages.")
-        raise located(f"'{done}' is {describe(node)}; {kind}", span)
+        raise located(f"'{done}' is {describe(node)}; {kind}", span, f"write --set '{done}=...'")
     inner = node.mapping.get(name, Node(None, span))
     keys = node.keys if isinstance(node.value, dict) else {}
     return Node({**node.mapping, name: _set(inner, override, depth + 1)}, node.span, {**keys, name: span})

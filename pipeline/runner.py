@@ -194,7 +194,8 @@ def select(
 
     wanted = {place(node) for node in plan.nodes if asked(node)}
     if not wanted:
-        raise UsageError(f"no arm of {', '.join(arms)} has a stage {', '.join(sorted(named))}")
+        message = f"no arm of {', '.join(arms)} has a stage {', '.join(sorted(named))}"
+        raise UsageError(message, hint="`sievit plan` shows the stages of every arm")
     needed = set(wanted)
     for node in reversed(plan.nodes):
         if place(node) in needed:

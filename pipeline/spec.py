@@ -39,6 +39,7 @@ TOP_KEYS = ("name", "seed", "seeds", "device", "launch", "data", "model", "stage
 RESERVED = ("name", "seed", "seeds", "data", "model", "device", "launch", "arms", "gates", "stages", "main", "runs")
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 NAME_RULE = "lower-case letters, digits, '.', '_' and '-', a letter or digit first, at most 64"
+NEEDS = "write the name of an earlier stage, or a list of them, each once"
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
@@ -47,14 +48,14 @@ class _Header(Config):
     name: str = "pipeline"
     seed: Seed = 0
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is a GPU")
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
         if self.seeds is not None and "seed" in self.model_fields_set:
             raise ValueError("seeds: contradicts 'seed'; give one of the two")
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: names a seed twice")
+            raise ValueError("seeds: names a seed twice; give each once")
         return self
 
 
@@ -246,9 +247,11 @@ class _Reader:
         for item in (given.items if isinstance(given.value, tuple) else (given,)) if given is not None else ():
             if not isinstance(item.value, str):
                 message = f"{path}.needs must be a stage of this pipeline or a list of them, got {describe(item)}"
-                faults.append(Fault((name, "needs"), located(message, key if item.empty else item.span)))
+                faults.append(Fault((name, "needs"), located(message, key if item.empty else item.span, NEEDS)))
             elif item.value in needs:
-                faults.append(Fault((name, "twice"), located(f"{path}.needs names '{item.value}' twice", item.span)))
+                faults.append(
+                    Fault((name, "twice"), located(f"{path}.needs names '{item.value}' twice", item.span, NEEDS))
+                )
             else:
                 needs.append(item.value)
         own = {k: v for k, v in node.mapping.items() if k not in ("uses", "needs")}

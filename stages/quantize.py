@@ -266,7 +266,7 @@ def _speeds(ctx: Context, config: QuantizeConfig, source: Bundle, candidates: Se
     try:
         results = measure(subjects, settings, plan, ctx.progress)
     except ChildFailed as error:
-        raise SievitError(str(error), where=str(source.path)) from error
+        raise SievitError(str(error), where=str(source.path), hint="`sievit doctor` tells what works here") from error
     ctx.metrics |= host_state(before, results, settings, ctx.progress)
     first = results["fp32", settings[0]].slots
     noise = noise_factor(ratio_interval(first, results[TWIN, settings[0]].slots))

@@ -346,7 +346,10 @@ def _check_agreement(signature: Signature, sidecar: Sidecar, path: Path) -> None
         )
     classes = signature.output_shape[-1] if signature.output_shape else None
     if classes is not None and sidecar.classes and classes != len(sidecar.classes):
-        raise InvalidInput(f"{path} has {classes} scores an image, its sidecar names {len(sidecar.classes)} classes")
+        raise InvalidInput(
+            f"{path} has {classes} scores an image, its sidecar names {len(sidecar.classes)} classes",
+            "take both from the same artifact",
+        )
 
 
 def _opset(model: onnx.ModelProto) -> int:

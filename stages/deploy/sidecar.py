@@ -17,6 +17,7 @@ from typing import Any
 from ..methods import InvalidInput
 
 SCHEMA = 1
+AGAIN = "mend it, or take the sidecar that `export` wrote beside the file"
 LAYOUTS = ("NCHW", "NHWC")
 DTYPES = ("float32", "float16", "uint8")
 RESIZES = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -112,7 +113,7 @@ def _parse(raw: object, path: Path) -> Sidecar:
             f"layout is one of {', '.join(LAYOUTS)}, dtype one of {', '.join(DTYPES)}",
         )
     if layout == "NHWC" and dtype != "uint8":
-        raise InvalidInput(f"{path}: layout NHWC is that of raw pixels, dtype uint8, not of {dtype}")
+        raise InvalidInput(f"{path}: layout NHWC is that of raw pixels, dtype uint8, not of {dtype}", AGAIN)
     preprocessing = parse_preprocessing(fields.value("preprocessing"), f"{path}: preprocessing")
     if fields.text("preprocessing_sha256", preprocessing.sha256) != preprocessing.sha256:
         raise InvalidInput(
@@ -143,13 +144,13 @@ def parse_preprocessing(raw: object, where: str) -> Preprocessing:
     mean, std = _floats(fields, "mean"), _floats(fields, "std")
     size, crop_pct = int(fields.number("size")), float(fields.number("crop_pct", 1.0))
     if resize not in RESIZES:
-        raise InvalidInput(f"{where}: resize {resize!r} is not one of {', '.join(RESIZES)}")
+        raise InvalidInput(f"{where}: resize {resize!r} is not one of {', '.join(RESIZES)}", AGAIN)
     if crop not in CROPS:
-        raise InvalidInput(f"{where}: crop {crop!r} is not one of {', '.join(CROPS)}")
+        raise InvalidInput(f"{where}: crop {crop!r} is not one of {', '.join(CROPS)}", AGAIN)
     if len(mean) != len(std) or len(mean) not in (1, 3) or min(std) <= 0:
-        raise InvalidInput(f"{where}: mean and std need 1 or 3 numbers each, and std more than 0")
+        raise InvalidInput(f"{where}: mean and std need 1 or 3 numbers each, and std more than 0", AGAIN)
     if size < 1 or not 0 < crop_pct <= 1:
-        raise InvalidInput(f"{where}: size must be at least 1 and crop_pct in (0, 1]")
+        raise InvalidInput(f"{where}: size must be at least 1 and crop_pct in (0, 1]", AGAIN)
     return Preprocessing(
         size=size,
         scale=float(fields.number("scale", 1 / 255)),
@@ -164,7 +165,7 @@ def parse_preprocessing(raw: object, where: str) -> Preprocessing:
 def _floats(fields: _Fields, name: str) -> tuple[float, ...]:
     values = fields.items(name)
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        raise InvalidInput(f"{fields.where}: {name} must be a list of numbers")
+        raise InvalidInput(f"{fields.where}: {name} must be a list of numbers", AGAIN)
     return tuple(float(value) for value in values)
 
 
@@ -173,30 +174,30 @@ class _Fields:
 
     def __init__(self, raw: object, where: str) -> None:
         if not isinstance(raw, Mapping):
-            raise InvalidInput(f"{where}: expected an object")
+            raise InvalidInput(f"{where}: expected an object", AGAIN)
         self.fields: Mapping[str, Any] = raw
         self.where = where
 
     def value(self, name: str, default: Any = None) -> Any:
         found = self.fields.get(name, default)
         if found is None:
-            raise InvalidInput(f"{self.where}: {name} is missing")
+            raise InvalidInput(f"{self.where}: {name} is missing", AGAIN)
         return found
 
     def text(self, name: str, default: str | None = None) -> str:
         found = self.value(name, default)
         if not isinstance(found, str):
-            raise InvalidInput(f"{self.where}: {name} must be a text")
+            raise InvalidInput(f"{self.where}: {name} must be a text", AGAIN)
         return found
 
     def number(self, name: str, default: float | None = None) -> float:
         found = self.value(name, default)
         if isinstance(found, bool) or not isinstance(found, int | float):
-            raise InvalidInput(f"{self.where}: {name} must be a number")
+            raise InvalidInput(f"{self.where}: {name} must be a number", AGAIN)
         return found
 
     def items(self, name: str) -> Sequence[Any]:
         found = self.value(name)
         if not isinstance(found, list | tuple):
-            raise InvalidInput(f"{self.where}: {name} must be a list")
+            raise InvalidInput(f"{self.where}: {name} must be a list", AGAIN)
         return found

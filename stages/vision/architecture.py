@@ -28,6 +28,7 @@ from ..methods.cost import (
 from ..methods.windows import Level, pyramid
 
 SCHEMA = 1
+AGAIN = "give the file as Sievit wrote it, or make the artifact again"
 Reduction = Literal["attention", "random", "tome"]
 
 
@@ -235,7 +236,10 @@ class SwinArchitecture:
         """Multiply-accumulates for one image of `side` patches a side (None: the recorded one)."""
         levels = self.levels(side)
         if levels is None:
-            raise InvalidInput(f"{self.model} does not take an image of {side} x {side} patches without padding")
+            raise InvalidInput(
+                f"{self.model} does not take an image of {side} x {side} patches without padding",
+                "give data.image_size that its windows tile",
+            )
         stages = [
             SwinStageWidths(
                 stage.dim,
@@ -263,7 +267,7 @@ def load_architecture(path: Path) -> Architecture | SwinArchitecture:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"{path}: not a readable architecture file ({error})") from error
+        raise InvalidInput(f"{path}: not a readable architecture file ({error})", AGAIN) from error
     if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
         raise InvalidInput(
             f"{path}: not an architecture file of schema {SCHEMA}", "it was written by another version of Sievit"
@@ -275,7 +279,7 @@ def load_architecture(path: Path) -> Architecture | SwinArchitecture:
         if family == "swin":
             return _swin(raw, path)
     except (KeyError, TypeError) as error:
-        raise InvalidInput(f"{path}: {error}") from error
+        raise InvalidInput(f"{path}: {error}", AGAIN) from error
     raise InvalidInput(f"{path}: family {family!r} is not known here", "it was written by another version of Sievit")
 
 
@@ -286,7 +290,7 @@ def _vit(raw: dict[str, Any], path: Path) -> Architecture:
     architecture = Architecture(**raw)
     _check_widths(architecture.blocks, path)
     if architecture.embed < 1 or architecture.classes < 1:
-        raise InvalidInput(f"{path}: embed and classes must be at least 1")
+        raise InvalidInput(f"{path}: embed and classes must be at least 1", AGAIN)
     _check_tokens(architecture, path)
     return architecture
 
@@ -298,10 +302,10 @@ def _swin(raw: dict[str, Any], path: Path) -> SwinArchitecture:
     for stage in architecture.stages:
         _check_widths(stage.blocks, path)
     if min(architecture.classes, architecture.patch, *(min(s.dim, s.window) for s in architecture.stages)) < 1:
-        raise InvalidInput(f"{path}: classes, patch, dim and window must be at least 1")
+        raise InvalidInput(f"{path}: classes, patch, dim and window must be at least 1", AGAIN)
     if architecture.levels() is None:
         raise InvalidInput(
-            f"{path}: windows {list(architecture.windows)} do not tile {architecture.grid[0]} patches a side"
+            f"{path}: windows {list(architecture.windows)} do not tile {architecture.grid[0]} patches a side", AGAIN
         )
     return architecture
 
@@ -313,13 +317,13 @@ def _blocks(raw: Sequence[dict[str, Any]]) -> tuple[Block, ...]:
 def _check_widths(blocks: tuple[Block, ...], path: Path) -> None:
     """Widths that no network can have are refused before timm sees them."""
     if not blocks:
-        raise InvalidInput(f"{path}: there must be at least one block, in every stage of a Swin")
+        raise InvalidInput(f"{path}: there must be at least one block, in every stage of a Swin", AGAIN)
     places = [block.place for block in blocks]
     if places[0] < 0 or sorted(set(places)) != places:
-        raise InvalidInput(f"{path}: places {places} of blocks do not rise from 0 or more")
+        raise InvalidInput(f"{path}: places {places} of blocks do not rise from 0 or more", AGAIN)
     for index, block in enumerate(blocks):
         if min(block.heads, block.qk, block.v, block.mlp) < 1 or not block.scale > 0:
-            raise InvalidInput(f"{path}: block {index} has an impossible width: {block}")
+            raise InvalidInput(f"{path}: block {index} has an impossible width: {block}", AGAIN)
 
 
 def _check_tokens(architecture: Architecture, path: Path) -> None:
@@ -331,6 +335,7 @@ def _check_tokens(architecture: Architecture, path: Path) -> None:
             fits = fits and not drop.fuse and 2 * drop.keep >= left  # matching pairs tokens, so half of them stay
         if not fits or drop.method not in get_args(Reduction):
             raise InvalidInput(
-                f"{path}: token reduction {drop} does not fit {left} patches and {len(architecture.blocks)} blocks"
+                f"{path}: token reduction {drop} does not fit {left} patches and {len(architecture.blocks)} blocks",
+                AGAIN,
             )
         last, left = drop.block, drop.after

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from ..methods import InvalidInput
+from .architecture import AGAIN
 from .example_settings import ExamplePolicy, Swap
 from .mask_settings import MaskSettings, check_masks
 from .recipe import Recipe
@@ -121,7 +122,7 @@ def load(folder: Path) -> Spent | None:
     try:
         return Spent(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise InvalidInput(f"{path}: not a readable record of a training ({error})") from error
+        raise InvalidInput(f"{path}: not a readable record of a training ({error})", AGAIN) from error
 
 
 def passes(steps: int, examples: int, batch: int) -> int:

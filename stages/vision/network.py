@@ -26,7 +26,7 @@ from torch import nn
 
 from ..methods import InvalidInput
 from . import families, swin, vit
-from .architecture import Architecture, SwinArchitecture
+from .architecture import AGAIN, Architecture, SwinArchitecture
 from .swin import Swin
 from .tensors import load_state, read_tensors
 from .vit import ViT
@@ -98,7 +98,7 @@ def rebuild(architecture: Architecture | SwinArchitecture, *, drop_path: float =
         try:
             dense = _of_family(timm.create_model(name, pretrained=False, **kwargs), name, args, classes, size)
         except RuntimeError as error:
-            raise InvalidInput(f"architecture names the model {name!r}: {error}") from error
+            raise InvalidInput(f"architecture names the model {name!r}: {error}", AGAIN) from error
         _check_record(dense.architecture, architecture)
         match dense, architecture:
             case ViT(), Architecture():
@@ -120,14 +120,15 @@ def _check_record(dense: Architecture | SwinArchitecture, architecture: Architec
     for field, value in have.items():
         if stated.get(field) != value:
             raise InvalidInput(
-                f"the architecture record is not that of {dense.model}: {field} {stated.get(field)} for {value}"
+                f"the architecture record is not that of {dense.model}: {field} {stated.get(field)} for {value}", AGAIN
             )
     places = [(stage, block.place) for stage, block in zip(architecture.stage_of, architecture.blocks, strict=True)]
     known = [(stage, block.place) for stage, block in zip(dense.stage_of, dense.blocks, strict=True)]
     beyond = [place for place in places if place not in known]
     if beyond:
         raise InvalidInput(
-            f"architecture names block {beyond[0][1]} of stage {beyond[0][0]}, {dense.model} has {len(known)} blocks"
+            f"architecture names block {beyond[0][1]} of stage {beyond[0][0]}, {dense.model} has {len(known)} blocks",
+            AGAIN,
         )
 
 

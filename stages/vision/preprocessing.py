@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..methods import InvalidInput
+from .architecture import AGAIN
 from .decode import PICTURE
 from .network import Network
 
@@ -82,7 +83,7 @@ def load(folder: Path) -> Preprocessing:
         made = {name: raw.get(name, how) for name, how in PICTURE.items()}
         found = Preprocessing(int(raw["image_size"]), tuple(raw["mean"]), tuple(raw["std"]), tuple(raw["classes"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidInput(f"{path}: not a readable preprocessing record ({error})") from error
+        raise InvalidInput(f"{path}: not a readable preprocessing record ({error})", AGAIN) from error
     if made != PICTURE:
         raise InvalidInput(
             f"{path}: this network learned from pictures made by {made}, here they are made by {PICTURE}",

@@ -239,7 +239,10 @@ def _wrap(dataset: Any, source: str) -> Listing:
     def open_sample(index: int) -> IO[bytes]:
         image = dataset[index][0]
         if not isinstance(image, Image.Image):
-            raise InvalidInput(f"data.source: {source} yields {type(image).__name__}, not images")
+            raise InvalidInput(
+                f"data.source: {source} yields {type(image).__name__}, not images",
+                "name a data set of images, or a folder per class",
+            )
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "BMP")  # uncompressed: the same pixels on the one decoding path
         buffer.seek(0)

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..methods import InvalidInput
+from .architecture import AGAIN
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
@@ -36,7 +37,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             facts = json.loads((file.metadata() or {}).get("facts", "{}"))
             return {name: file.get_tensor(name) for name in names}, facts
     except (SafetensorError, OSError, ValueError) as error:
-        raise InvalidInput(f"{path}: not a readable safetensors file ({error})") from error
+        raise InvalidInput(f"{path}: not a readable safetensors file ({error})", AGAIN) from error
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -50,10 +51,10 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> 
         if name in tensors and tensors[name].shape != own[name].shape
     ]
     if wrong:
-        raise InvalidInput(f"{path}: the weights do not fit the architecture: {'; '.join(wrong[:5])}")
+        raise InvalidInput(f"{path}: the weights do not fit the architecture: {'; '.join(wrong[:5])}", AGAIN)
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
     if bad:
-        raise InvalidInput(f"{path}: {bad[0]} holds NaN or infinity")
+        raise InvalidInput(f"{path}: {bad[0]} holds NaN or infinity", AGAIN)
     module.load_state_dict(dict(tensors))
 
 
