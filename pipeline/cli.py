@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import cli_run, cli_stage, cli_store, manual, options
+from . import cli_run, cli_stage, cli_store, completion, manual, options
 from .console import Console
 from .errors import InputError, Interrupted, SievitError, UsageError
 from .session import Session, input_error
@@ -95,10 +95,12 @@ def execute(
     console = Console(json="--json" in arguments, events="--json-lines" in arguments, debug="--debug" in arguments)
     _open_streams()
     try:
-        alone = arguments[0] if arguments else None
+        alone = completion.command_of() if completion.asked() else arguments[0] if arguments else None
         app = build_app(
             stages, invalid_input, console=console, commands=commands, further=further, alone=alone, team=team
         )
+        if completion.asked():
+            return completion.answer(lambda: typer.main.get_command(app).main(args=[], prog_name="sievit"))
         code = _invoke(app, invalid_input, arguments, console)
         sys.stdout.flush()
     except (OSError, SystemExit) as error:

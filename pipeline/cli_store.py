@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options
+from . import completion, options
 from .console import Document
 from .diagnostics import suggest
 from .errors import InputError, IntegrityError, SievitError, UsageError
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from .stage import Stage
     from .store import Artifact, Store
 
-Ref = Annotated[str, typer.Argument(metavar="REF", help="train, train@latest, train@7 or train@3fa9")]
+Ref = Annotated[
+    str,
+    typer.Argument(metavar="REF", help="train, train@latest, train@7 or train@3fa9", autocompletion=completion.refs),
+]
 
 
 # ---- Inspect
@@ -30,7 +33,10 @@ Ref = Annotated[str, typer.Argument(metavar="REF", help="train, train@latest, tr
 
 def ls(
     context: typer.Context,
-    stage: Annotated[str | None, typer.Argument(metavar="STAGE", help="only this kind", show_default=False)] = None,
+    stage: Annotated[
+        str | None,
+        typer.Argument(metavar="STAGE", help="only this kind", show_default=False, autocompletion=completion.stages),
+    ] = None,
     store: options.StoreFolder = None,
     json: options.Json = False,
     debug: options.Debug = False,
@@ -74,7 +80,14 @@ def show(
 
 def explain(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="STAGE|REF", help="a stage of the pipeline, or an artifact")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="STAGE|REF",
+            help="a stage of the pipeline, or an artifact",
+            autocompletion=completion.stages_and_refs,
+        ),
+    ],
     *,
     pipeline: options.Pipeline = DEFAULT_PIPELINE,
     set_: options.Set,
@@ -155,8 +168,10 @@ def _compared(ref: str | None, changes: tuple[Change, ...]) -> Document:
 
 def diff(
     context: typer.Context,
-    left: Annotated[str, typer.Argument(metavar="LEFT", help="an artifact, as train@1")],
-    right: Annotated[str, typer.Argument(metavar="RIGHT", help="another one")],
+    left: Annotated[
+        str, typer.Argument(metavar="LEFT", help="an artifact, as train@1", autocompletion=completion.refs)
+    ],
+    right: Annotated[str, typer.Argument(metavar="RIGHT", help="another one", autocompletion=completion.refs)],
     store: options.StoreFolder = None,
     json: options.Json = False,
     debug: options.Debug = False,
@@ -221,7 +236,10 @@ def _digests(inputs: Mapping[str, Any]) -> Document:
 
 def report(
     context: typer.Context,
-    run: Annotated[str | None, typer.Argument(metavar="RUN", help="a run's id; default: the newest")] = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN", help="a run's id; default: the newest", autocompletion=completion.runs),
+    ] = None,
     store: options.StoreFolder = None,
     json: options.Json = False,
     debug: options.Debug = False,
@@ -244,7 +262,10 @@ def report(
 def verify(
     context: typer.Context,
     ref: Annotated[
-        str | None, typer.Argument(metavar="REF", help="one artifact; default: all", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="REF", help="one artifact; default: all", show_default=False, autocompletion=completion.refs
+        ),
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="every artifact (the default without REF)")] = False,
     store: options.StoreFolder = None,

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from . import completion
+
 OUTPUT = "Output"
 
 Pipeline = Annotated[Path, typer.Argument(metavar="PIPELINE", help="the pipeline file")]
@@ -21,10 +23,13 @@ Set = Annotated[
         help="set one field, as prune.target.macs=0.4; repeatable",
         default_factory=list,
         show_default=False,
+        autocompletion=completion.settings,
     ),
 ]
-Arm = Annotated[str | None, typer.Option("--arm", metavar="NAME", help="only this arm")]
-StageArm = Annotated[str, typer.Option("--arm", metavar="NAME", help="the arm to run the stage of")]
+Arm = Annotated[str | None, typer.Option("--arm", metavar="NAME", help="only this arm", autocompletion=completion.arms)]
+StageArm = Annotated[
+    str, typer.Option("--arm", metavar="NAME", help="the arm to run the stage of", autocompletion=completion.arms)
+]
 Input = Annotated[
     list[str],
     typer.Option(
@@ -35,8 +40,16 @@ Input = Annotated[
         show_default=False,
     ),
 ]
-Only = Annotated[str | None, typer.Option("--only", metavar="ENTRY", help="this stage alone, on what is there")]
-Until = Annotated[str | None, typer.Option("--until", metavar="ENTRY", help="up to and including this stage")]
+Only = Annotated[
+    str | None,
+    typer.Option(
+        "--only", metavar="ENTRY", help="this stage alone, on what is there", autocompletion=completion.entries
+    ),
+]
+Until = Annotated[
+    str | None,
+    typer.Option("--until", metavar="ENTRY", help="up to and including this stage", autocompletion=completion.entries),
+]
 Force = Annotated[bool, typer.Option("--force", help="run anew what is in the store already")]
 Wait = Annotated[
     float,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from sievit.pipeline import options
+from sievit.pipeline import completion, options
 from sievit.pipeline.console import results_only
 from sievit.pipeline.errors import GateError, InputError, UsageError
 from sievit.pipeline.progress import choose
@@ -32,8 +32,17 @@ PROVIDERS = get_args(Provider)
 
 def compare(
     context: typer.Context,
-    a: Annotated[str, typer.Argument(metavar="A", help="what there was: an arm, a run, an artifact, an .onnx file")],
-    b: Annotated[str, typer.Argument(metavar="B", help="what is to replace it")],
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="what there was: an arm, a run, an artifact, an .onnx file",
+            autocompletion=completion.arms_and_refs,
+        ),
+    ],
+    b: Annotated[
+        str, typer.Argument(metavar="B", help="what is to replace it", autocompletion=completion.arms_and_refs)
+    ],
     *,
     fail_if: Annotated[
         list[str],

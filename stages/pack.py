@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sievit.pipeline import options
+from sievit.pipeline import completion, options
 from sievit.pipeline.session import session_of, written_store
 
 from . import products
@@ -30,7 +30,12 @@ SIDECAR, CLASSES, CARD, PROGRAM = "model.json", "classes.txt", "README.md", "pre
 def pack(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="an arm of the newest run, an artifact, or an .onnx file")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="an arm of the newest run, an artifact, or an .onnx file",
+            autocompletion=completion.arms_and_refs,
+        ),
     ] = "main",
     *,
     output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="where it goes: new, or empty")],

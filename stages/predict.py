@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sievit.pipeline import options
+from sievit.pipeline import completion, options
 from sievit.pipeline.errors import InputError, SievitError
 from sievit.pipeline.session import session_of, written_store
 
@@ -33,7 +33,12 @@ Answer = dict[str, Any]
 def predict(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="a packed folder, an .onnx file, an artifact or an arm")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="a packed folder, an .onnx file, an artifact or an arm",
+            autocompletion=completion.arms_and_refs,
+        ),
     ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="files, and folders of them")],
     *,
