@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .records import RunRecord
     from .store import Store
 
+TO_RUN = ("run", "unknown")  # states of a forecast
+
 
 def run(
     context: typer.Context,
@@ -163,9 +165,10 @@ def plan(
 
     session, place = session_of(context), store_of(store, pipeline)
     planned = session.plan(pipeline, set_)
-    took = earlier(place)
-    stages = [_forecast(each, took_by(each.node, took)) for each in forecast(planned, place)]
-    to_run = [each for each in stages if each["state"] in {"run", "unknown"}]
+    found = forecast(planned, place)
+    took = earlier(place) if any(each.state in TO_RUN for each in found) else {}
+    stages = [_forecast(each, took_by(each.node, took)) for each in found]
+    to_run = [each for each in stages if each["state"] in TO_RUN]
     free = free_bytes(place.root)
     document = {
         "pipeline": planned.spec.name,

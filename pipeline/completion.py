@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 from pydantic import BaseModel
 
+from . import manifest as manifests
+from .errors import SievitError
+
 if TYPE_CHECKING:
     from .document import Node
     from .store import Store
@@ -102,7 +105,16 @@ def _refs(store: Store, incomplete: str) -> Iterator[str]:
         yield from meant
     if len(meant) == 1 or "@" in incomplete:
         for name in meant:
-            yield from (artifact.ref for artifact in reversed(store.artifacts(name)))
+            yield from (f"{name}@{version}" for version in sorted(_versions(store.root / name), reverse=True))
+
+
+def _versions(folder: Path) -> Iterator[int]:
+    """Of the artifacts in a stage's folder. Their manifests are not proven: whoever names one gets it proven."""
+    for path in folder.glob(f"*/{manifests.NAME}"):
+        try:
+            yield int(manifests.read_json(path, manifests.NAME)["version"])
+        except (SievitError, OSError, KeyError, TypeError, ValueError):
+            continue
 
 
 def _settings(context: typer.Context, incomplete: str) -> Iterator[str]:

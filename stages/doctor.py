@@ -15,8 +15,6 @@ from sievit.pipeline import host, options
 from sievit.pipeline.errors import SievitError
 from sievit.pipeline.session import session_of, store_of
 
-from .deploy import isa
-from .deploy.child import Child, ChildFailed
 from .methods import InvalidInput
 
 if TYPE_CHECKING:
@@ -67,6 +65,8 @@ def doctor(
 
         sievit doctor --json
     """
+    from .deploy import isa
+
     session = session_of(context)
     findings = [
         *versions(),
@@ -86,6 +86,8 @@ def doctor(
 
 
 def _ask(command: dict[str, Any]) -> dict[str, Any]:
+    from .deploy.child import Child
+
     # Graphics drivers and torch reserve more address space than there is memory.
     with Child("checkup", command.get("name", command["do"]), package=__package__ or "", limited=False) as child:
         return child.ask(command, WAIT_S)
@@ -133,6 +135,7 @@ def _version(name: str) -> str | None:
 
 def runtimes(ask: Ask) -> Iterator[Finding]:
     """The execution providers, each proven by a tiny file or told how to get it."""
+    from .deploy.child import ChildFailed
     from .deploy.sessions import PROVIDERS
 
     try:
@@ -161,6 +164,8 @@ def runtimes(ask: Ask) -> Iterator[Finding]:
 
 def in_torch(ask: Ask) -> Iterator[Finding]:
     """What stages compute on."""
+    from .deploy.child import ChildFailed
+
     try:
         found = ask({"do": "torch"})
     except (ChildFailed, InvalidInput) as error:
@@ -214,6 +219,8 @@ def room(store: Store) -> Iterator[Finding]:
     import psutil
 
     from sievit.pipeline.expectations import free_bytes
+
+    from .deploy import isa
 
     cores, separate = isa.usable_cores(), isa.separate_cores(isa.usable_cores())
     quota = host.facts()["cpu_quota"]
