@@ -122,18 +122,20 @@ def _settings(context: typer.Context, incomplete: str) -> Iterator[str]:
 
     kinds = {stage.name: stage.config for stage in context.find_root().obj.stages}
     root = _file(context).mapping
-    sections = {"data": DataConfig, "model": ModelConfig, "gates": GatesConfig, "launch": LaunchConfig}
     blocks: list[tuple[str, type[BaseModel], Node | None]] = [
-        (name, config, root.get(name)) for name, config in sections.items()
+        ("data", DataConfig, root.get("data")),
+        ("model", ModelConfig, root.get("model")),
+        ("gates", GatesConfig, root.get("gates")),
+        ("launch", LaunchConfig, root.get("launch")),
     ]
     for name, node in root["stages"].mapping.items():
         uses = node.mapping.get("uses")
         kind = kinds.get(str(uses.value) if uses is not None else name)
         if kind is not None:
             blocks.append((name, kind, node))
-    for name, config, node in blocks:
+    for name, config, block in blocks:
         if name.startswith(incomplete) or incomplete.startswith(f"{name}."):
-            yield from _fields(name, config, node, incomplete)
+            yield from _fields(name, config, block, incomplete)
 
 
 def _fields(path: str, config: type[BaseModel], node: Node | None, incomplete: str) -> Iterator[str]:

@@ -16,25 +16,33 @@ from .console import Document
 from .drawing import aligned, changed, fields, line, table, two_lines, whole_path
 from .report.numbers import duration, size
 
+PLACE = 15  # columns of arm/entry
 MOST = 4  # rows of one list that a difference shows
 
 
 def artifacts(document: Document) -> RenderableType:
+    listed = document["artifacts"]
+    if not listed:
+        return line(f"no artifacts in {document['store']}")
+    year = listed[-1]["created"][:5]  # "2026-", of the newest: it goes without saying
     rows = [
         (
             each["ref"],
-            f"{each['arm']}/{each['entry']}",
-            each["created"][:16].replace("T", " "),
+            _place(each["arm"], each["entry"]),
+            each["created"][:16].removeprefix(year).replace("T", " ")[:11],
             duration(each["seconds"]),
             size(each["bytes"]),
             each["headline"],
         )
-        for each in document["artifacts"]
+        for each in listed
     ]
-    if not rows:
-        return line(f"no artifacts in {document['store']}")
-    columns = ("ref", "made for", "created (UTC)", "took", "size", "result")
-    return table(*columns, rows=rows, right={"took", "size"}, whole=columns[:3])
+    columns = ("ref", "made for", f"{year}... UTC", "took", "size", "result")
+    return table(*columns, rows=rows, right={"took", "size"}, whole=columns)
+
+
+def _place(arm: str, entry: str) -> str:
+    """main/finetune; on two lines where it would push the results off the screen."""
+    return f"{arm}/{entry}" if len(arm) + len(entry) < PLACE else f"{arm}/\n{entry}"
 
 
 def artifact(document: Document) -> RenderableType:

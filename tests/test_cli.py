@@ -429,6 +429,31 @@ def test_a_plan_tells_the_field_that_changed_and_how_long_it_takes(sievit: Sievi
     assert max(map(len, answer.out.splitlines())) <= 80
 
 
+def test_a_plan_tells_what_it_takes_of_the_disk_and_warns_when_there_is_less(
+    sievit: Sievit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sievit.pipeline import expectations
+
+    change = ("--set", "prune.target.macs=0.4", "--json")
+    assert sievit("plan", *change).document["expected_bytes"] is None, "nobody knows"
+    sievit("run")
+    plan = sievit("plan", *change).document
+    to_run = [stage for stage in plan["stages"] if stage["state"] in ("run", "unknown")]
+    assert plan["expected_bytes"] == sum(stage["expected_bytes"] for stage in to_run)
+    for stage in to_run:
+        listed = sievit("show", stage["stage"], "--json").document["files"].values()
+        assert stage["expected_bytes"] == sum(file["bytes"] for file in listed)
+    assert plan["warnings"] == [] and plan["free_bytes"] > 0
+    margin = 50 * 2**20
+    for free, warns in ((plan["expected_bytes"] + margin, False), (plan["expected_bytes"] + margin - 1, True)):
+        monkeypatch.setattr(expectations, "free_bytes", lambda folder, free=free: free)
+        answer = sievit("plan", "--set", "prune.target.macs=0.4")
+        assert ("warning: this will not fit" in answer.out) == warns
+        assert (answer.code, "bytes of the 52.4 MB free" in answer.out) == (0, True)
+    nothing = sievit("plan", "--json").document
+    assert (nothing["expected_bytes"], nothing["expected_seconds"]) == (0, 0)
+
+
 # ---- stage commands
 
 
@@ -651,6 +676,58 @@ def test_what_is_no_onnx_file_or_no_setting_is_refused(
 
 
 # ---- processes
+
+
+def on_a_terminal(folder: Path, *arguments: str, interrupt_at: str = "") -> tuple[int, str]:
+    """(exit code, all that a terminal of 60 columns is sent). interrupt_at: Ctrl-C is typed when this is seen."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    more = {"TERM": "xterm-256color", "COLUMNS": "60", "LINES": "24"}
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+
+    def own_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that ^C becomes a signal
+
+    running = process(folder, *arguments, env_more=more, preexec_fn=own_terminal, **streams)
+    os.close(theirs)
+    said, deadline = "", time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            said += os.read(ours, 1 << 16).decode(errors="replace")
+        except OSError:  # the other end was closed
+            break
+        if interrupt_at and interrupt_at in said:
+            os.write(ours, b"\x03")
+            interrupt_at = ""
+    os.close(ours)
+    return running.wait(timeout=60), said
+
+
+def test_ctrl_c_in_the_live_view_leaves_a_clean_screen_and_says_how_to_go_on(folder: Path) -> None:
+    slow = ["run", "--set", "train.pause=0.2", "--set", "train.epochs=50"]
+    code, said = on_a_terminal(folder, *slow, interrupt_at="2/50")
+    assert code == 130
+    assert "\x1b[?25h" in said.rpartition("\x1b[?25l")[2], "the cursor is shown again"
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said)
+    for part in ("main", "▸ train", "loss"):
+        assert part in plain, part
+    last = " ".join(plain.rpartition("interrupted:")[2].split())
+    assert "stopped in main/train" in last and "run the same command again" in last and "last checkpoint" in last
+    assert "Traceback" not in plain
+
+
+def test_with_no_color_a_terminal_gets_the_tree_without_colours(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    code, said = on_a_terminal(folder, "run", "--arm", "dense")
+    assert code == 0
+    assert "▸ train" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said)
+    assert not re.search(r"\x1b\[[0-9;]*(3[0-9]|9[0-7])[0-9;]*m", said)
 
 
 def test_a_reader_that_goes_away_is_no_error(folder: Path) -> None:

@@ -41,6 +41,25 @@ def test_a_percentile_of_too_few_calls_is_a_dash_with_its_reason() -> None:
     assert "662 needed" in shown[4]
 
 
+def test_a_list_keeps_its_results_on_the_screen_however_long_an_arm_is_called() -> None:
+    one = {
+        "arm": "random@seed2",
+        "entry": "finetune",
+        "seconds": 125.0,
+        "bytes": 21_900_000,
+        "headline": "97.6% of MACs",
+    }
+    artifacts = [
+        {"ref": "finetune@12", "created": "2025-12-31T23:59:01.123+00:00", **one},
+        {"ref": "finetune@13", "created": "2026-01-02T03:04:05.678+00:00", **one},
+    ]
+    lines = drawn(views_store.artifacts({"store": "artifacts", "artifacts": artifacts})).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[-3:] for line in lines if line.startswith("finetune@")] == [["97.6%", "of", "MACs"]] * 2
+    assert "2025-12-31" in lines[1] and "01-02 03:04" in lines[3], "the year of the newest goes without saying"
+    assert lines[2].split() == lines[4].split() == ["finetune"]
+
+
 def test_damage_is_told_in_sentences_and_its_place_can_be_copied_whole() -> None:
     place = "/home/somebody/a/rather/long/way/to/the/project/artifacts/train/238bdee454f0/model.safetensors"
     damaged = {
