@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +111,16 @@ def test_a_driver_that_torch_cannot_use_is_wrong_since_auto_would_take_it(monkey
     assert found(doctor.in_torch(ask), "GPU").state == "wrong"
     monkeypatch.setattr(doctor.host, "device", lambda wanted: "cpu")
     assert found(doctor.in_torch(ask), "GPU").state == "note"
+
+
+def test_telemetry_is_off_before_a_library_can_read_that_it_is_on() -> None:
+    program = (
+        "import sievit.stages, os; from huggingface_hub import constants; "
+        "print(os.environ['ORT_DISABLE_TELEMETRY'], constants.HF_HUB_DISABLE_TELEMETRY)"
+    )
+    environment = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "True"], done.stderr
 
 
 def test_a_library_that_is_missing_or_too_old_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
