@@ -25,7 +25,9 @@ from .stage import Task
 
 LABEL = 24  # columns of "arm/stage" in lines, at most
 ARM = 18  # columns of an arm's name, at most
-NARROW = 76  # columns below which bars are short
+# Widths of label, bar, count and time, on terminals of at least so many columns: loss and top-1 behind them need 24.
+COLUMNS = ((100, (18, 14, 11, 17)), (76, (14, 7, 9, 17)), (0, (8, 4, 9, 14)))
+ECHO = 3  # columns that ^C takes behind the last line: were that full, all that is drawn would be one line off
 BELOW = 6  # lines of the screen that the tree leaves to bars and to the lines above
 
 State = Literal["waiting", "working"] | Ended
@@ -116,8 +118,7 @@ class Bars:
             count = len(self._warned)
             text = f"{count} warning{'s' * (count > 1)} above: {printable(whose)}"
             parts.append(Text(text, style="yellow", no_wrap=True, overflow="ellipsis"))
-        # The terminal writes ^C behind the last line: were that full, everything drawn would be one line off.
-        return Constrain(Group(*parts, self._bars), self._console.width - len("^C "))
+        return Constrain(Group(*parts, self._bars), self._console.width - ECHO)
 
     def _count(self, completed: int) -> None:
         if self._total is not None:
@@ -202,13 +203,22 @@ def _window(heights: Sequence[int], at: int, room: int) -> tuple[int, int]:
 
 def _bars(console: Console) -> Progress:
     """Columns have fixed widths, so that nothing jumps between tasks."""
-    narrow = console.width < NARROW
+    label, bar, count, time_ = next(columns for least, columns in COLUMNS if console.width >= least)
+    values = max(1, console.width - ECHO - label - bar - count - time_ - 4)  # one between each two
+
+    def fixed(width: int, justify: Literal["left", "right"] = "left") -> Column:
+        return Column(width=width, no_wrap=True, overflow="ellipsis", justify=justify)
+
     return Progress(
-        TextColumn("{task.description}", markup=False, table_column=Column(width=12 if narrow else 18, no_wrap=True)),
-        BarColumn(bar_width=6 if narrow else 14),
-        _Count(table_column=Column(min_width=9 if narrow else 11, no_wrap=True, justify="right")),
-        _Time(table_column=Column(width=17, no_wrap=True, justify="right")),
-        TextColumn("{task.fields[values]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        TextColumn("{task.description}", markup=False, table_column=fixed(label)),
+        BarColumn(bar_width=bar, table_column=fixed(bar)),
+        _Count(table_column=fixed(count, "right")),
+        _Time(table_column=fixed(time_, "right")),
+        TextColumn(
+            "{task.fields[values]}",
+            markup=False,
+            table_column=Column(max_width=values, no_wrap=True, overflow="ellipsis"),
+        ),
         console=console,
         auto_refresh=False,  # it is a part of the screen that is drawn
     )

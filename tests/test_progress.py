@@ -170,6 +170,16 @@ def test_the_tree_shows_every_stage_of_every_arm_and_leaves_room_for_what_a_term
     assert "1/12" in words
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_task_shows_what_is_left_and_its_values_whole(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    with under_way() as (display, _), display.task("training", 1520) as task:
+        task.advance(670, loss=2.2154, top1=0.1397)
+        (line,) = [line for line in shown(display) if line.startswith("training")]
+    assert len(line) <= width - 3
+    assert "670/1520" in line and ("loss 2.215  top1 0.1397" in line if width >= 80 else "loss 2.2" in line)
+
+
 def test_a_terminal_without_the_signs_gets_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     class Plain(Terminal):
         encoding = "ascii"  # type: ignore[assignment]
