@@ -30,7 +30,8 @@ LIBRARIES = ("torch", "timm", "torch-pruning", "onnx", "onnxruntime", "onnxrunti
 OVERVIEW = """Sieve the data, the tokens and the weights of a vision transformer; ship what is left.
 
 To begin with:
-    sievit init     write a commented pipeline.yaml
+    sievit doctor   what works on this machine
+    sievit init     look at your images and write a commented pipeline.yaml
     sievit plan     what would run, and why
     sievit run      run it; what is unchanged comes from artifacts/
     sievit prune    one stage alone, on what the stage before it made last

@@ -14,6 +14,7 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 WIDEST = 100  # columns: longer lines are hard to read
+SENTENCE = 120  # characters of a command's summary in the overview
 TERM = 30  # columns of an option's name at most; a longer one has its explanation below
 
 
@@ -31,9 +32,15 @@ class Group(TyperGroup):
         tasks: dict[str, list[tuple[str, str]]] = {}
         for name in self.list_commands(ctx):
             command: Any = self.get_command(ctx, name)
-            summary = (command.help or "").strip().partition("\n")[0]
-            tasks.setdefault(command.rich_help_panel, []).append((name, summary))
+            tasks.setdefault(command.rich_help_panel, []).append((name, _sentence(command.help or "")))
         return "\n\n".join([*_page(self, ctx), *_sections(tasks)])
+
+
+def _sentence(text: str) -> str:
+    """The first sentence of a manual, up to the detail that a colon brings."""
+    paragraph = " ".join(text.strip().partition("\n\n")[0].split())
+    sentence = re.split(r"(?<=\.)\s", paragraph)[0]
+    return sentence if len(sentence) <= SENTENCE else sentence.partition(":")[0] + "."
 
 
 def _page(command: TyperCommand | TyperGroup, ctx: Any) -> Iterator[str]:

@@ -109,6 +109,18 @@ def test_the_overview_groups_commands_by_task(sievit: Sievit) -> None:
     assert sievit().out.strip() == answer.out.strip()
 
 
+def test_every_command_has_one_whole_sentence_in_the_overview(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sievit.stages import __main__ as composition
+
+    further = {"commands": composition.COMMANDS, "further": composition.FURTHER}
+    assert execute(composition.STAGES, (), ["--help"], **further) == 0
+    overview = capsys.readouterr().out.partition("\nRun:\n")[2]
+    found = re.findall(r"^  (\w+) +(\S.*(?:\n {4,}\S.*)*)", overview, re.MULTILINE)
+    assert {name for name, _ in found} == set(OPTIONS) - {""}
+    for name, summary in found:
+        assert summary[0].isupper() and summary.endswith(".") and ". " not in summary, name
+
+
 def test_a_wrong_command_names_the_nearest_of_all(sievit: Sievit) -> None:
     answer = sievit("trian")
     assert answer.code == 2
