@@ -25,8 +25,12 @@ reference, never a product. They take no turns with the files, and so no verdict
 `peak_share` of a row is how near its p50 comes to what this host's cores can do: operations a second (two for each
 multiply-add) over those of a large matrix product in ONNX Runtime, float for float files and 8 bit for 8-bit ones.
 
+`flips` lays every final file beside the dense one, image by image: which test images it loses and wins, by pairs of
+classes, with McNemar's p. 24 images of the main arm are kept as pictures of at most 96 pixels a side, half of them
+lost, half won, at even distances through the test split.
+
 reads    the onnx files of all arms, the test split; the networks that `torch` names
-writes   samples.npz (every timed call), rows.json
+writes   samples.npz (every timed call), spread.json (its percentiles), rows.json, flips.json and flips/
 
     sievit benchmark pipeline.yaml
     sievit benchmark --onnx model.onnx --provider cpu --batch 1
@@ -35,7 +39,7 @@ writes   samples.npz (every timed call), rows.json
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -50,6 +54,9 @@ from .methods import InvalidInput
 from .torch_reference import TorchReference
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from .deploy.bundle import Bundle
     from .deploy.latency import Plan, Progress, Results, Setting
     from .deploy.predict import Accuracy
@@ -125,7 +132,7 @@ def run(ctx: Context) -> None:
     variants = _variants(ctx)
     baseline = _baseline(variants)
     images = load_split(ctx.data.model_dump(), ctx.base, "test")
-    accuracies = _accuracies(variants, images, config, ctx.progress)
+    accuracies, answered = _accuracies(variants, images, config, ctx.progress)
     plan = Plan(config.seconds, config.sessions, config.warm_up, ctx.seed, config.timeout)
     metrics, results = _timed(variants, baseline, settings, plan, ctx.progress)
     for row, variant in zip(metrics["rows"], [v for _ in settings for v in variants], strict=True):
@@ -134,6 +141,7 @@ def run(ctx: Context) -> None:
     metrics["test_images"] = len(images)
     metrics["over_seeds"] = over_seeds(metrics["rows"])
     metrics["gates"] = _gates(metrics["rows"], variants, baseline)
+    metrics["flips"] = _flips(ctx.out, variants, baseline, images, answered)
     shown = [baseline, *(variant for variant in variants if variant.final and variant is not baseline)]
     metrics["scenarios"] = []
     if "offline" in config.scenarios:
@@ -237,15 +245,19 @@ def _baseline(variants: Sequence[Variant]) -> Variant:
 
 def _accuracies(
     variants: Sequence[Variant], images: Any, config: BenchmarkConfig, progress: Progress
-) -> dict[tuple[str, str], Accuracy]:
-    """Top-1 of each distinct file on the test split, with each provider: (sha256, provider) -> accuracy."""
+) -> tuple[dict[tuple[str, str], Accuracy], dict[str, NDArray[np.int64]]]:
+    """Top-1 of each distinct file on the test split, with each provider: (sha256, provider) -> accuracy. And what each
+    answers with the first provider: sha256 -> class of each image.
+    """
     import numpy as np
 
+    from .deploy.flips import answers
     from .deploy.isa import usable_cores
     from .deploy.predict import accuracy, scores
 
     files = {variant.bundle.sha256: variant.bundle for variant in variants}
     found: dict[tuple[str, str], Accuracy] = {}
+    answered: dict[str, NDArray[np.int64]] = {}
     for provider in config.providers:
         with progress.task(f"accuracy ({provider})", len(files) * len(images)) as task:
             for digest, bundle in files.items():
@@ -265,7 +277,32 @@ def _accuracies(
                     done=task.advance,
                 )
                 found[digest, provider] = accuracy(scored, images.labels)
-    return found
+                answered.setdefault(digest, answers(scored))
+    return found, answered
+
+
+def _flips(
+    out: Path, variants: Sequence[Variant], baseline: Variant, images: Any, answered: Mapping[str, NDArray[np.int64]]
+) -> list[dict[str, Any]]:
+    """Write flips.json and the pictures of the first pair, the main arm's; return the counts of all pairs."""
+    import numpy as np
+
+    from .deploy.flips import captioned, pairs_of, shown, thumbnail, told
+
+    pairs = sorted(pairs_of(variants, baseline), key=lambda pair: pair.final.family != "main")
+    records = [told(pair, images.labels, answered, images.classes) for pair in pairs]
+    pictures = []
+    if pairs:
+        dense, final = answered[pairs[0].dense.bundle.sha256], answered[pairs[0].final.bundle.sha256]
+        (out / "flips").mkdir()
+        for index in shown(images.labels, dense, final):
+            told_ = captioned(index, images.name(index), images.labels, dense, final, images.classes)
+            (out / told_["file"]).write_bytes(thumbnail(images.pixels(np.array([index]))[0]))
+            pictures.append(told_)
+    (out / "flips.json").write_text(
+        json.dumps({"files": records, "shown": pictures}, indent=1) + "\n", encoding="utf-8"
+    )
+    return [{name: value for name, value in record.items() if name not in ("pairs", "further")} for record in records]
 
 
 def _timed(
@@ -353,7 +390,7 @@ def _keep(ctx: Context, results: Results, first: Setting) -> None:
     """Payload and figure."""
     import numpy as np
 
-    from .deploy.comparison import raw_samples
+    from .deploy.comparison import percentiles, raw_samples
     from .deploy.figures import block_times, latency_distributions
 
     np.savez_compressed(ctx.out / "samples.npz", **raw_samples(results))
@@ -364,6 +401,8 @@ def _keep(ctx: Context, results: Results, first: Setting) -> None:
         for (name, at), measured in results.items()
         if at == first
     }
+    curves = {"setting": setting, "files": [{"file": name, "ms": percentiles(ms)} for name, ms in spread.items()]}
+    (ctx.out / "spread.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
     ctx.figure(
         "latency-spread",
         latency_distributions(spread, setting),
@@ -412,7 +451,7 @@ def preflight(seen: Preflight) -> None:
 
 STAGE = Stage(
     name="benchmark",
-    version=5,
+    version=6,
     config=BenchmarkConfig,
     run=run,
     reads=(Reads("files", "onnx", many=True),),

@@ -159,9 +159,27 @@ def test_the_stage_measures_every_file_of_every_arm_once_and_compares_with_dense
     with np.load(ctx.out / "samples.npz", allow_pickle=False) as samples:
         assert f"{TWIN}/cpu/t1/b1/host" in samples.files
         kept = samples["dense/export/fp32/cpu/t1/b1/host"]
+    spread = json.loads((ctx.out / "spread.json").read_text())
+    assert spread["setting"] == "cpu, batch 1, 1 thread"
+    curves = {one["file"]: one["ms"] for one in spread["files"]}
+    assert set(curves) == {"dense/export/fp32", "main/quantize/fp32", "main/quantize/int8", TWIN}
+    assert curves["dense/export/fp32"] == pytest.approx(np.percentile(kept[:, 2], range(101)), rel=1e-3)
     assert len(kept) == first["dense", True]["samples"]
     assert set(kept[:, 0]) == {0, 1, 2}
     assert float(np.median(kept[:, 2])) == pytest.approx(first["dense", True]["p50_ms"], rel=1e-5)
+    pair = [scores(f.file("model.onnx"), images.pixels()).argmax(1) == images.labels for f in (dense, quantized)]
+    lost, won = int((pair[0] & ~pair[1]).sum()), int((pair[1] & ~pair[0]).sum())
+    (flips,) = ctx.metrics["flips"]
+    assert (flips["arm"], flips["entry"], flips["against"]["arm"]) == ("main", "quantize", "dense")
+    assert (flips["images"], flips["lost"], flips["won"]) == (len(images), lost, won)
+    kept_flips = json.loads((ctx.out / "flips.json").read_text())
+    assert kept_flips["files"][0]["lost"] == lost
+    for one in kept_flips["shown"]:
+        right = {role: one[role] == images.classes[images.labels[one["index"]]] for role in ("dense", "final")}
+        assert right == {"dense": one["flip"] == "lost", "final": one["flip"] == "won"}
+        assert one["truth"] == images.classes[images.labels[one["index"]]]
+        assert (ctx.out / one["file"]).read_bytes()[:3] == b"\xff\xd8\xff"
+    assert len(kept_flips["shown"]) == min(24, lost + won) > 0
     assert [figure.name for figure in ctx.figures] == ["latency-spread"]
     assert "attribution" not in ctx.metrics, "it was left out"
     json.dumps(ctx.metrics, allow_nan=False)

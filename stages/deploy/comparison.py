@@ -176,6 +176,11 @@ def raw_samples(results: Results) -> dict[str, Any]:
     return arrays
 
 
+def percentiles(ms: NDArray[np.float64]) -> list[float]:
+    """The latencies that 0, 1, ... 100 % of the calls take at most, to four digits."""
+    return [float(f"{value:.4g}") for value in np.quantile(ms, np.linspace(0, 1, 101))]
+
+
 def _columns(slot: Slot) -> NDArray[np.float32]:
     count = len(slot.wall_ms)
     return np.column_stack([np.full(count, slot.session), np.full(count, slot.round), slot.wall_ms]).astype(np.float32)
