@@ -63,7 +63,9 @@ class Bench:
     def add(
         self, arm: str, stage: str, metrics: dict[str, Any], *, entry: str = "", state: str = "done", **fields: Any
     ) -> str:
-        """Write one artifact and its node; returns the reference. `pictures` are (file, title, caption, svg)."""
+        """Write one artifact and its node; returns the reference. `pictures` are (file, title, caption, svg), `payload`
+        the other files by their names.
+        """
         entry = entry or stage
         self.versions[stage] = self.versions.get(stage, 0) + 1
         key = f"{len(self.nodes) + 1:02x}{stage.encode().hex()}{'0' * 12}"[:12]
@@ -74,6 +76,9 @@ class Bench:
         for file, title, caption, svg in fields.pop("pictures", ()):
             (folder / "figures" / file).write_text(svg, encoding="utf-8")
             figures.append({"file": f"figures/{file}", "title": title, "caption": caption})
+        for name, data in fields.pop("payload", {}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
         manifest = {
             "schema": 1,
             "stage": stage,
@@ -212,7 +217,81 @@ def measurement() -> dict[str, Any]:
         "host": {"cpu": "Example CPU @ 2.6 GHz", "cores": 2, "memory_gb": 8, "features": ["avx2", "avx512_vnni"]},
         "disturbed": False,
         "gates": {"accuracy_drop": 0.003, "speedup": 2.31},
+        "attribution": attribution(),
+        "flips": [
+            {
+                "arm": arm,
+                "entry": "quantize",
+                "variant": "int8",
+                "final": True,
+                "seed": 0,
+                "against": {"arm": "dense", "entry": "export", "variant": "fp32", "final": True},
+                "images": 450,
+                "lost": lost,
+                "won": won,
+                "wrong_otherwise": 1,
+                "agreement": (449 - lost - won) / 450,
+                "p": p,
+            }
+            for arm, lost, won, p in (("main", 3, 2, 1.0), ("random", 12, 2, 0.0129))
+        ],
     }
+
+
+def attribution() -> dict[str, Any]:
+    def file(arm: str, entry: str, variant: str, ms: float) -> dict[str, Any]:
+        blocks = (
+            {"embedding": 0.1 * ms} | {f"blocks.{b}": (0.14 - 0.01 * b) * ms for b in range(6)} | {"head": 0.02 * ms}
+        )
+        kinds = {"matrix products": 0.62 * ms, "attention": 0.2 * ms, "norms": 0.08 * ms, "other": 0.1 * ms}
+        names = {"arm": arm, "entry": entry, "variant": variant, "final": True}
+        return {**names, "kinds": kinds, "blocks": blocks, "modules": {}, "operators_ms": ms, "p50_ms": 0.97 * ms}
+
+    files = [file("dense", "export", "fp32", 2.1), file("main", "quantize", "int8", 0.92)]
+    return {"provider": "cpu", "batch": 1, "threads": 1, "files": files}
+
+
+def benchmark_payload(names: tuple[str, ...] = tuple("0123456789")) -> dict[str, bytes]:
+    """The files that a benchmark writes for the report: flips with pictures, and percentiles of the latencies."""
+    shown = [
+        {
+            "index": 7 * number,
+            "name": f"8x8 image {7 * number}",
+            "truth": names[number],
+            "dense": names[number if flip == "lost" else number + 1],
+            "final": names[number + 1 if flip == "lost" else number],
+            "flip": flip,
+            "file": f"flips/{7 * number}.jpg",
+        }
+        for number, flip in enumerate(("lost", "lost", "lost", "won", "won"))
+    ]
+    pairs = [
+        {"dense": names[one], "final": names[other], "images": images, "lost": lost, "won": images - lost}
+        for one, other, images, lost in ((8, 3, 3, 2), (1, 7, 2, 1), (4, 9, 1, 0))
+    ]
+    further = {"pairs": 0, "images": 0}
+    flips = {"files": [{"arm": "main", "pairs": pairs, "further": further}], "shown": shown}
+    files = (("dense/export/fp32", 2.0), ("main/quantize/int8", 0.85), ("baseline again", 2.02))
+    spread = {
+        "setting": "cpu, batch 1, 1 thread",
+        "files": [{"file": f, "ms": [round(p * (1 + (r / 100) ** 8), 4) for r in range(101)]} for f, p in files],
+    }
+    made: dict[str, bytes] = {f"flips/{7 * number}.jpg": jpeg(number) for number in range(5)}
+    return made | {"flips.json": json.dumps(flips).encode(), "spread.json": json.dumps(spread).encode()}
+
+
+def jpeg(seed: int) -> bytes:
+    """A small photograph."""
+    import io
+
+    from PIL import Image
+
+    picture = Image.new("RGB", (32, 32), (20, 30, 40))
+    for place in range(6, 26):
+        picture.paste((200, 210 - 20 * seed, 190), (place, 4 + place % (3 + seed), place + 2, 28 - place % (4 + seed)))
+    stream = io.BytesIO()
+    picture.save(stream, format="JPEG")
+    return stream.getvalue()
 
 
 def train_metrics(top1: float, *, tickets: float | None = None, epochs: int = 20) -> dict[str, Any]:
@@ -274,6 +353,7 @@ def whole_run(root: Path) -> tuple[dict[str, Any], Shelf]:
         inputs={"files": files},
         config={"providers": ["cpu"], "batch_sizes": [1, 8], "threads": [1]},
         notes=[{"level": "note", "text": "p99 of batch 8 needs more samples"}],
+        payload=benchmark_payload(),
         seconds=41.7,
     )
     judged = {

@@ -92,6 +92,13 @@ class Facts:
     spec_text: str
 
     @property
+    def way(self) -> tuple[str, ...]:
+        """The stages of the first arm, in their order."""
+        first = self.arms[0] if self.arms else ""
+        own = [step for step in self.steps if not step.across_arms]
+        return tuple(entry for step in own for arm, entry in step.places if arm == first)
+
+    @property
     def shipped(self) -> Row | None:
         """The main arm's final file in the first setting: what verdict and gates speak of."""
         return self._first(lambda row: row.arm == "main" and row.final)

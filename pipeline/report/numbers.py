@@ -66,6 +66,27 @@ def points(value: float | None) -> str:
     return f"{'0.0' if shown == '-0.0' else shown.replace('-', '−')} points"
 
 
+def signed_points(value: float | None) -> str:
+    """A change of a fraction, in percentage points, with its sign: +0.3 points, −1.2 points, no change."""
+    if value is None:
+        return DASH
+    return "no change" if round(100 * value, 1) == 0 else f"{'+' if value > 0 else ''}{points(value)}"
+
+
+def signed_milliseconds(value: float | None) -> str:
+    """A change of a latency with its sign: +0.12 ms, −0.87 ms."""
+    if value is None:
+        return DASH
+    return f"{'+' if value > 0 else '−' if value < 0 else ''}{milliseconds(abs(value))}"
+
+
+def p_value(value: float | None) -> str:
+    """Two digits, and below 0.001 only that: 0.21, 0.034, < 0.001."""
+    if value is None:
+        return DASH
+    return "< 0.001" if value < 0.001 else significant(value, 2)
+
+
 def ratio(value: float | None) -> str:
     """2.31×, 0.96×, 12.4×"""
     if value is None:

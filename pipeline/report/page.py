@@ -18,7 +18,11 @@ from typing import TYPE_CHECKING, Any
 from ..commit import Disk
 from ..errors import InputError
 from . import numbers
+from .contributions import contributions
+from .curves import as_script_data, curves, drawn_by_page
 from .facts import Facts, collect
+from .flips import flips
+from .layers import of_layers
 from .pictures import draw_tradeoff
 from .reading import text
 from .sections import sections
@@ -31,6 +35,10 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent / "templates"
+FILTERS = (
+    "big", "count", "duration", "moment", "p_value", "percent", "points", "ratio", "share", "significant", "size",
+)  # fmt: skip
+LIBRARY = ("vendor/uPlot.iife.min.js", "vendor/uPlot.min.css")
 
 
 def write(record: Mapping[str, Any], store: Shelf, *, spec_text: str = "") -> tuple[Path, Path]:
@@ -51,11 +59,14 @@ def write(record: Mapping[str, Any], store: Shelf, *, spec_text: str = "") -> tu
     return paths
 
 
-def render_html(facts: Facts) -> str:
-    """The page as text."""
+def render_html(facts: Facts, *, live: str = "", every: int = 0) -> str:
+    """The page as text. live: "going on" or "paused" on a page that is served while its run goes on and asked for again
+    `every` so many seconds.
+    """
     from markupsafe import Markup
 
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    plots = curves(facts)
+    script = _read("tables.js", "tips.js", *([LIBRARY[0], "curves.js"] if plots else []))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return (
         _environment(autoescape=True)
@@ -64,11 +75,20 @@ def render_html(facts: Facts) -> str:
             _words(facts),
             drawn=Markup(draw_tradeoff(facts.first_setting)),  # our own SVG, its text escaped
             galleries=_galleries(facts),
-            style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+            latencies=[plot for plot in plots if plot.name == "latency"],
+            trainings=[plot for plot in plots if plot.name != "latency"],
+            plot_data=Markup(as_script_data(plots)) if plots else "",  # escaped there, as a script's data must be
+            style=Markup(_read("report.css", *([LIBRARY[1]] if plots else []))),
             script=Markup(script),
             script_digest=digest,
+            live=live,
+            every=every,
         )
     )
+
+
+def _read(*names: str) -> str:
+    return "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
 
 
 def render_markdown(facts: Facts) -> str:
@@ -92,15 +112,20 @@ def _words(facts: Facts) -> dict[str, Any]:
         ),
         "shared": any((cost.processes or 1) > 1 for cost in facts.costs),
         "metered": any(cost.values["energy_j"] is not None for cost in facts.costs),
-        "sections": [section for step in facts.steps for section in sections(step.metrics)],
+        "sections": [section for step in facts.steps for section in sections(step.metrics)] + [*of_layers(facts.steps)],
+        "contributions": contributions(facts),
+        "flips": flips(facts.measurement),
     }
 
 
 def _galleries(facts: Facts) -> dict[str, list[tuple[Step, Picture]]]:
-    """Pictures by the arms that share them, each artifact once."""
+    """Pictures by the arms that share them, each artifact once; not those whose numbers the page draws itself."""
+    drawn = drawn_by_page(facts)
     galleries: dict[str, list[tuple[Step, Picture]]] = {}
     for step in facts.steps:
         for picture in step.pictures:
+            if (step.key, picture.file) in drawn:
+                continue
             galleries.setdefault(step.arms, []).append((step, picture))
     return galleries
 
@@ -116,7 +141,7 @@ def _environment(*, autoescape: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in ("big", "count", "duration", "moment", "percent", "points", "ratio", "share", "significant", "size"):
+    for name in FILTERS:
         environment.filters[name] = getattr(numbers, name)
     environment.globals.update(
         DASH=numbers.DASH,
@@ -125,6 +150,8 @@ def _environment(*, autoescape: bool) -> Environment:
         ratio=numbers.ratio,
         shown=numbers.shown,
         significant=numbers.significant,
+        signed_ms=numbers.signed_milliseconds,
+        signed_points=numbers.signed_points,
     )
     environment.filters["md"] = markdown_text
     environment.filters["code"] = markdown_code

@@ -1,7 +1,8 @@
 """The accuracy-against-latency picture, drawn as inline SVG from the rows of the benchmark.
 
 It is plain SVG with classes, so that the page's style sheet colours it for light, dark and print; every point is
-labelled, and carries its numbers as a <title>. All text is escaped.
+an element of its own that tells its numbers: to a screen reader, to the page's script (templates/tips.js), and as a
+<title> where no script runs. All text is escaped.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from html import escape
 from typing import NamedTuple
 
 from .facts import Row
-from .numbers import interval, percent, significant
+from .numbers import big, interval, percent, ratio, significant, size
 
-WIDTH, HEIGHT = 720, 400
+WIDTH, HEIGHT = 640, 430
+MOST_NAMES = 8  # points that all have their names beside them
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 40, 52
 
 
@@ -52,7 +54,7 @@ def draw_tradeoff(rows: Sequence[Row]) -> str:
     up = Axis(max(0, min(lows) - pad), max(highs) + pad, HEIGHT - BOTTOM, TOP)
     parts = [*_axes(across, up), *_points(points, across, up)]
     label = "Top-1 against p50 latency, one point a file. The same numbers stand in the deployment table."
-    return f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="group" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def _axes(across: Axis, up: Axis) -> list[str]:
@@ -74,6 +76,7 @@ def _axes(across: Axis, up: Axis) -> list[str]:
 def _points(points: Sequence[tuple[Row, float, float]], across: Axis, up: Axis) -> list[str]:
     parts = []
     taken = []
+    named = _named([row for row, _, _ in points])
     for row, p50, top1 in points:
         x, y = across(p50), up(top1)
         taken.append(Box(x - 7, y - 7, x + 7, y + 7))
@@ -81,19 +84,30 @@ def _points(points: Sequence[tuple[Row, float, float]], across: Axis, up: Axis) 
     for row, p50, top1 in sorted(points, key=lambda point: _style(point[0]) != "shipped"):
         x, y = across(p50), up(top1)
         marks = [_line("whisker", *ends) for ends in _whiskers(row, x, y, across, up)]
+        marks.append(f'<rect class="reach" x="{x - 12:.1f}" y="{y - 12:.1f}" width="24" height="24"/>')  # for fingers
         marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>')
-        label = _placed(row.label, x, y, taken)
-        taken.append(label.box)
-        if label.away:  # too far to be told by nearness
-            marks.insert(0, _line("leader", x, y, label.x, label.y - 5))
-        marks.append(
-            f'<text class="label" x="{label.x:.1f}" y="{label.y:.1f}" text-anchor="{label.anchor}">'
-            f"{escape(row.label)}</text>"
-        )
+        if named is None or row in named:
+            label = _placed(row.label, x, y, taken)
+            taken.append(label.box)
+            if label.away:  # too far to be told by nearness
+                marks.insert(0, _line("leader", x, y, label.x, label.y - 5))
+            marks.append(
+                f'<text class="label" x="{label.x:.1f}" y="{label.y:.1f}" text-anchor="{label.anchor}">'
+                f"{escape(row.label)}</text>"
+            )
+        told = escape(_told(row, p50, top1))
         parts.append(
-            f'<g class="point {_style(row)}"><title>{escape(_told(row, p50, top1))}</title>{"".join(marks)}</g>'
+            f'<g class="point {_style(row)}" role="img" tabindex="0" aria-label="{told}"><title>{told}</title>'
+            f"{''.join(marks)}</g>"
         )
     return parts[::-1]  # the shipped file has the first choice of a place, and lies on top
+
+
+def _named(rows: Sequence[Row]) -> Sequence[Row] | None:
+    """The points whose names there is room for: of many, the final files of the first seed; None: all."""
+    if len(rows) <= MOST_NAMES:
+        return None
+    return [row for row in rows if (row.final or row.baseline) and "@seed" not in row.arm][:MOST_NAMES]
 
 
 def _style(row: Row) -> str:
@@ -158,4 +172,6 @@ def _told(row: Row, p50: float, top1: float) -> str:
     p50_within = interval(row.get("p50_low"), row.get("p50_high"), significant)
     speed = f"p50 {significant(p50)} ms{f' ({p50_within})' if p50_within else ''}"
     accuracy = f"top-1 {percent(top1)}{f' ({within})' if within else ''}"
-    return f"{row.label} ({row.entry}), {row.setting}: {speed}, {accuracy}"
+    faster = "baseline" if row.baseline else f"speed-up {ratio(row.get('speedup'))}"
+    size_ = f"{size(row.get('bytes'))}, {big(row.get('macs'))} MACs"
+    return "; ".join((f"{row.label}, by {row.entry}", speed, accuracy, faster, size_, row.setting))

@@ -23,6 +23,7 @@ class Section:
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     remarks: tuple[str, ...] = ()
+    shares: tuple[tuple[float | None, ...], ...] = ()  # of a bar in each cell but the first; (): no bars
 
 
 def sections(metrics: Mapping[str, Any]) -> tuple[Section, ...]:
@@ -145,7 +146,8 @@ def by_kind(metrics: Mapping[str, Any]) -> Section | None:
         "kinds",
         "Time by kind of operator",
         f"Milliseconds of one call and their share, {_setting(found)}, from ONNX Runtime's own profile; the first file "
-        "is the baseline. Attention is softmax and products of two activations; its projections are matrix products.",
+        "is the baseline, and bars have one scale. Attention is softmax and products of two activations; its "
+        "projections are matrix products.",
         ("Operators", *map(_file, files)),
         tuple(
             (kind, *(_of_total(number(file, "kinds", kind), number(file, "operators_ms")) for file in files))
@@ -155,6 +157,7 @@ def by_kind(metrics: Mapping[str, Any]) -> Section | None:
             *map(_sum_beside_p50, files),
             "Time between operators is in p50 alone; what it takes to write each operator down is in their sum alone.",
         ),
+        _shares([[number(file, "kinds", kind) for file in files] for kind in kinds]),
     )
 
 
@@ -169,10 +172,18 @@ def by_block(metrics: Mapping[str, Any]) -> Section | None:
     return Section(
         "blocks",
         "Time by block",
-        f"Milliseconds of one call, {_setting(found)}; a block that a file does not have has a dash.",
+        f"Milliseconds of one call, {_setting(found)}; a block that a file does not have has a dash. "
+        "Bars have one scale.",
         ("Block", *map(_file, files)),
         tuple((block, *(significant(number(file, "blocks", block)) for file in files)) for block in blocks),
+        shares=_shares([[number(file, "blocks", block) for file in files] for block in blocks]),
     )
+
+
+def _shares(values: Sequence[Sequence[float | None]]) -> tuple[tuple[float | None, ...], ...]:
+    """Of the largest value of the table, so that all bars have one scale."""
+    most = max((value for row in values for value in row if value is not None), default=0.0)
+    return tuple(tuple(None if value is None or most <= 0 else value / most for value in row) for row in values)
 
 
 def _file(row: Any) -> str:

@@ -68,6 +68,7 @@ class Step:
     notes: tuple[Note, ...] = ()
     pictures: tuple[Picture, ...] = ()
     across_arms: bool = False
+    root: Path | None = None
 
     @property
     def metrics(self) -> Mapping[str, Any]:
@@ -138,6 +139,7 @@ def _step(node: Any, place: tuple[str, str], stage: str, key: str, store: Shelf)
         ),
         pictures=tuple(_picture(figure, artifact.root) for figure in listing(manifest, "figures")),
         across_arms=step.across_arms or _reads_many(manifest),
+        root=artifact.root,
     )
 
 
