@@ -69,7 +69,7 @@ def run(
     except SievitError:
         _report_of_failure(session, planned, place, began_at)
         raise
-    document = _outcome(record, planned, place, time.monotonic() - began)
+    document = _outcome(session, record, planned, place, time.monotonic() - began)
     session.console.result(document, views.outcome)
     if missed := records.missed_gates(record):
         raise missed
@@ -83,11 +83,11 @@ class _Asked(TypedDict):
     arms: tuple[str, ...]
 
 
-def _outcome(record: RunRecord, plan: Plan, store: Store, seconds: float) -> Document:
+def _outcome(session: Session, record: RunRecord, plan: Plan, store: Store, seconds: float) -> Document:
     """What `sievit run` has to say at its end."""
     page = store.runs / record.id / "report.html"
     if not (record.did_nothing and page.exists()):
-        page, _ = _write_report(record, plan, store)
+        page = _write_report(session, record, plan, store)
     measured = _measured(record, plan, store)
     return {
         "run": record.id,
@@ -118,10 +118,14 @@ def _measured(record: RunRecord, plan: Plan, store: Store) -> Document:
     return metrics
 
 
-def _write_report(record: RunRecord, plan: Plan, store: Store) -> tuple[Path, Path]:
+def _write_report(session: Session, record: RunRecord, plan: Plan, store: Store) -> Path:
+    """Write the report, and hand it to the trackers. Returns the HTML page."""
     from .report.page import write
+    from .track import Tracking
 
-    return write(record.as_json(), store, spec_text=plan.spec.text)
+    pages = write(record.as_json(), store, spec_text=plan.spec.text)
+    Tracking(plan.spec, lambda text: session.console.say(f"warning: {text}")).report(record, *pages)
+    return pages[0]
 
 
 def _report_of_failure(session: Session, plan: Plan, store: Store, began_at: str) -> None:
@@ -132,7 +136,7 @@ def _report_of_failure(session: Session, plan: Plan, store: Store, began_at: str
     if record is None or (record.finished or record.started) < began_at:
         return  # the error came before the run began
     try:
-        page, _ = _write_report(record, plan, store)
+        page = _write_report(session, record, plan, store)
     except (SievitError, OSError) as error:
         session.console.say(f"warning: the report could not be written: {error}")
         return

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .stage import Config, Stage
     from .store import Artifact, Draft
     from .team import Team
+    from .track import Tracking
 
 _FIGURE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -79,6 +80,7 @@ class Setting:
     invalid_input: tuple[type[Exception], ...]
     command: Sequence[str]
     team: Team
+    tracking: Tracking
 
     @cached_property
     def command_line(self) -> str:
@@ -129,7 +131,7 @@ def execute(
         inputs=inputs.single,
         many=[one for ones in inputs.many.values() for one in ones],
         references=inputs.texts,
-        progress=notebook,
+        progress=setting.tracking.watched(notebook, f"{node.arm}/{node.entry.name}"),
         part=part,
         sharding=launch.sharding,
     )

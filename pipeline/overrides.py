@@ -13,7 +13,7 @@ from .diagnostics import Source, Span, excerpt, located, printable, suggest
 from .document import Node, describe, read
 from .errors import UsageError
 
-SECTIONS = ("data", "model", "gates", "launch")
+SECTIONS = ("data", "model", "gates", "launch", "track")
 FIELDS = ("name", "seed", "seeds", "device")
 RIVALS = {"seed": "seeds", "seeds": "seed"}  # what an option sets takes the place of what the file says by the other
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from .progress import Ended, Ending, Silent
 from .records import NodeRecord, RunRecord
 from .resolve import Facts, Inputs, Place, caveats, gather, place, sources
 from .team import Team
+from .track import Tracking
 
 if TYPE_CHECKING:
     from .plan import Node, Plan
@@ -221,15 +223,18 @@ class _Pass:
         self.wait_s = manner.wait_s
         self.facts = facts
         command, team = manner.command or sys.argv, manner.team or Team()
-        self.setting = Setting(plan, facts.device, manner.progress, manner.invalid_input, command, team)
+        self.tracking = Tracking(plan.spec, manner.progress.warn)
+        self.setting = Setting(plan, facts.device, manner.progress, manner.invalid_input, command, team, self.tracking)
         self.made: dict[Place, Artifact] = {}
         self.record = _new_record(plan, self.facts, self.setting.command_line)
         self._verified: set[tuple[str, str, str]] = set()
         self._fresh: set[tuple[str, str]] = set()  # made on this pass: an arm that shares it does not force it again
 
-    def recorded(self) -> _Recorded:
-        """Keep the record right, however the block ends."""
-        return _Recorded(self.record, self.store)
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Keep the record right, however the block ends, and tell the trackers."""
+        with self.tracking.run(self.record, self.store), _Recorded(self.record, self.store):
+            yield
 
     def go_through(self, nodes: Sequence[Node], *, may_make: Collection[Place] | None, keep_going: bool) -> None:
         """Make the nodes in order. may_make: the nodes that may be made, None for all."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from .settings import DataConfig, GatesConfig, LaunchConfig, ModelConfig
+from .settings import DataConfig, GatesConfig, LaunchConfig, ModelConfig, TrackConfig
 from .stage import JSON, Config, Stage
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -19,7 +19,8 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 def schema_of(stages: Sequence[Stage]) -> dict[str, JSON]:
     """A JSON schema (draft 2020-12) of the whole file, from the configs of these stages."""
-    configs: list[type[Config]] = [DataConfig, ModelConfig, GatesConfig, LaunchConfig, *(s.config for s in stages)]
+    sections = (DataConfig, ModelConfig, GatesConfig, LaunchConfig, TrackConfig)
+    configs: list[type[Config]] = [*sections, *(s.config for s in stages)]
     unique = list(dict.fromkeys(configs))
     refs, bundle = models_json_schema([(c, "validation") for c in unique], ref_template="#/$defs/{model}")
     definitions: dict[str, Any] = bundle["$defs"]
@@ -75,6 +76,7 @@ def schema_of(stages: Sequence[Stage]) -> dict[str, JSON]:
                 }
             ),
             "gates": _or_null(_ref(names[GatesConfig])),
+            "track": _or_null(_ref(names[TrackConfig])),
         },
         "$defs": definitions,
     }

@@ -1,4 +1,4 @@
-"""The sections of pipeline.yaml that belong to no stage: the images, the network to start from, gates, processes."""
+"""The sections of pipeline.yaml that belong to no stage: images, first network, gates, processes, trackers."""
 
 from __future__ import annotations
 
@@ -120,4 +120,19 @@ class LaunchConfig(Config):
             raise ValueError("rendezvous: has no effect on one machine; leave it out, or give nodes")
         if self.sharding == "fsdp2" and self.total == 1:
             raise ValueError("sharding: fsdp2 divides a network among processes, and there is one; give processes")
+        return self
+
+
+class TrackConfig(Config):
+    """Where runs are told to while they go on. Part of no key."""
+
+    tensorboard: Name | None = Field(default=None, description="folder of TensorBoard's event files, a folder a run")
+    mlflow: Annotated[str, Field(pattern=r"^(sqlite:///|https?://).+")] | None = Field(
+        default=None, description="MLflow's tracking URI: sqlite:///mlflow.db, or http://host:port of a server"
+    )
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if self.mlflow is not None and "@" in self.mlflow.split("://", 1)[1].split("/", 1)[0]:
+            raise ValueError("mlflow: holds a login; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead")
         return self

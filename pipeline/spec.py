@@ -19,7 +19,7 @@ from .diagnostics import Problems, Span, located, nearest, suggest
 from .document import EXAMPLE, Node, contents, describe, parse
 from .errors import SpecError
 from .overrides import apply, merge
-from .settings import DataConfig, GatesConfig, LaunchConfig, ModelConfig
+from .settings import DataConfig, GatesConfig, LaunchConfig, ModelConfig, TrackConfig
 from .stage import JSON, Config, Stage
 from .validation import Fault, validate
 
@@ -31,12 +31,27 @@ __all__ = [
     "LaunchConfig",
     "ModelConfig",
     "PipelineSpec",
+    "TrackConfig",
     "json_schema",
     "load_pipeline",
 ]
 
-TOP_KEYS = ("name", "seed", "seeds", "device", "launch", "data", "model", "stages", "arms", "gates")
-RESERVED = ("name", "seed", "seeds", "data", "model", "device", "launch", "arms", "gates", "stages", "main", "runs")
+TOP_KEYS = ("name", "seed", "seeds", "device", "launch", "data", "model", "stages", "arms", "gates", "track")
+RESERVED = (
+    "name",
+    "seed",
+    "seeds",
+    "data",
+    "model",
+    "device",
+    "launch",
+    "arms",
+    "gates",
+    "stages",
+    "main",
+    "runs",
+    "track",
+)
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 NAME_RULE = "lower-case letters, digits, '.', '_' and '-', a letter or digit first, at most 64"
 NEEDS = "write the name of an earlier stage, or a list of them, each once"
@@ -108,6 +123,7 @@ class PipelineSpec:
     arms: Mapping[str, ArmSpec]  # "main" first; all arms under the first seed, then all under the next one
     gates: GatesConfig
     launch: LaunchConfig
+    track: TrackConfig
     text: str = field(repr=False)
     root: Node = field(repr=False, compare=False)
 
@@ -140,17 +156,18 @@ class _Reader:
         model = self.checked(ModelConfig, self.section("model"), "model", self.root.keys.get("model"))
         gates = self.checked(GatesConfig, self.section("gates"), "gates", self.root.keys.get("gates"))
         launch = self.checked(LaunchConfig, self.section("launch"), "launch", self.root.keys.get("launch"))
+        track = self.checked(TrackConfig, self.section("track"), "track", self.root.keys.get("track"))
         main = self.main(header, data, model)
         arms = [self.arm(name, main, header) for name in self.section("arms").mapping]
         self.problems.raise_if_any()
         assert header is not None and data is not None and model is not None
-        assert gates is not None and launch is not None
+        assert gates is not None and launch is not None and track is not None
         resolved = {arm.name: arm for arm in [main, *arms] if arm is not None}
         self.differs(resolved)
         seeds = header.seeds or (header.seed,)
         base = path.absolute().parent
         rest = {"data": data, "model": model, "gates": gates, "launch": launch, "text": text, "root": self.root}
-        rest |= {"seeds": seeds, "arms": _under(seeds, resolved)}
+        rest |= {"track": track, "seeds": seeds, "arms": _under(seeds, resolved)}
         return PipelineSpec(path=path, base=base, name=header.name, device=header.device, **rest)
 
     def top_keys(self) -> None:
