@@ -1,7 +1,8 @@
 """The command line: every verb of Sievit, on whatever stages the composition root hands over.
 
-`cli_run` holds the commands on a whole pipeline, `cli_stage` those of single stages, `cli_store` those that read the
-store. Nothing on this side imports a tensor library, so that help, plans and listings answer at once.
+`cli_run` holds the commands on a whole pipeline, `cli_sweep` that on many of one, `cli_stage` those of single stages,
+`cli_store` those that read the store. Nothing on this side imports a tensor library, so that help, plans and listings
+answer at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import cli_run, cli_stage, cli_store, completion, manual, options
+from . import cli_run, cli_stage, cli_store, cli_sweep, completion, manual, options
 from .console import Console
 from .errors import InputError, Interrupted, SievitError, UsageError
 from .session import Session, input_error
@@ -71,7 +72,7 @@ def _commands(
     further: Mapping[str, Sequence[Callable[..., None]]],
 ) -> Iterator[tuple[str, str, Callable[..., None], str]]:
     """Task, name, function and manual of every command, in the order of the overview."""
-    for command in cli_run.COMMANDS:
+    for command in (*cli_run.COMMANDS, cli_sweep.sweep):
         yield "Run", command.__name__, command, inspect.getdoc(command) or ""
     for stage in stages:
         yield "Stages", stage.name, instead.get(stage.name) or cli_stage.stage_command(stage), stage.manual

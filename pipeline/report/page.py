@@ -11,6 +11,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,7 @@ def render_html(facts: Facts, *, live: str = "", every: int = 0) -> str:
     script = _read("tables.js", "tips.js", *([LIBRARY[0], "curves.js"] if plots else []))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return (
-        _environment(autoescape=True)
+        environment(autoescape=True)
         .get_template("report.html.j2")
         .render(
             _words(facts),
@@ -93,7 +94,7 @@ def _read(*names: str) -> str:
 
 def render_markdown(facts: Facts) -> str:
     """The same facts in short, for a pull request."""
-    page = _environment(autoescape=False).get_template("report.md.j2").render(_words(facts))
+    page = environment(autoescape=False).get_template("report.md.j2").render(_words(facts))
     return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
 
 
@@ -130,7 +131,9 @@ def _galleries(facts: Facts) -> dict[str, list[tuple[Step, Picture]]]:
     return galleries
 
 
-def _environment(*, autoescape: bool) -> Environment:
+@cache
+def environment(*, autoescape: bool) -> Environment:
+    """Jinja with the forms of numbers that all pages share. Kept: a sweep writes many pages."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -1,0 +1,258 @@
+"""The report of a sweep: its trials as one table and one picture, in HTML and Markdown, beside the reports of the runs.
+
+Self-contained and escaped as the report of a run is, whose style and script it shares. It is written anew after each
+trial, so it can be read while the sweep goes on.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..commit import Disk
+from ..objectives import HIGHER, Estimate, front
+from ..ranges import overrides
+from . import numbers
+from .numbers import Format, interval
+from .page import TEMPLATES, environment
+from .pictures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis
+
+if TYPE_CHECKING:
+    from ..store import Store
+    from ..sweep import Sweep
+
+TITLES = {"top1": "Top-1", "speedup": "Speed-up", "bytes": "Size", "macs": "MACs", "parameters": "Parameters"}
+FORMS: dict[str, Format] = {
+    "top1": numbers.percent,
+    "speedup": numbers.ratio,
+    "bytes": numbers.size,
+    "macs": numbers.big,
+    "parameters": numbers.big,
+}
+
+
+def document_of(sweep: Sweep) -> dict[str, Any]:
+    """What is known of a sweep now, as --json prints it and both pages tell it."""
+    trials = sweep.trials()
+    done = [trial for trial in trials if trial.state == "done"]
+    estimates = [{name: Estimate(**found) for name, found in trial.values.items()} for trial in done]
+    best = {trial.number for trial, on_it in zip(done, front(estimates), strict=True) if on_it}
+    objectives = sweep.question.objectives
+    return {
+        "sweep": sweep.id,
+        "started": sweep.started,
+        **sweep.question.as_json(),
+        "state_says": _state(trials, sweep.question.grid, sweep.question.trials),
+        "front_says": _front_sentence(objectives),
+        "trials": [{**asdict(trial), "front": trial.number in best} for trial in trials],
+    }
+
+
+def _state(trials: Sequence[Any], grid: bool, asked: int) -> str:
+    """9 trials: 7 done, 1 failed, 1 waiting"""
+    counts = {state: sum(t.state == state for t in trials) for state in ("done", "failed", "running", "waiting")}
+    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    missing = 0 if grid else max(0, asked - len(trials))
+    more = f"{', ' if told else ''}{missing} to be chosen" if missing else ""
+    return f"{len(trials) + missing} trials: {told}{more}"
+
+
+def _front_sentence(objectives: Sequence[str]) -> str:
+    if len(objectives) == 1:
+        way = "greatest" if HIGHER[objectives[0]] else "least"
+        name = TITLES[objectives[0]]
+        return f"the {way} {name}, and what its interval cannot tell from it"
+    return "on the Pareto front: no trial is better in one objective, beyond both intervals, and worse in none"
+
+
+def write(document: Mapping[str, Any], folder: Path, store: Store) -> tuple[Path, Path]:
+    """Write report.html and report.md into the sweep's folder, each complete or not at all; both paths."""
+    pages = {"report.html": _html(document, folder, store), "report.md": _markdown(document)}
+    for name, page in pages.items():
+        Disk().replace(folder / name, page.encode())
+    return folder / "report.html", folder / "report.md"
+
+
+def _html(document: Mapping[str, Any], folder: Path, store: Store) -> str:
+    from markupsafe import Markup
+
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    page = environment(autoescape=True).get_template("sweep.html.j2")
+    return page.render(
+        _words(document),
+        drawn=Markup(draw_front(document)),  # our own SVG, its text escaped
+        links={
+            trial["run"]: os.path.relpath(store.runs / trial["run"] / "report.html", folder)
+            for trial in document["trials"]
+            if trial["run"] is not None
+        },
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_digest=digest,
+    )
+
+
+def _markdown(document: Mapping[str, Any]) -> str:
+    page = environment(autoescape=False).get_template("sweep.md.j2").render(_words(document))
+    return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
+
+
+def _words(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What both templates are given."""
+    trials = document["trials"]
+    return {
+        "sweep": document,
+        "front": [trial for trial in trials if trial["front"]],
+        "fields": list(document["space"]),
+        "titles": [
+            (name, TITLES[name], "more is better" if HIGHER[name] else "less is better")
+            for name in document["objectives"]
+        ],
+        "told": told,
+        "within": within,
+        "command": _command(document),
+        "setting": lambda trial, field: overrides({field: trial["settings"][field]})[0].partition("=")[2],
+        "noise": noise(document["objectives"]),
+    }
+
+
+def told(trial: Mapping[str, Any], name: str) -> str:
+    """The value of an objective, a dash where there is none."""
+    found = trial["values"].get(name)
+    return FORMS[name](found["value"] if found else None)
+
+
+def within(trial: Mapping[str, Any], name: str) -> str:
+    """Its interval; "" of an exact one."""
+    found = trial["values"].get(name)
+    return interval(found["low"], found["high"], FORMS[name]) if found and found["low"] < found["high"] else ""
+
+
+def noise(objectives: Sequence[str]) -> list[str]:
+    """What the numbers can and cannot tell."""
+    words = [
+        "One trial is better than another where their intervals do not meet. A difference inside the noise is none."
+    ]
+    if "top1" in objectives:
+        words.append(
+            "Top-1 is of the test split with its 95% interval; all trials see the same images, so a paired "
+            "test (sievit compare) can tell files apart that these intervals do not. The best of many trials on one "
+            "test split is a little worse on new images."
+        )
+    if "speedup" in objectives:
+        words.append(
+            "Speed-up is over the baseline measured in the same run, its interval over sessions widened by what the "
+            "baseline showed against itself (A/A). Runs of different hours on a shared host can differ by more: time "
+            "the files that matter once more, side by side (sievit benchmark --onnx A --onnx B)."
+        )
+    return words
+
+
+def _command(document: Mapping[str, Any]) -> str:
+    """The command line again. A database is not named: its URL may hold a password."""
+    import shlex
+
+    option = "--grid" if document["kind"] == "grid" else "--search"
+    words = ["sievit", "sweep", document["path"]]
+    for field, tried in document["space"].items():
+        words += [option, f"{field}={_values(tried)}"]
+    for name in document["objectives"]:
+        words += ["--objective", name]
+    if document["kind"] == "search":
+        words += ["--seed", str(document["seed"])]
+    for text in document["overrides"]:
+        words += ["--set", text]
+    return shlex.join(words)
+
+
+def _values(tried: Any) -> str:
+    if isinstance(tried, Mapping):
+        return f"{tried['low']}..{tried['high']}{':log' if tried['log'] else ''}"
+    return ",".join(overrides({"": value})[0].removeprefix("=") for value in tried)
+
+
+# ---- the picture
+
+
+def draw_front(document: Mapping[str, Any]) -> str:
+    """SVG of the first objective against the second, or against the number of the trial when there is one; "" when no
+    trial has ended well. A point carries its trial's number; its settings and numbers are its <title>.
+    """
+    done = [trial for trial in document["trials"] if trial["state"] == "done"]
+    if not done:
+        return ""
+    up_name, *others = document["objectives"]
+    across_name = others[0] if others else None
+
+    def place(trial: Mapping[str, Any], name: str | None) -> tuple[float, float, float]:
+        if name is None:
+            return (trial["number"],) * 3
+        found = trial["values"][name]
+        return found["low"], found["value"], found["high"]
+
+    across = _axis([place(trial, across_name) for trial in done], LEFT, WIDTH - RIGHT)
+    up = _axis([place(trial, up_name) for trial in done], HEIGHT - BOTTOM, TOP)
+    parts = _axes(across, up, across_name, up_name)
+    for trial in sorted(done, key=lambda one: one["front"]):  # the front lies on top
+        parts.append(_point(trial, place(trial, across_name), place(trial, up_name), across, up))
+    label = f"{TITLES[up_name]} against {TITLES[across_name] if across_name else 'the trial'}, one point a trial. "
+    label += "The same numbers stand in the table of trials."
+    return f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _axis(spans: Sequence[tuple[float, float, float]], start: float, end: float) -> Axis:
+    """With room around the points, and some length where they are all alike."""
+    low, high = min(span[0] for span in spans), max(span[2] for span in spans)
+    pad = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    return Axis(low - pad, high + pad, start, end)
+
+
+def _axes(across: Axis, up: Axis, across_name: str | None, up_name: str) -> list[str]:
+    base, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    parts = []
+    for tick in up.ticks():
+        y = up(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{FORMS[up_name](tick)}</text>'
+        )
+    for tick in across.ticks():
+        shown = FORMS[across_name](tick) if across_name else f"{tick:g}"
+        parts.append(f'<text class="tick" x="{across(tick):.1f}" y="{base + 20}" text-anchor="middle">{shown}</text>')
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{base}" y2="{base}"/>')
+    name = TITLES[across_name] if across_name else "Trial"
+    parts.append(f'<text class="name" x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{name}</text>')
+    parts.append(f'<text class="name" x="{LEFT - 8}" y="{TOP - 20}" text-anchor="end">{TITLES[up_name]}</text>')
+    return parts
+
+
+def _point(
+    trial: Mapping[str, Any],
+    x: tuple[float, float, float],
+    y: tuple[float, float, float],
+    across: Axis,
+    up: Axis,
+) -> str:
+    at_x, at_y = across(x[1]), up(y[1])
+    whiskers = [
+        f'<line class="whisker" x1="{across(x[0]):.1f}" y1="{at_y:.1f}" x2="{across(x[2]):.1f}" y2="{at_y:.1f}"/>',
+        f'<line class="whisker" x1="{at_x:.1f}" y1="{up(y[0]):.1f}" x2="{at_x:.1f}" y2="{up(y[2]):.1f}"/>',
+    ]
+    says = f"trial {trial['number']}: {', '.join(overrides(trial['settings']))}; " + ", ".join(
+        f"{TITLES[name]} {told(trial, name)}{f' ({span})' if (span := within(trial, name)) else ''}"
+        for name in trial["values"]
+    )
+    return (
+        f'<g class="point trial {"shipped" if trial["front"] else "other"}"><title>{escape(says)}</title>'
+        f"{''.join(whiskers)}"
+        f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="11"/>'
+        f'<text class="number" x="{at_x:.1f}" y="{at_y + 4:.1f}" text-anchor="middle">{trial["number"]}</text></g>'
+    )
