@@ -1,8 +1,9 @@
-# Four verbs. All a machine needs is Python 3.11 or newer; `PYTHON=python3.12 make run` chooses another one.
+# Five verbs. All a machine needs is Python 3.11 or newer; `PYTHON=python3.12 make run` chooses another one.
 #
 #   make run      make .venv, install Sievit, run pipeline.yaml and print where the report is
 #   make test     the tests, a file at a time on each core
-#   make check    ruff, mypy strict and the import contracts
+#   make check    ruff, mypy strict, the import contracts, and the documentation with its links
+#   make docs     the documentation into site/
 #   make clean    remove .venv and the tools' caches; artifacts/ stays
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,$(if $(filter new,$(shell \
@@ -10,9 +11,11 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 PIPELINE ?= pipeline.yaml
 VENV := .venv
 BIN := $(VENV)/bin
+# A broken link is an error. Not --quiet, which would have --strict hear no warning.
+DOCS = PYTHONPATH=.typing NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: run test check clean
+.PHONY: run test check docs clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run.stamp
@@ -28,9 +31,14 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	MYPYPATH=.typing $(BIN)/mypy -p sievit.pipeline -p sievit.stages
 	PYTHONPATH=.typing $(BIN)/lint-imports
+	$(DOCS)
+
+docs: $(VENV)/dev.stamp
+	$(DOCS)
+	@echo "the documentation: $(CURDIR)/site/index.html"
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/run.stamp: $(BIN)/python pyproject.toml constraints.txt
 	@echo "installing Sievit and its libraries into $(VENV) (once; some minutes)"
