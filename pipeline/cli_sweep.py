@@ -98,7 +98,7 @@ def sweep(
         sievit sweep --grid prune.target.macs=0.3,0.5,0.7 --grid quantize=null,{}
         sievit sweep --search finetune.lr=1e-4..1e-2:log --search prune.importance=taylor,l1 --trials 30
 
-    Of several objectives the Pareto front is shown: what no other trial beats. Differences inside the intervals of the
+    Of several objectives the Pareto front is shown: what none of it beats. Differences inside the intervals of the
     benchmark, widened by its A/A noise, are none. --search needs Optuna: pip install 'sievit[sweep]'.
     """
     from .execute import stoppable
@@ -251,9 +251,13 @@ def _say(session: Session, quiet: bool, text: str) -> None:
         session.console.say(text)
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
+def _settings(settings: Mapping[str, Any], *, short: bool = False) -> str:
+    """short: fields by their last names, where these are not alike."""
     from .ranges import overrides
 
+    last = [field.rpartition(".")[2] for field in settings]
+    if short and len(set(last)) == len(last):
+        settings = dict(zip(last, settings.values(), strict=True))
     return ", ".join(overrides(settings))
 
 
@@ -281,7 +285,7 @@ def draw(document: Document) -> RenderableType:
             f"{'* ' if trial['front'] else '  '}{trial['number']}",
             state(trial["state"]) if trial["state"] != "done" else line(str(trial["run"])),
             *(told(trial, name) for name in objectives),
-            _settings(trial["settings"]) + (f"\n{trial['error']}" if trial["error"] else ""),
+            _settings(trial["settings"], short=True) + (f"\n{trial['error']}" if trial["error"] else ""),
         )
         for trial in ordered
     ]

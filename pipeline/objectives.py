@@ -101,23 +101,31 @@ def dominates(one: Measured, other: Measured) -> bool:
 
 
 def front(trials: Sequence[Measured]) -> list[bool]:
-    """Which trials are on the Pareto front: those that no other dominates.
+    """Which trials are on the Pareto front: none of them dominates another, and one of them dominates each of the rest.
 
-    With noise, three objectives and more can go round (a over b over c over a, each by another objective). Such trials
-    count as equals, so that the front of a sweep is never empty.
+    For exact numbers these are the trials that no other dominates. With intervals "within the noise" does not carry
+    over: b may be as accurate as a and faster, c as b and faster again, and c is less accurate than a. So a trial is
+    left out only for one that is on the front itself. With three objectives and more it can go round (a over b over c
+    over a); such trials count as equals, so that the front of a sweep is never empty.
     """
     count = len(trials)
     above = [{a for a in range(count) if a != b and dominates(trials[a], trials[b])} for b in range(count)]
-    reach = [_closure(b, above) for b in range(count)]
-    return [all(b in reach[a] for a in reach[b]) for b in range(count)]
+    best: set[int] = set()
+    left = set(range(count))
+    while left:
+        over = {b: _over(b, above, left) for b in left}
+        top = {b for b in left if all(b in over[a] for a in over[b])}
+        best |= top
+        left -= top | {b for b in left if above[b] & top}
+    return [b in best for b in range(count)]
 
 
-def _closure(start: int, above: Sequence[set[int]]) -> set[int]:
-    """All that stand above a trial, over others too."""
+def _over(start: int, above: Sequence[set[int]], left: set[int]) -> set[int]:
+    """All of those left that stand above a trial, over others too."""
     found: set[int] = set()
     waiting = [start]
     while waiting:
-        new = above[waiting.pop()] - found
+        new = (above[waiting.pop()] & left) - found
         found |= new
         waiting += new
     return found

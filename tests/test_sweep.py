@@ -119,6 +119,24 @@ def test_a_difference_inside_the_noise_is_none() -> None:
     assert objectives.front([point(0.90, 3.0, 0.01), point(0.93, 2.0, 0.01)]) == [True, True]
 
 
+def test_a_chain_of_small_losses_does_not_hide_the_most_accurate() -> None:
+    """b is as accurate as a and faster, c as b and faster again; but c is less accurate than a beyond the noise."""
+    chain = [point(0.94, 1.0, 0.011), point(0.92, 2.0, 0.011), point(0.90, 3.0, 0.011)]
+    assert objectives.dominates(chain[1], chain[0]) and objectives.dominates(chain[2], chain[1])
+    assert objectives.front(chain) == [True, False, True]
+
+
+def test_no_trial_of_a_front_dominates_another_and_one_of_it_each_of_the_rest() -> None:
+    draw = random.Random(1)
+    for _ in range(50):
+        trials = [point(draw.uniform(0.8, 1.0), draw.uniform(1, 3), draw.uniform(0, 0.04)) for _ in range(15)]
+        on = objectives.front(trials)
+        best = [trial for trial, yes in zip(trials, on, strict=True) if yes]
+        assert not any(objectives.dominates(one, other) for one in best for other in best)
+        for trial, yes in zip(trials, on, strict=True):
+            assert yes or any(objectives.dominates(one, trial) for one in best)
+
+
 def test_less_is_better_where_it_is() -> None:
     sizes = [{"bytes": Estimate(size, size, size)} for size in (3.0, 1.0, 2.0)]
     assert objectives.front(sizes) == [False, True, False]
@@ -373,13 +391,17 @@ def test_a_trial_that_takes_its_process_with_it_is_given_up_after_three(
     assert "3 times" in answer["trials"][1]["error"]
 
 
-def test_several_processes_share_a_sweep_and_make_no_trial_twice(folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["grid", "search"])
+def test_several_processes_share_a_sweep_and_make_no_trial_twice(kind: str, folder: Path) -> None:
     program = (
         "import sys; from test_sweep import SWEPT, BadInput; from sievit.pipeline.cli import execute; "
         "sys.exit(execute(SWEPT, (BadInput,), sys.argv[1:]))"
     )
-    drops = ",".join(f"{0.01 * (1 + n):.2f}" for n in range(6))
-    command = [sys.executable, "-c", program, "sweep", "--grid", f"quantize.max_drop={drops}", "--json"]
+    asked = ["--grid", "quantize.max_drop=0.01,0.02,0.03,0.04,0.05,0.06"]
+    if kind == "search":
+        pytest.importorskip("optuna")
+        asked = ["--search", "quantize.max_drop=0.01..0.06", "--trials", "6"]
+    command = [sys.executable, "-c", program, "sweep", *asked, "--json"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / '.typing'}{os.pathsep}{ROOT / 'tests'}"}
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     pair = [subprocess.Popen(command, cwd=folder, env=environment, **options) for _ in range(2)]
@@ -444,4 +466,4 @@ def test_the_table_on_the_terminal_marks_the_front(folder: Path, capsys: pytest.
     out = capsys.readouterr().out
     marked = [line for line in out.splitlines() if line.startswith("* ")]
     assert len(marked) == 2 and marked[0].split()[1] == "0" and "89.0%" in marked[0]
-    assert "quantize.max_drop=0.03" in out and max(map(len, out.splitlines()[:8])) <= 80
+    assert "max_drop=0.03" in out and max(map(len, out.splitlines()[:8])) <= 80

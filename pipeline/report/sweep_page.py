@@ -69,7 +69,10 @@ def _front_sentence(objectives: Sequence[str]) -> str:
         way = "greatest" if HIGHER[objectives[0]] else "least"
         name = TITLES[objectives[0]]
         return f"the {way} {name}, and what its interval cannot tell from it"
-    return "on the Pareto front: no trial is better in one objective, beyond both intervals, and worse in none"
+    return (
+        "the Pareto front: to each of the others one of these is better in an objective and worse in none, beyond the "
+        "intervals"
+    )
 
 
 def write(document: Mapping[str, Any], folder: Path, store: Store) -> tuple[Path, Path]:
@@ -89,15 +92,18 @@ def _html(document: Mapping[str, Any], folder: Path, store: Store) -> str:
     return page.render(
         _words(document),
         drawn=Markup(draw_front(document)),  # our own SVG, its text escaped
-        links={
-            trial["run"]: os.path.relpath(store.runs / trial["run"] / "report.html", folder)
-            for trial in document["trials"]
-            if trial["run"] is not None
-        },
+        links=_links(document, folder, store),
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_digest=digest,
     )
+
+
+def _links(document: Mapping[str, Any], folder: Path, store: Store) -> dict[str, str]:
+    """Run -> the way to its report; gc may have removed it."""
+    runs = {trial["run"] for trial in document["trials"] if trial["run"] is not None}
+    pages = {run: store.runs / run / "report.html" for run in runs}
+    return {run: os.path.relpath(page, folder) for run, page in pages.items() if page.exists()}
 
 
 def _markdown(document: Mapping[str, Any]) -> str:
