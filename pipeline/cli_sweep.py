@@ -11,7 +11,7 @@ import typer
 
 from . import options
 from .console import Document, results_only
-from .errors import SievitError, SpecError, UsageError
+from .errors import Interrupted, SievitError, SpecError, Terminated, UsageError
 from .session import DEFAULT_PIPELINE, Session, session_of, store_of
 
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ def sweep(
         sievit sweep --grid prune.target.macs=0.3,0.5,0.7 --grid quantize=null,{}
         sievit sweep --search finetune.lr=1e-4..1e-2:log --search prune.importance=taylor,l1 --trials 30
 
-    Of several objectives the Pareto front is shown: what none of it beats. Differences inside the intervals of the
-    benchmark, widened by its A/A noise, are none. --search needs Optuna: pip install 'sievit[sweep]'.
+    Of several objectives the Pareto front is shown. Differences inside the intervals of the benchmark, widened by its
+    A/A noise, are none. --search needs Optuna: pip install 'sievit[sweep]'.
     """
     from .execute import stoppable
     from .progress import choose
@@ -107,26 +107,30 @@ def sweep(
 
     session, place = session_of(context), store_of(store, pipeline)
     began = time.monotonic()
-    question = _question(session, pipeline, set_, grid, search, objective, trials, seed, storage, place)
-    display = choose(quiet=quiet, silent=session.console.json)
+
+    def display() -> Display:
+        """A new one for each trial: one that a failure has ended is not asked to begin again."""
+        return choose(quiet=quiet, silent=session.console.json)
+
+    question = _question(session, pipeline, set_, grid, search, objective, trials, seed, storage, place, display())
     with stoppable():
         under_way = Sweep(question, place)
 
         def attempt(trial: Trial) -> None:
             _say(session, quiet, f"trial {trial.number}: {_settings(trial.settings)}")
             with results_only():
-                _attempt(session, trial, question, pipeline, place, display)
+                _attempt(session, trial, question, pipeline, place, display())
 
         def ended(trial: Trial) -> None:
             if trial.error:
-                display.warn(f"trial {trial.number} failed: {trial.error}")
+                display().warn(f"trial {trial.number} failed: {trial.error}")
             _write_report(under_way)
 
         try:
             under_way.work(attempt, ended)
-        except SievitError:
-            page = _write_report(under_way)[1]
-            _say(session, quiet, f"the sweep so far: {page}\nthe same command goes on with it")
+        except (Interrupted, Terminated) as stopped:
+            stopped.hint = "run the same sweep again: what has ended is kept, and this trial goes on where it was"
+            _say(session, quiet, f"the sweep so far: {_write_report(under_way)[1]}")
             raise
     document, _ = _write_report(under_way)
     session.console.result({**document, "seconds": round(time.monotonic() - began, 3)}, draw)
@@ -150,12 +154,14 @@ def _question(
     seed: int | None,
     storage: str | None,
     place: Store,
+    display: Display,
 ) -> Question:
     """What is asked, every option and every value at the ends of the ranges checked before anything runs."""
     from .objectives import chosen
     from .ranges import grid_of, search_of
     from .resolve import Facts
     from .sweep import Question
+    from .track import Tracking
 
     if bool(grid) == bool(search):
         what = "--grid and --search exclude each other" if grid else "nothing is swept"
@@ -171,11 +177,12 @@ def _question(
     if session.team.starts(plan.spec.launch):
         hint = "--set launch=null, and start the sweep in several processes"
         raise UsageError("a sweep runs each trial in one process, and launch asks for more", hint=hint)
+    Tracking(plan.spec, display.warn)  # refuses a tracker that is not installed
     _check(session, pipeline, overrides, space)
     return Question(
         pipeline=plan.spec.name,
         path=str(pipeline),
-        recipe=Facts(plan, place).recipe(),
+        recipe=Facts(plan, place, display).recipe(),
         overrides=tuple(overrides),
         space=space,
         grid=bool(grid),

@@ -301,6 +301,7 @@ def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(
     SLOW[third] = KeyboardInterrupt
     code, stopped = sievit(capsys, *asked, "--store", "stopped")
     assert code == 130 and "stopped in main/quantize" in stopped["error"]["message"]
+    assert "same sweep" in stopped["error"]["hint"]
     kept = sorted((folder / "stopped/runs").glob("sweep-*/trials/*.json"))
     assert [json.loads(path.read_text())["state"] for path in kept] == ["done", "done", "waiting"]
     assert (kept[0].parent.parent / "report.html").exists()
