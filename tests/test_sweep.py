@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -410,6 +411,35 @@ def test_several_processes_share_a_sweep_and_make_no_trial_twice(kind: str, fold
     assert [code for _, code in ends] == [0, 0], ends
     trials = [json.loads(path.read_text()) for path in (folder / "artifacts/runs").glob("sweep-*/trials/*.json")]
     assert len(trials) == 6 and {t["state"] for t in trials} == {"done"} and {t["attempts"] for t in trials} == {1}
+
+
+def test_a_sweep_that_was_killed_takes_up_the_trial_that_it_was_in(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    program = (
+        "import sys; from test_sweep import SWEPT, BadInput; from sievit.pipeline.cli import execute; "
+        "sys.exit(execute(SWEPT, (BadInput,), sys.argv[1:]))"
+    )
+    asked = ["--search", "train.epochs=20..40", "--trials", "3", "--set", "train.pause=0.02", "--set", "gates=null"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / '.typing'}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", program, "sweep", *asked, "--json"]
+    one = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((folder / "artifacts").glob("train/.work-*/checkpoint.json")) or len(trials_of(folder)) < 2:
+        assert one.poll() is None, "it ended before it was killed"
+        time.sleep(0.01)
+    one.kill()
+    one.wait()
+    before = trials_of(folder)
+    assert [t["state"] for t in before] == ["done", "running"]
+    code, answer = sievit(capsys, *asked)
+    assert code == 0 and [t["state"] for t in answer["trials"]] == ["done"] * 3
+    assert answer["trials"][0]["finished"] == before[0]["finished"], "what has ended is not repeated"
+    assert answer["trials"][1]["settings"] == before[1]["settings"] and answer["trials"][1]["attempts"] == 2
+
+
+def trials_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((folder / "artifacts/runs").glob("sweep-*/trials/0*.json"))]
 
 
 # ---- the pages
