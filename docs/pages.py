@@ -101,7 +101,7 @@ def wrong_links(markdown: str) -> list[str]:
 
 def _title(path: Path) -> str:
     first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip() or path.stem
+    return first.removeprefix("#").replace("`", "").strip() or path.stem
 
 
 # ---- stages and settings

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from .plan import Plan
     from .progress import Display
-    from .ranges import Tried
     from .records import RunRecord
+    from .search_space import Tried
     from .store import Store
     from .sweep import Question, Sweep, Trial
 
@@ -158,8 +158,8 @@ def _question(
 ) -> Question:
     """What is asked, every option and every value at the ends of the ranges checked before anything runs."""
     from .objectives import chosen
-    from .ranges import grid_of, search_of
     from .resolve import Facts
+    from .search_space import grid_of, search_of
     from .sweep import Question
     from .track import Tracking
 
@@ -204,13 +204,13 @@ def _require_measurement(plan: Plan) -> None:
 
 def _check(session: Session, pipeline: Path, overrides: list[str], space: Mapping[str, Tried]) -> None:
     """Plan every value once, the other fields at their first. What only a combination contradicts fails as a trial."""
-    from . import ranges
+    from . import search_space
 
     first = {field: tried.ends[0] for field, tried in space.items()}
-    session.plan(pipeline, [*overrides, *ranges.overrides(first)])
+    session.plan(pipeline, [*overrides, *search_space.overrides(first)])
     for field, tried in space.items():
         for value in tried.ends[1:]:
-            session.plan(pipeline, [*overrides, *ranges.overrides({**first, field: value})])
+            session.plan(pipeline, [*overrides, *search_space.overrides({**first, field: value})])
 
 
 def _attempt(
@@ -219,12 +219,12 @@ def _attempt(
     """One run, with its report; the manifests name the command that makes it alone."""
     from math import inf
 
-    from . import ranges, runner
+    from . import runner, search_space
     from .objectives import measured
     from .report.page import write
     from .track import Tracking
 
-    overrides = [*question.overrides, *ranges.overrides(trial.settings)]
+    overrides = [*question.overrides, *search_space.overrides(trial.settings)]
     plan = session.plan(pipeline, overrides)
     command = ["sievit", "run", str(pipeline), *(word for text in overrides for word in ("--set", text))]
     manner = runner.Manner(display, session.invalid_input, wait_s=inf, command=command)
@@ -260,7 +260,7 @@ def _say(session: Session, quiet: bool, text: str) -> None:
 
 def _settings(settings: Mapping[str, Any], *, short: bool = False) -> str:
     """short: fields by their last names, where these are not alike."""
-    from .ranges import overrides
+    from .search_space import overrides
 
     last = [field.rpartition(".")[2] for field in settings]
     if short and len(set(last)) == len(last):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, UsageError
 from .manifest import sha256_of
 from .objectives import HIGHER
-from .ranges import Choices, Range, Tried
+from .search_space import Choices, Range, Tried
 from .stage import JSON
 
 if TYPE_CHECKING:

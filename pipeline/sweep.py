@@ -21,8 +21,8 @@ from . import locks
 from . import manifest as manifests
 from .errors import IntegrityError, Interrupted, LockedError, SievitError, Terminated, UsageError
 from .manifest import sha256_of
-from .ranges import Tried, combinations
 from .records import now
+from .search_space import Tried, combinations
 from .stage import JSON
 from .store import Store
 from .study import Study

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from fakes import BENCHMARK, PIPELINE, QUANTIZE, STAGES, BadInput, _write
 
-from sievit.pipeline import objectives, ranges
+from sievit.pipeline import objectives, search_space
 from sievit.pipeline.cli import execute
 from sievit.pipeline.errors import SievitError, UsageError
 from sievit.pipeline.objectives import Estimate
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
     ],
 )
 def test_a_grid_takes_whatever_a_field_can_be_set_to(text: str, values: list[Any]) -> None:
-    (tried,) = ranges.grid_of([text]).values()
+    (tried,) = search_space.grid_of([text]).values()
     assert list(tried.ends) == values
 
 
@@ -55,21 +55,21 @@ def test_a_grid_takes_whatever_a_field_can_be_set_to(text: str, values: list[Any
 def test_a_search_takes_ranges_whole_and_logarithmic(
     text: str, low: float, high: float, log: bool, whole: bool
 ) -> None:
-    (tried,) = ranges.search_of([text]).values()
-    assert tried == ranges.Range(low, high, log) and tried.whole is whole
+    (tried,) = search_space.search_of([text]).values()
+    assert tried == search_space.Range(low, high, log) and tried.whole is whole
 
 
 @pytest.mark.parametrize(
     ("read", "text", "message"),
     [
-        (ranges.grid_of, "prune.target.macs", "FIELD=VALUES"),
-        (ranges.grid_of, "prune.target.macs=", "FIELD=VALUES"),
-        (ranges.grid_of, "prune.target.macs=0.3..0.5", "not a range"),
-        (ranges.grid_of, "prune.target.macs=0.3,,0.5", "missing"),
-        (ranges.grid_of, "prune.target.macs=0.3,0.3", "twice"),
-        (ranges.grid_of, "prune.target.macs={a: 1", "closed"),
-        (ranges.search_of, "finetune.lr=1e-2..1e-4", "lower number"),
-        (ranges.search_of, "finetune.lr=0.0..1.0:log", "above 0"),
+        (search_space.grid_of, "prune.target.macs", "FIELD=VALUES"),
+        (search_space.grid_of, "prune.target.macs=", "FIELD=VALUES"),
+        (search_space.grid_of, "prune.target.macs=0.3..0.5", "not a range"),
+        (search_space.grid_of, "prune.target.macs=0.3,,0.5", "missing"),
+        (search_space.grid_of, "prune.target.macs=0.3,0.3", "twice"),
+        (search_space.grid_of, "prune.target.macs={a: 1", "closed"),
+        (search_space.search_of, "finetune.lr=1e-2..1e-4", "lower number"),
+        (search_space.search_of, "finetune.lr=0.0..1.0:log", "above 0"),
     ],
 )
 def test_a_wrong_range_is_refused_where_it_stands(
@@ -81,17 +81,17 @@ def test_a_wrong_range_is_refused_where_it_stands(
 
 
 def test_combinations_are_the_product_and_overrides_read_back() -> None:
-    grid = ranges.grid_of(["a=1,2", "b=x,{c: 1.0e-5}"])
-    found = list(ranges.combinations(grid))
+    grid = search_space.grid_of(["a=1,2", "b=x,{c: 1.0e-5}"])
+    found = list(search_space.combinations(grid))
     assert found == [{"a": a, "b": b} for a in (1, 2) for b in ("x", {"c": 1e-5})]
-    (again,) = ranges.grid_of([ranges.overrides({"b": {"c": 1e-5}})[0]]).values()
+    (again,) = search_space.grid_of([search_space.overrides({"b": {"c": 1e-5}})[0]]).values()
     assert again.ends == ({"c": 1e-5},)
 
 
 def test_a_grid_of_too_many_combinations_is_refused() -> None:
     values = ",".join(map(str, range(101)))
     with pytest.raises(UsageError, match="10,201"):
-        ranges.grid_of([f"a={values}", f"b={values}"])
+        search_space.grid_of([f"a={values}", f"b={values}"])
 
 
 # ---- what is worth having

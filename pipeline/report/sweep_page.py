@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..commit import Disk
 from ..objectives import HIGHER, Estimate, front
-from ..ranges import overrides
+from ..search_space import overrides
 from . import numbers
 from .numbers import Format, interval
 from .page import TEMPLATES, environment
