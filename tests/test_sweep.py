@@ -485,10 +485,13 @@ def test_the_picture_has_a_point_a_trial_and_none_outside_of_it(
         tags = Page(html).tags
         circles = [a for tag, a in tags if tag == "circle"]
         assert len(circles) == 3
-        assert all(64 <= float(str(a["cx"])) <= 696 and 40 <= float(str(a["cy"])) <= 348 for a in circles)
+        box = re.search(r'class="plot" viewBox="0 0 (\d+) (\d+)"', html)
+        assert box is not None
+        wide, high = map(float, box.groups())
+        assert all(11 < float(str(a["cx"])) < wide - 11 and 11 < float(str(a["cy"])) < high - 11 for a in circles)
         drawn = [float(str(a["cy"])) for a in circles]
-        high = [float(re.search(r"Top-1 ([\d.]+)%", title)[1]) for title in re.findall(r"<title>(trial [^<]*)<", html)]
-        assert sorted(drawn) == [y for _, y in sorted(zip(high, drawn, strict=True), reverse=True)]
+        top1 = [float(re.search(r"Top-1 ([\d.]+)%", title)[1]) for title in re.findall(r"<title>(trial [^<]*)<", html)]
+        assert sorted(drawn) == [y for _, y in sorted(zip(top1, drawn, strict=True), reverse=True)]
     assert [t["front"] for t in answer["trials"]] == [True, False, False]
 
 
