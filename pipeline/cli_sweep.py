@@ -102,7 +102,6 @@ def sweep(
     A/A noise, are none. --search needs Optuna: pip install 'sievit[sweep]'.
     """
     from .execute import stoppable
-    from .progress import choose
     from .sweep import Sweep
 
     session, place = session_of(context), store_of(store, pipeline)
@@ -110,7 +109,7 @@ def sweep(
 
     def display() -> Display:
         """A new one for each trial: one that a failure has ended is not asked to begin again."""
-        return choose(quiet=quiet, silent=session.console.json)
+        return session.display(quiet)
 
     question = _question(session, pipeline, set_, grid, search, objective, trials, seed, storage, place, display())
     with stoppable():
@@ -272,9 +271,10 @@ def draw(document: Document) -> RenderableType:
     """The front first, then the others, each with its settings and numbers."""
     from rich.console import Group
 
+    from .drawing import line, table
     from .report.numbers import DASH, duration, interval, shown
     from .report.sweep_page import FORMS, TITLES
-    from .views import line, state, table
+    from .views import state
 
     def told(trial: Document, name: str) -> str:
         found = trial["values"].get(name)
