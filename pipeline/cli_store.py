@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import completion, options
+from .cli_report import report
 from .console import Document
 from .diagnostics import suggest
-from .errors import InputError, IntegrityError, SievitError, UsageError
+from .errors import IntegrityError, SievitError, UsageError
 from .session import DEFAULT_PIPELINE, Session, require_arm, session_of, store_of, written_store
 
 if TYPE_CHECKING:
@@ -232,28 +233,6 @@ def _digests(inputs: Mapping[str, Any]) -> Document:
         role: [name(each) for each in given] if isinstance(given, list) else name(given)
         for role, given in inputs.items()
     }
-
-
-def report(
-    context: typer.Context,
-    run: Annotated[
-        str | None,
-        typer.Argument(metavar="RUN", help="a run's id; default: the newest", autocompletion=completion.runs),
-    ] = None,
-    store: options.StoreFolder = None,
-    json: options.Json = False,
-    debug: options.Debug = False,
-) -> None:
-    """Write the report of a run again and say where it is."""
-    from . import records, views_store
-    from .report.page import write
-
-    session, place = session_of(context), written_store(store)
-    record = records.load(place, run) if run is not None else records.newest(place)
-    if record is None:
-        raise InputError(f"no run is recorded in {place.root}", hint="`sievit run` makes one")
-    page, twin = write(record.as_json(), place)
-    session.console.result({"run": record.id, "report": str(page), "markdown": str(twin)}, views_store.report)
 
 
 # ---- Store

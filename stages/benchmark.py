@@ -39,7 +39,7 @@ writes   samples.npz (every timed call), spread.json (its percentiles), rows.jso
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -122,6 +122,7 @@ class BenchmarkConfig(Config):
 def run(ctx: Context) -> None:
     """Measure all files; see the module's docstring."""
     from .deploy.attribution import attributed
+    from .deploy.flips import keep_flips, pairs_of
     from .deploy.latency import Plan, settings_of
     from .deploy.over_seeds import over_seeds
     from .deploy.scenarios import offline_rows, server_rows
@@ -141,7 +142,7 @@ def run(ctx: Context) -> None:
     metrics["test_images"] = len(images)
     metrics["over_seeds"] = over_seeds(metrics["rows"])
     metrics["gates"] = _gates(metrics["rows"], variants, baseline)
-    metrics["flips"] = _flips(ctx.out, variants, baseline, images, answered)
+    metrics["flips"] = keep_flips(ctx.out, pairs_of(variants, baseline), images, answered)
     shown = [baseline, *(variant for variant in variants if variant.final and variant is not baseline)]
     metrics["scenarios"] = []
     if "offline" in config.scenarios:
@@ -279,30 +280,6 @@ def _accuracies(
                 found[digest, provider] = accuracy(scored, images.labels)
                 answered.setdefault(digest, answers(scored))
     return found, answered
-
-
-def _flips(
-    out: Path, variants: Sequence[Variant], baseline: Variant, images: Any, answered: Mapping[str, NDArray[np.int64]]
-) -> list[dict[str, Any]]:
-    """Write flips.json and the pictures of the first pair, the main arm's; return the counts of all pairs."""
-    import numpy as np
-
-    from .deploy.flips import captioned, pairs_of, shown, thumbnail, told
-
-    pairs = sorted(pairs_of(variants, baseline), key=lambda pair: pair.final.family != "main")
-    records = [told(pair, images.labels, answered, images.classes) for pair in pairs]
-    pictures = []
-    if pairs:
-        dense, final = answered[pairs[0].dense.bundle.sha256], answered[pairs[0].final.bundle.sha256]
-        (out / "flips").mkdir()
-        for index in shown(images.labels, dense, final):
-            told_ = captioned(index, images.name(index), images.labels, dense, final, images.classes)
-            (out / told_["file"]).write_bytes(thumbnail(images.pixels(np.array([index]))[0]))
-            pictures.append(told_)
-    (out / "flips.json").write_text(
-        json.dumps({"files": records, "shown": pictures}, indent=1) + "\n", encoding="utf-8"
-    )
-    return [{name: value for name, value in record.items() if name not in ("pairs", "further")} for record in records]
 
 
 def _timed(

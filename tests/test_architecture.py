@@ -73,7 +73,7 @@ OPTIONS: dict[str, set[str]] = {  # of every command, as a user writes them; "" 
     "show": {"REF", "--store", *OUTPUT},
     "explain": {"STAGE|REF", "PIPELINE", "--set", "--arm", "--store", *OUTPUT},
     "diff": {"LEFT", "RIGHT", "--store", *OUTPUT},
-    "report": {"RUN", "--store", *OUTPUT},
+    "report": {"RUN", "--serve", "--port", "--store", *OUTPUT},
     "verify": {"REF", "--all", "--store", *OUTPUT},
     "gc": {"--keep-last", "--damaged", "--checkpoints", "--dry-run", "--yes", "--store", *OUTPUT},
 }

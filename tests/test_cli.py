@@ -611,6 +611,19 @@ def test_a_report_can_be_written_again(sievit: Sievit) -> None:
     assert sievit("report", run["run"], "--json").document["report"] == str(page)
 
 
+def test_runs_are_laid_side_by_side_and_one_of_them_twice_is_refused(sievit: Sievit) -> None:
+    first = sievit("run", "--json").document["run"]
+    second = sievit("run", "--set", "train.epochs=3", "--json").document["run"]
+    document = sievit("report", first, second, "--json").document
+    assert document["runs"] == [first, second]
+    assert "| train.epochs |" in Path(document["markdown"]).read_text(encoding="utf-8")
+    assert Path(document["report"]).is_file()
+    refused = sievit("report", first, first)
+    assert (refused.code, "is named twice" in refused.err) == (3, True)
+    assert sievit("report", first, "abc").code == 3
+    assert sievit("report").code == 0, "the page on both is no run"
+
+
 # ---- schema
 
 

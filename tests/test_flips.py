@@ -119,7 +119,7 @@ def test_every_final_file_is_laid_beside_the_dense_one_of_its_seed(tmp_path: Pat
     all_: list[Any] = [file(arm, seed=seed) for seed in (1, 2) for arm in ("main", "dense", "random")]
     found = pairs_of([*all_, file("main", seed=1, final=False)], all_[1])
     assert [(pair.dense.arm, pair.final.arm) for pair in found] == [
-        (f"dense@seed{seed}", f"{arm}@seed{seed}") for seed in (1, 2) for arm in ("main", "random")
+        (f"dense@seed{seed}", f"{arm}@seed{seed}") for arm in ("main", "random") for seed in (1, 2)
     ]
     alone = [file("main", seed=1), file("main", seed=1, final=False)]
     assert [(p.dense, p.final) for p in pairs_of(alone, alone[1])] == [(alone[1], alone[0])]

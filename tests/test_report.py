@@ -21,7 +21,7 @@ from sievit.pipeline.report import numbers
 from sievit.pipeline.report import page as report
 from sievit.pipeline.report.facts import collect
 from sievit.pipeline.report.stages import deeds
-from sievit.pipeline.report.steps import PAGE_BUDGET, Step
+from sievit.pipeline.report.steps import Step
 from sievit.pipeline.report.verdict import verdict
 
 VOID = {"meta", "link", "img", "br", "rect", "line", "circle", "input", "hr"}
@@ -484,7 +484,8 @@ def test_a_page_with_fifty_large_pictures_stays_below_3_mb(tmp_path: Path) -> No
     page = parsed(html.read_text(encoding="utf-8"))
     assert html.stat().st_size < 3_000_000
     shown = len(list(page.all("img")))
-    assert shown == 1 + (PAGE_BUDGET - 3_000) // (len(large) * 4 // 3)
+    rest = html.stat().st_size - sum(len(str(attrs["src"])) for attrs in page.all("img"))
+    assert shown == 1 + (report.MOST_BYTES - rest) // (len(large) * 4 // 3)  # as many as there is room for
     assert page.text.count("left out to keep the page below 3 MB") == 50 - shown
     assert all(f"Picture {i}" in page.text for i in range(50))
 
@@ -653,3 +654,17 @@ def test_a_cut_is_told_in_the_unit_of_its_target_with_what_was_tried_on_the_way(
         "70.0% of MACs, 61.0% cut and 88.0% recovered.",
     ):
         assert part in said, part
+
+
+def test_of_many_points_all_are_drawn_and_told_but_only_final_files_of_the_first_seed_are_named(tmp_path: Path) -> None:
+    rows = [
+        row(f"{arm}{seed}", entry, variant, p50, 0.97, 2.0, final=entry == "quantize")
+        for seed in ("", "@seed1", "@seed2")
+        for arm in ("main", "random")
+        for entry, variant, p50 in (("quantize", "int8", 1.0), ("export", "fp32", 1.2))
+    ]
+    html = report.render_html(collect(*measured(tmp_path, rows)))
+    (drawn,) = re.findall(r'<svg class="plot".*?</svg>', html, re.DOTALL)
+    assert drawn.count('class="point') == len(rows) == drawn.count("<title>")
+    assert re.findall(r'class="label"[^>]*>([^<]*)<', drawn) == ["random INT8", "main INT8"]
+    assert "Only the final files of the first seed have their names beside them." in html

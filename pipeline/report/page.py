@@ -7,38 +7,30 @@ escaping were wrong. Works for a run that failed or was interrupted: it then say
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
-from collections.abc import Mapping
-from functools import cache
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..commit import Disk
 from ..errors import InputError
-from . import numbers
 from .contributions import contributions
 from .curves import as_script_data, curves, drawn_by_page
 from .facts import Facts, collect
 from .flips import flips
 from .layers import of_layers
-from .pictures import draw_tradeoff
+from .pictures import MOST_NAMES, draw_tradeoff
 from .reading import text
 from .sections import sections
+from .several import Beside, beside
 from .stages import deeds
-from .steps import Picture, Shelf, Step
+from .steps import Picture, Shelf, Step, leave_out
+from .templating import digest, environment, read
 from .verdict import gate_sentence, speed_word, verdict
 from .widths import widths
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-TEMPLATES = Path(__file__).parent / "templates"
-FILTERS = (
-    "big", "count", "duration", "moment", "p_value", "percent", "points", "ratio", "share", "significant", "size",
-)  # fmt: skip
+MOST_BYTES = 2_950_000  # the page must stay a file that people mail
 LIBRARY = ("vendor/uPlot.iife.min.js", "vendor/uPlot.min.css")
 
 
@@ -48,54 +40,119 @@ def write(record: Mapping[str, Any], store: Shelf, *, spec_text: str = "") -> tu
     record: the parsed run.json. spec_text: pipeline.yaml as the user wrote it; without it, the recipe in the record.
     Returns both paths. InputError: the record has no id that can name a folder.
     """
-    run = text(record, "id")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", run):
-        raise InputError(f"the run record has no usable id: {run!r}", hint="`sievit run` writes one")
+    run = _usable_id(record)
     facts = collect(record, store, spec_text)
-    folder = store.root / "runs" / run
+    return _kept(store.root / "runs" / run, "report", render_html(facts), render_markdown(facts))
+
+
+def write_beside(records: Sequence[Mapping[str, Any]], store: Shelf) -> tuple[Path, Path]:
+    """Write the page on several runs and its twin into the folder of the first, named after the others.
+
+    Raises InputError: a record without a usable id, fewer than two runs, too many, or one that stands there twice.
+    """
+    first, *others = map(_usable_id, records)
+    found = beside([(record, collect(record, store)) for record in records])
+    pages = (render_beside_html(found), render_beside_markdown(found))
+    return _kept(store.root / "runs" / first, f"beside-{'-'.join(others)}", *pages)
+
+
+def _usable_id(record: Mapping[str, Any]) -> str:
+    run = text(record, "id")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", run):
+        raise InputError(f"the run record has no usable id: {run!r}", hint="`sievit run` writes one")
+    return run
+
+
+def _kept(folder: Path, name: str, html: str, markdown: str) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    paths = (folder / "report.html", folder / "report.md")
-    for path, page in zip(paths, (render_html(facts), render_markdown(facts)), strict=True):
+    paths = (folder / f"{name}.html", folder / f"{name}.md")
+    for path, page in zip(paths, (html, markdown), strict=True):
         Disk().replace(path, page.encode())
     return paths
 
 
 def render_html(facts: Facts, *, live: str = "", every: int = 0) -> str:
-    """The page as text. live: "going on" or "paused" on a page that is served while its run goes on and asked for again
-    `every` so many seconds.
+    """The page as text, without its largest pictures where it would be too large to send. live: "going on" or "paused"
+    on a page that is served while its run goes on and asked for again `every` so many seconds.
     """
+    drawn = drawn_by_page(facts)
+    facts = replace(facts, steps=tuple(_pictured(step, drawn) for step in facts.steps))
+    page = _html(facts, live, every)
+    over = len(page.encode()) - MOST_BYTES
+    if over <= 0 or not any(step.pictures for step in facts.steps):
+        return page
+    sentences = 120 * sum(len(step.pictures) for step in facts.steps)  # that say what was left out
+    return _html(replace(facts, steps=leave_out(facts.steps, over + sentences)), live, every)
+
+
+def _pictured(step: Step, drawn: frozenset[tuple[str, str]]) -> Step:
+    """Without those pictures whose numbers the page draws itself."""
+    return replace(step, pictures=tuple(p for p in step.pictures if (step.key, p.file) not in drawn))
+
+
+def _html(facts: Facts, live: str, every: int) -> str:
     from markupsafe import Markup
 
     plots = curves(facts)
-    script = _read("tables.js", "tips.js", *([LIBRARY[0], "curves.js"] if plots else []))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    script = read("tables.js", "tips.js", *([LIBRARY[0], "curves.js"] if plots else []))
     return (
         environment(autoescape=True)
         .get_template("report.html.j2")
         .render(
             _words(facts),
             drawn=Markup(draw_tradeoff(facts.first_setting)),  # our own SVG, its text escaped
+            many=len(facts.first_setting) > MOST_NAMES,
             galleries=_galleries(facts),
             latencies=[plot for plot in plots if plot.name == "latency"],
             trainings=[plot for plot in plots if plot.name != "latency"],
             plot_data=Markup(as_script_data(plots)) if plots else "",  # escaped there, as a script's data must be
-            style=Markup(_read("report.css", *([LIBRARY[1]] if plots else []))),
+            style=Markup(read("report.css", *([LIBRARY[1]] if plots else []))),
             script=Markup(script),
-            script_digest=digest,
+            script_digest=digest(script),
             live=live,
             every=every,
         )
     )
 
 
-def _read(*names: str) -> str:
-    return "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
-
-
 def render_markdown(facts: Facts) -> str:
     """The same facts in short, for a pull request."""
-    page = environment(autoescape=False).get_template("report.md.j2").render(_words(facts))
+    return _tidy(environment(autoescape=False).get_template("report.md.j2").render(_words(facts)))
+
+
+def _tidy(page: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
+
+
+def render_beside_html(found: Beside) -> str:
+    """The page on several runs as text."""
+    from markupsafe import Markup
+
+    script = read("tables.js", "tips.js")
+    return (
+        environment(autoescape=True)
+        .get_template("runs.html.j2")
+        .render(
+            _words_beside(found),
+            drawn=Markup(draw_tradeoff([row for _, row in found.points], [name for name, _ in found.points])),
+            style=Markup(read("report.css")),
+            script=Markup(script),
+            script_digest=digest(script),
+        )
+    )
+
+
+def render_beside_markdown(found: Beside) -> str:
+    """The same facts, for a pull request."""
+    return _tidy(environment(autoescape=False).get_template("runs.md.j2").render(_words_beside(found)))
+
+
+def _words_beside(found: Beside) -> dict[str, Any]:
+    return {
+        "beside": found,
+        "gates": [(column.name, *gate_sentence(gate)) for column in found.columns for gate in column.facts.gates],
+        "speed_word": speed_word,
+    }
 
 
 def _words(facts: Facts) -> dict[str, Any]:
@@ -120,63 +177,9 @@ def _words(facts: Facts) -> dict[str, Any]:
 
 
 def _galleries(facts: Facts) -> dict[str, list[tuple[Step, Picture]]]:
-    """Pictures by the arms that share them, each artifact once; not those whose numbers the page draws itself."""
-    drawn = drawn_by_page(facts)
+    """Pictures by the arms that share them, each artifact once."""
     galleries: dict[str, list[tuple[Step, Picture]]] = {}
     for step in facts.steps:
         for picture in step.pictures:
-            if (step.key, picture.file) in drawn:
-                continue
             galleries.setdefault(step.arms, []).append((step, picture))
     return galleries
-
-
-@cache
-def environment(*, autoescape: bool) -> Environment:
-    """Jinja with the forms of numbers that all pages share. Kept: a sweep writes many pages."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=autoescape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    for name in FILTERS:
-        environment.filters[name] = getattr(numbers, name)
-    environment.globals.update(
-        DASH=numbers.DASH,
-        interval=numbers.interval,
-        percent=numbers.percent,
-        ratio=numbers.ratio,
-        shown=numbers.shown,
-        significant=numbers.significant,
-        signed_ms=numbers.signed_milliseconds,
-        signed_points=numbers.signed_points,
-    )
-    environment.filters["md"] = markdown_text
-    environment.filters["code"] = markdown_code
-    environment.filters["fence"] = markdown_fence
-    return environment
-
-
-def markdown_text(value: object) -> str:
-    """Text that Markdown shows as it is, in a table cell too."""
-    plain = " ".join(escape(str(value), quote=False).split())
-    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", plain)
-
-
-def markdown_code(value: object) -> str:
-    """Inline code that holds in a table cell: fences longer than any run of backticks inside, bars escaped."""
-    plain = " ".join(str(value).split()).replace("|", "\\|")
-    fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", plain)), default=0))
-    pad = " " if plain.startswith("`") or plain.endswith("`") else ""
-    return f"{fence}{pad}{plain}{pad}{fence}" if plain else ""
-
-
-def markdown_fence(value: str, language: str = "") -> str:
-    """A code block whose fence is longer than any inside."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", value)), default=0))
-    return f"{fence}{language}\n{value.rstrip()}\n{fence}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MOST_JSON = 4_000_000  # bytes; more than any stage writes for a reader
-MOST_PHOTOGRAPH = 60_000
+MOST_PHOTOGRAPH = 20_000  # bytes; what 96 pixels a side can take at worst
 JPEG = b"\xff\xd8\xff"
 
 

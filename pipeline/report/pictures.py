@@ -42,14 +42,35 @@ class Axis:
         return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def draw_tradeoff(rows: Sequence[Row]) -> str:
-    """SVG of top-1 (with interval) against p50 (with interval), one point a row; "" when no row has both."""
-    points = [(row, p50, top1) for row in rows if (p50 := row.get("p50_ms")) and (top1 := row.get("top1")) is not None]
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A row that has both numbers. run: where points of several runs stand together, the name of its run."""
+
+    row: Row
+    p50: float
+    top1: float
+    run: str
+
+    @property
+    def label(self) -> str:
+        return " ".join(filter(None, (self.run, self.row.label)))
+
+
+def draw_tradeoff(rows: Sequence[Row], runs: Sequence[str] = ()) -> str:
+    """SVG of top-1 (with interval) against p50 (with interval), one point a row; "" when no row has both.
+
+    runs: of rows of several runs, the name of the run of each.
+    """
+    points = [
+        Point(row, p50, top1, run)
+        for row, run in zip(rows, runs or [""] * len(rows), strict=True)
+        if (p50 := row.get("p50_ms")) and (top1 := row.get("top1")) is not None
+    ]
     if not points:
         return ""
-    across = Axis(0, 1.08 * max(max(p50, row.get("p50_high") or 0) for row, p50, _ in points), LEFT, WIDTH - RIGHT)
-    lows = [min(top1, row.get("top1_low") or top1) for row, _, top1 in points]
-    highs = [max(top1, row.get("top1_high") or top1) for row, _, top1 in points]
+    across = Axis(0, 1.08 * max(max(one.p50, one.row.get("p50_high") or 0) for one in points), LEFT, WIDTH - RIGHT)
+    lows = [min(one.top1, one.row.get("top1_low") or one.top1) for one in points]
+    highs = [max(one.top1, one.row.get("top1_high") or one.top1) for one in points]
     pad = max(0.005, 0.12 * (max(highs) - min(lows)))
     up = Axis(max(0, min(lows) - pad), max(highs) + pad, HEIGHT - BOTTOM, TOP)
     parts = [*_axes(across, up), *_points(points, across, up)]
@@ -73,29 +94,29 @@ def _axes(across: Axis, up: Axis) -> list[str]:
     return parts
 
 
-def _points(points: Sequence[tuple[Row, float, float]], across: Axis, up: Axis) -> list[str]:
+def _points(points: Sequence[Point], across: Axis, up: Axis) -> list[str]:
     parts = []
     taken = []
-    named = _named([row for row, _, _ in points])
-    for row, p50, top1 in points:
-        x, y = across(p50), up(top1)
+    named = _named([one.row for one in points])
+    for one in points:
+        x, y = across(one.p50), up(one.top1)
         taken.append(Box(x - 7, y - 7, x + 7, y + 7))
-        taken += [Box(x1 - 2, y1 - 2, x2 + 2, y2 + 2) for x1, y1, x2, y2 in _whiskers(row, x, y, across, up)]
-    for row, p50, top1 in sorted(points, key=lambda point: _style(point[0]) != "shipped"):
-        x, y = across(p50), up(top1)
+        taken += [Box(x1 - 2, y1 - 2, x2 + 2, y2 + 2) for x1, y1, x2, y2 in _whiskers(one.row, x, y, across, up)]
+    for one in sorted(points, key=lambda point: _style(point.row) != "shipped"):
+        row, x, y = one.row, across(one.p50), up(one.top1)
         marks = [_line("whisker", *ends) for ends in _whiskers(row, x, y, across, up)]
         marks.append(f'<rect class="reach" x="{x - 12:.1f}" y="{y - 12:.1f}" width="24" height="24"/>')  # for fingers
         marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>')
         if named is None or row in named:
-            label = _placed(row.label, x, y, taken)
+            label = _placed(one.label, x, y, taken)
             taken.append(label.box)
             if label.away:  # too far to be told by nearness
                 marks.insert(0, _line("leader", x, y, label.x, label.y - 5))
             marks.append(
                 f'<text class="label" x="{label.x:.1f}" y="{label.y:.1f}" text-anchor="{label.anchor}">'
-                f"{escape(row.label)}</text>"
+                f"{escape(one.label)}</text>"
             )
-        told = escape(_told(row, p50, top1))
+        told = escape(_told(one))
         parts.append(
             f'<g class="point {_style(row)}" role="img" tabindex="0" aria-label="{told}"><title>{told}</title>'
             f"{''.join(marks)}</g>"
@@ -167,11 +188,12 @@ def _placed(name: str, x: float, y: float, taken: Sequence[Box]) -> Label:
     return min(free, key=lambda label: sum(label.box.overlap(other) for other in taken), default=beside)
 
 
-def _told(row: Row, p50: float, top1: float) -> str:
+def _told(one: Point) -> str:
+    row, p50, top1 = one.row, one.p50, one.top1
     within = interval(row.get("top1_low"), row.get("top1_high"), percent)
     p50_within = interval(row.get("p50_low"), row.get("p50_high"), significant)
     speed = f"p50 {significant(p50)} ms{f' ({p50_within})' if p50_within else ''}"
     accuracy = f"top-1 {percent(top1)}{f' ({within})' if within else ''}"
     faster = "baseline" if row.baseline else f"speed-up {ratio(row.get('speedup'))}"
     size_ = f"{size(row.get('bytes'))}, {big(row.get('macs'))} MACs"
-    return "; ".join((f"{row.label}, by {row.entry}", speed, accuracy, faster, size_, row.setting))
+    return "; ".join((f"{one.label}, by {row.entry}", speed, accuracy, faster, size_, row.setting))

@@ -12,8 +12,6 @@ from typing import Any, Protocol
 from ..errors import SievitError
 from .reading import dig, listing, mapping, number, text
 
-PAGE_BUDGET = 2_800_000  # bytes of pictures: the page must stay a file that people mail (under 3 MB)
-
 
 class Stored(Protocol):
     """What the report needs of an artifact."""
@@ -98,7 +96,7 @@ def collect_steps(record: Mapping[str, Any], store: Shelf) -> tuple[Step, ...]:
         else:
             state = "done" if "done" in (known.state, text(node, "state")) else known.state
             merged[identity] = replace(known, places=(*known.places, place), state=state)
-    return _within_budget(tuple(merged.values()))
+    return tuple(merged.values())
 
 
 def _step(node: Any, place: tuple[str, str], stage: str, key: str, store: Shelf) -> Step:
@@ -169,14 +167,13 @@ def _picture(figure: Any, root: Path) -> Picture:
     return replace(picture, absent="the file of this picture is not in the artifact")
 
 
-def _within_budget(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """Leave out the largest pictures until the page is small enough to send."""
+def leave_out(steps: tuple[Step, ...], characters: int) -> tuple[Step, ...]:
+    """Leave out the largest pictures until the page is shorter by so many characters, so that it can be sent."""
     sizes = sorted((len(p.uri), i, j) for i, step in enumerate(steps) for j, p in enumerate(step.pictures))
-    total = sum(size for size, _, _ in sizes)
     dropped = set()
-    while sizes and total > PAGE_BUDGET:
+    while sizes and characters > 0:
         size, i, j = sizes.pop()
-        total -= size
+        characters -= size
         dropped.add((i, j))
     if not dropped:
         return steps

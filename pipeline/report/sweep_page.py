@@ -6,8 +6,6 @@ trial, so it can be read while the sweep goes on.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,8 +19,8 @@ from ..objectives import HIGHER, Estimate, front
 from ..search_space import overrides
 from . import numbers
 from .numbers import Format, interval
-from .page import TEMPLATES, environment
 from .pictures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis
+from .templating import digest, environment, read
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -86,16 +84,15 @@ def write(document: Mapping[str, Any], folder: Path, store: Store) -> tuple[Path
 def _html(document: Mapping[str, Any], folder: Path, store: Store) -> str:
     from markupsafe import Markup
 
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    script = read("tables.js")
     page = environment(autoescape=True).get_template("sweep.html.j2")
     return page.render(
         _words(document),
         drawn=Markup(draw_front(document)),  # our own SVG, its text escaped
         links=_links(document, folder, store),
-        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        style=Markup(read("report.css")),
         script=Markup(script),
-        script_digest=digest,
+        script_digest=digest(script),
     )
 
 

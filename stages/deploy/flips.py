@@ -7,10 +7,12 @@ of the dense one, image by image: lost are those that dense alone gets right, wo
 from __future__ import annotations
 
 import io
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,17 @@ from .variants import Variant
 SHOWN = 24  # pictures of one pair of files
 PAIRS = 20  # pairs of classes that are named; the others are added up
 SIDE = 96  # pixels of a picture at most
+
+
+class SplitImages(Protocol):
+    """As much of a split as is needed: labels int64 [n], class names, image names, pixels uint8 [n, S, S, 3]."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    @property
+    def classes(self) -> Sequence[str]: ...
+    def name(self, index: int, /) -> str: ...
+    def pixels(self, indices: NDArray[np.int64], /) -> NDArray[np.uint8]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +53,13 @@ def answers(scored: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def pairs_of(variants: Sequence[Variant], baseline: Variant) -> list[Pair]:
-    """Every final file beside the dense arm's of its seed, else beside the baseline; none beside itself."""
+    """Every final file beside the dense arm's of its seed, else beside the baseline; none beside itself. The main arm's
+    come first.
+    """
     dense = {variant.seed: variant for variant in variants if variant.final and variant.family == "dense"}
     found = [Pair(dense.get(final.seed, baseline), final) for final in variants if final.final]
-    return [pair for pair in found if pair.final is not pair.dense]
+    unlike = [pair for pair in found if pair.final is not pair.dense]
+    return sorted(unlike, key=lambda pair: pair.final.family != "main")
 
 
 def counted(labels: NDArray[np.int64], dense: NDArray[np.int64], final: NDArray[np.int64]) -> dict[str, Any]:
@@ -112,33 +128,42 @@ def thumbnail(pixels: NDArray[np.uint8]) -> bytes:
     return stream.getvalue()
 
 
-def told(
-    pair: Pair, labels: NDArray[np.int64], answered: Mapping[str, NDArray[np.int64]], classes: Sequence[str]
-) -> dict[str, Any]:
-    """One pair of files as a record: their names, the counts, and the pairs of classes. answered: sha256 -> answers."""
-    dense, final = answered[pair.dense.bundle.sha256], answered[pair.final.bundle.sha256]
-    lines, further = by_class(labels, dense, final, classes)
-    names = {**pair.final.short(), "seed": pair.final.seed, "against": pair.dense.short()}
-    return {**names, **counted(labels, dense, final), "pairs": lines, "further": further}
+def keep_flips(
+    out: Path, pairs: Sequence[Pair], images: SplitImages, answered: Mapping[str, NDArray[np.int64]]
+) -> list[dict[str, Any]]:
+    """Write flips.json and the pictures of the first pair into `out`; return the counts of every pair.
+
+    answered: sha256 of a file -> the class that it gives each image, int64 [n].
+    """
+    records: list[tuple[dict[str, Any], dict[str, Any]]] = []  # counts alone, and with the pairs of classes
+    pictures: list[dict[str, Any]] = []
+    for pair in pairs:
+        dense, final = answered[pair.dense.bundle.sha256], answered[pair.final.bundle.sha256]
+        names = {**pair.final.short(), "seed": pair.final.seed, "against": pair.dense.short()}
+        lines, further = by_class(images.labels, dense, final, images.classes)
+        if not records:
+            pictures = _pictures(out, images, dense, final)
+        counts = names | counted(images.labels, dense, final)
+        records.append((counts, counts | {"pairs": lines, "further": further}))
+    kept = json.dumps({"files": [whole for _, whole in records], "shown": pictures}, indent=1)
+    (out / "flips.json").write_text(f"{kept}\n", encoding="utf-8")
+    return [counts for counts, _ in records]
 
 
-def captioned(
-    index: int,
-    name: str,
-    labels: NDArray[np.int64],
-    dense: NDArray[np.int64],
-    final: NDArray[np.int64],
-    classes: Sequence[str],
-) -> dict[str, Any]:
-    """What stands below a picture: the image's name, its class, and what both files answer."""
-    said = {"truth": labels, "dense": dense, "final": final}
-    return {
-        "index": index,
-        "name": name,
-        **{role: _named(classes, int(each[index])) for role, each in said.items()},
-        "flip": "lost" if dense[index] == labels[index] else "won",
-        "file": f"flips/{index}.jpg",
-    }
+def _pictures(
+    out: Path, images: SplitImages, dense: NDArray[np.int64], final: NDArray[np.int64]
+) -> list[dict[str, Any]]:
+    """Write a picture of each shown image; the image's name, its class and what both files answer."""
+    (out / "flips").mkdir()
+    found = []
+    for index in shown(images.labels, dense, final):
+        file = f"flips/{index}.jpg"
+        (out / file).write_bytes(thumbnail(images.pixels(np.array([index]))[0]))
+        said = {"truth": images.labels, "dense": dense, "final": final}
+        answers_ = {role: _named(images.classes, int(each[index])) for role, each in said.items()}
+        flip = "lost" if dense[index] == images.labels[index] else "won"
+        found.append({"index": index, "name": images.name(index), **answers_, "flip": flip, "file": file})
+    return found
 
 
 def _evenly(found: NDArray[np.int64], places: int) -> list[int]:

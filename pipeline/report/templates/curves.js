@@ -4,7 +4,8 @@
   const told = document.getElementById("plots");
   const root = document.documentElement;
   const ink = (name) => () => getComputedStyle(root).getPropertyValue(name).trim();
-  const dashes = [[], [7, 4], [2, 3], [10, 3, 2, 3]];
+  const dashes = [[], [7, 4], [2, 3]];
+  const styles = ["solid", "dashed", "dotted"]; // the same in the legend
   const short = (value) => value == null ? "–" : String(Number(value.toPrecision(3)));
   const drawn = [];
   for (const plot of told === null ? [] : JSON.parse(told.textContent)) {
@@ -19,7 +20,7 @@
     const options = {
       ...size(),
       scales: { x: { time: false }, y: share ? {} : { range: (u, low, high) => [Math.min(0, low), 1.04 * high || 1] } },
-      axes: [axis(plot.xLabel, { size: 30, labelSize: 20 }), axis(plot.yLabel, { size: 54, values: (u, ticks) => ticks.map((tick) => share ? `${Math.round(1000 * tick) / 10}%` : short(tick)) })],
+      axes: [axis(plot.xLabel, { size: 30, labelSize: 20, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500] }), axis(plot.yLabel, { size: 54, values: (u, ticks) => ticks.map((tick) => share ? `${Math.round(1000 * tick) / 10}%` : short(tick)) })],
       series: [
         { label: plot.xLabel, value: (u, value) => short(value) },
         ...plot.lines.map((line) => ({
@@ -27,7 +28,10 @@
           points: { show: plot.x.length < 30, size: 4 }, value: (u, value) => form(value),
         })),
       ],
-      legend: { live: true },
+      legend: {
+        live: true,
+        markers: { width: 3, fill: () => "transparent", dash: (u, series) => styles[series > 0 ? plot.lines[series - 1].dash % styles.length : 0] },
+      },
     };
     const chart = new uPlot(options, [plot.x, ...plot.lines.map((line) => line.values)], place);
     drawn.push(() => chart.redraw(false));

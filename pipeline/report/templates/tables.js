@@ -25,5 +25,5 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
-// In print every folded part is open.
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));
+// In print every folded part is open, but for the numbers of curves: the drawing is enough there.
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { if (d.closest(".curve") === null) d.open = true; }));
