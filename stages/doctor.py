@@ -32,6 +32,9 @@ EXTRAS = {
         "data sets of the Hugging Face hub as data.source: hfds/...",
         "pip install 'sievit[hfds]'",
     ),
+    "optuna": ("optuna", "sievit sweep --search", "pip install 'sievit[sweep]'"),
+    "tensorboard": ("tensorboard", "track: {tensorboard: ...}", "pip install 'sievit[tensorboard]'"),
+    "mlflow-skinny": ("mlflow", "track: {mlflow: ...}", "pip install 'sievit[mlflow]'"),
     "nvidia-ml-py": ("pynvml", "joules of NVIDIA GPUs in the ledger", "pip install 'sievit[energy]'"),
 }
 WAIT_S = 120.0  # for a library to be imported and answer; TensorRT builds an engine first
