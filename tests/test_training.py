@@ -527,6 +527,18 @@ def test_an_epoch_counts_once_it_is_like_the_last(images: Images, more: dict[str
     assert fitted.best.epoch == first
 
 
+def test_accuracy_is_told_after_each_epoch_and_loss_after_each_step(images: Images) -> None:
+    told: list[tuple[int, dict[str, float]]] = []
+    judge = judged(0.25, 0.5, 0.75, 1.0)
+    fitted = trained(images, FULL, judge=judge, tick=lambda steps, values: told.append((steps, dict(values))))
+    assert [values["top1"] for _, values in told if "top1" in values] == [
+        row["top1_calibration"] for row in fitted.curve
+    ]
+    assert sum(steps for steps, _ in told) == fitted.steps
+    assert all(steps == 0 for steps, values in told if "top1" in values), "no step is counted twice"
+    assert sum("loss" in values for _, values in told) == fitted.steps
+
+
 @pytest.mark.parametrize("after", [2, 7, 11])
 def test_early_stopping_survives_a_kill(images: Images, tmp_path: Path, after: int) -> None:
     """In the first pass, after the best one, and in the last before it stops."""
