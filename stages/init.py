@@ -74,16 +74,20 @@ def init(
     chosen = _device(device) if device is not None else None
     if data is None and ask:
         source, census = _asked(
-            console, f"images ({SOURCES})", DIGITS, lambda text: _looked_at(console, text, path.parent)
+            console,
+            "images (a folder, a .tar, torch/<dataset> or hfds/<dataset>)",
+            DIGITS,
+            lambda text: _looked_at(console, text, path.parent),
         )
     else:
         source, census = _looked_at(console, data or DIGITS, path.parent)
     wish = Wish(source, model)
     if ask:
         if model is None:
-            own = "own" if _suits_own(wish, census) else PHOTO_MODEL
-            answer = _asked(console, "timm model, pretrained; own: a small one for these images", own, str)
-            wish = Wish(source, None if answer == "own" else answer)
+            small = _suits_own(wish, census)
+            question = "timm model, taken pretrained" + ("; own: a small one for such small images" if small else "")
+            answer = _asked(console, question, "own" if small else PHOTO_MODEL, str)
+            wish = Wish(source, None if small and answer == "own" else answer)
         if wanted is None:
             usual = "macs=0.35" if wish.plain_digits else "macs=0.5"
             wanted = _asked(console, f"what must be left ({TARGETS})", usual, _target)

@@ -183,7 +183,7 @@ def _pace(wish: Wish, census: Census | None) -> tuple[int, int, str, str]:
     start = "a network that begins at random" if small else "a pretrained network"
     pace = f"{epochs} epochs: {epochs * images:,} images in all, a beginning for {start}; more help while top-1 rises."
     if why:
-        pace += f" Batches of {batch}: {why}."
+        pace += f"\n  # Batches of {batch}: {why}."
     return epochs, max(2, epochs // 2), f", batch_size: {batch}{flip}", pace
 
 
