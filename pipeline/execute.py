@@ -243,7 +243,10 @@ def _resume(node: Node, setting: Setting) -> str:
         f"run the same command again (`{setting.command_line}`)" if setting.command else "run the same command again"
     )
     at = f"{node.arm}/{node.entry.name}"
-    return f"{again}: finished stages are kept, and {at} goes on from its last checkpoint"
+    others = (
+        "other stages are made anew, as --force says" if "--force" in setting.command else "finished stages are kept"
+    )
+    return f"{again}: {others}, and {at} goes on from its last checkpoint"
 
 
 def _disk_is_full(error: Exception) -> bool:

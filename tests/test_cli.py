@@ -743,8 +743,25 @@ def test_ctrl_c_in_the_live_view_leaves_a_clean_screen_and_says_how_to_go_on(fol
     for part in ("main", "▸ train", "loss"):
         assert part in plain, part
     last = " ".join(plain.rpartition("interrupted:")[2].split())
+    assert "finished stages are kept" in last
     assert "stopped in main/train" in last and "run the same command again" in last and "last checkpoint" in last
     assert "Traceback" not in plain
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [([], "finished stages are kept"), (["--force"], "other stages are made anew, as --force says")]
+)
+def test_how_a_stopped_run_goes_on_is_told_as_it_is(
+    more: list[str], said: str, sievit: Sievit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(ctx: Context) -> None:
+        raise KeyboardInterrupt
+
+    stages = [dataclasses.replace(stage, run=stop) if stage is TRAIN else stage for stage in STAGES]
+    monkeypatch.setattr(sys, "argv", ["sievit", "run", *more])  # what the hint repeats
+    answer = sievit("run", *more, stages=stages)
+    assert answer.code == 130
+    assert said in answer.err and "main/train goes on from its last checkpoint" in answer.err
 
 
 def test_with_no_color_a_terminal_gets_the_tree_without_colours(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
