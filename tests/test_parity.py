@@ -70,7 +70,11 @@ def compared(net: Network, path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("method", "fuse"),
-    [("attention", False), ("tome", False), pytest.param("attention", True, marks=pytest.mark.slow)],
+    [
+        ("attention", False),
+        pytest.param("tome", False, marks=pytest.mark.slow),
+        pytest.param("attention", True, marks=pytest.mark.slow),
+    ],
 )
 def test_the_file_of_a_network_keeps_its_tokens_and_gives_its_answers(
     method: str, fuse: bool, exported: Exported

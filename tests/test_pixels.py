@@ -94,7 +94,7 @@ def test_the_benchmark_feeds_a_file_of_pixels(tmp_path: Path) -> None:
     assert [row["variant"] for row in rows] == ["fp32", "uint8"]
 
 
-@pytest.mark.parametrize("form", [Form("static"), Form("dynamic")], ids=Form.text)
+@pytest.mark.parametrize("form", [pytest.param(Form("static"), marks=pytest.mark.slow), Form("dynamic")], ids=Form.text)
 def test_a_file_of_pixels_becomes_the_8_bit_file_that_its_twin_becomes(form: Form, tmp_path: Path) -> None:
     plain, raw = pair(tmp_path, tiny_onnx.transformer)
     np.save(tmp_path / "pixels.npy", tiny_onnx.pictures(16))

@@ -124,6 +124,7 @@ def manifest(project: Project, arm: str, entry: str) -> dict[str, Any]:
 def test_every_stage_of_every_arm_left_what_it_promises(finished: Project) -> None:
     assert {(m["arm"], m["entry"]) for m in finished.manifests()} == {
         ("main", "ticket:proxy-0"),
+        ("main", "quantize:ranges"),
         *(("main", e) for e in ("ticket", "train", "prune", "finetune", "export", "quantize", "benchmark")),
         *(("dense", e) for e in ("ticket", "train", "finetune", "export")),
     }
@@ -230,6 +231,7 @@ def test_a_changed_field_reruns_what_depends_on_it(finished: Project, field: str
         assert (states["main", entry] == "cached") == (position < start)
 
 
+@pytest.mark.slow
 def test_single_stages_work_on_the_newest_artifacts(finished: Project) -> None:
     pruned = finished.json("prune", "--set", "prune.target.macs=0.7")
     assert "prune" in json.dumps(pruned)
