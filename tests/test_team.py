@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,15 @@ from sievit.pipeline.store import Store
 from sievit.pipeline.team import Team, follow
 
 PIPELINE = "name: small\nlaunch: {processes: 2}\nstages: {ticket: {}, train: {epochs: 2}, prune: {}}\n"
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A run that loses its launcher ignores signals to its end, which here is not the end of the process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Broken(RuntimeError):
