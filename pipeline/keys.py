@@ -69,7 +69,7 @@ def material(
     if references:
         found["references"] = dict(references)
     if files:
-        found["files"] = {name: list(digests) for name, digests in files.items()}
+        found["files"] = {name: " ".join(digests) for name, digests in files.items()}
     if "data" in uses:
         config_of_data = data.model_dump(mode="json", exclude=_NOT_CONTENT)
         found["data"] = {"fingerprint": data_fingerprint, "config": config_of_data}

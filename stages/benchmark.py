@@ -126,11 +126,15 @@ def run(ctx: Context) -> None:
     from .deploy.latency import Plan, settings_of
     from .deploy.over_seeds import over_seeds
     from .deploy.scenarios import offline_rows, server_rows
+    from .deploy.variants import image
     from .vision.dataset import load_split
 
     config: BenchmarkConfig = ctx.config
     settings = settings_of(config.providers, config.threads, config.batch_sizes)
     variants = _variants(ctx)
+    for variant in variants:
+        for batch in config.batch_sizes:
+            image(variant.bundle, batch)  # refuses a batch that a file from elsewhere does not take
     baseline = _baseline(variants)
     images = load_split(ctx.data.model_dump(), ctx.base, "test")
     accuracies, answered = _accuracies(variants, images, config, ctx.progress)

@@ -132,6 +132,16 @@ def test_a_file_of_bytes_needs_no_mean_and_one_of_ours_brings_its_own(tmp_path: 
         assert answer.code == 3 and "makes pictures by" in answer.err
 
 
+def test_a_batch_that_the_file_does_not_take_is_refused_before_anything_is_measured(
+    tmp_path: Path, sievit: Sievit
+) -> None:
+    tiny_onnx.linear(tmp_path / "their.onnx", classes=10, batch=1)
+    path = written(tmp_path, rest=BENCHMARK.replace("[1]", "[1, 4]"))
+    done = sievit("run", str(path), "--store", str(tmp_path / "store"))
+    assert done.code == 3 and "takes batches of 1 only, not of 4" in done.err, done.err
+    assert run(sievit, path, "--set", "benchmark.batch_sizes=[1]").code == 0
+
+
 def test_a_file_that_is_right_by_chance_alone_is_told(tmp_path: Path, sievit: Sievit) -> None:
     tiny_onnx.linear(tmp_path / "their.onnx", classes=10, seed=3)
     done = sievit("run", str(written(tmp_path)), "--store", str(tmp_path / "store"))
