@@ -58,7 +58,7 @@ def main() -> int:
                 write_sidecar(
                     path, preprocessing=source.sidecar.raw["preprocessing"], classes=source.sidecar.classes,
                     precision="int8", parameters=source.sidecar.parameters, macs=source.sidecar.macs,
-                    opset=source.opset, source={},
+                    source={},
                 )  # fmt: skip
                 answered = scores(path, test.pixels())
             far.append(float(divergence(expected, answered).mean()))

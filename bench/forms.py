@@ -96,7 +96,7 @@ def files(model: str, folder: Path) -> Iterator[tuple[str, Form, Architecture, P
         export_shape(architecture, source, OPSET)
         write_sidecar(
             source, preprocessing=preprocessing, classes=[str(n) for n in range(1000)], precision="fp32", parameters=0,
-            macs=architecture.macs(), opset=OPSET, source={},
+            macs=architecture.macs(), source={},
         )  # fmt: skip
         ranges = ranges_on(pixels, source, work, weight_bits(), 3600.0)
         with Workshop(source, work, weight_bits(), 3600.0, ranges) as workshop:

@@ -136,7 +136,7 @@ def described(path: Path, dense: Bundle, precision: str) -> Bundle:
     assert known is not None
     write_sidecar(
         path, preprocessing=known.raw["preprocessing"], classes=known.classes, precision=precision,
-        parameters=known.parameters, macs=known.macs, opset=dense.opset, source={},
+        parameters=known.parameters, macs=known.macs, source={},
     )  # fmt: skip
     return open_bundle(path)
 

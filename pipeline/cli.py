@@ -182,15 +182,10 @@ def _sievit(
 def _versions() -> dict[str, Any]:
     """From the installed distributions' records; nothing is imported."""
     import platform
-    from importlib import metadata
 
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for name in ("sievit", *LIBRARIES):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    from . import host
+
+    return {"python": platform.python_version(), **{name: host.version(name) for name in ("sievit", *LIBRARIES)}}
 
 
 def _draw_versions(versions: Mapping[str, Any]) -> str:

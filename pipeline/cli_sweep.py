@@ -272,16 +272,9 @@ def draw(document: Document) -> RenderableType:
     from rich.console import Group
 
     from .drawing import line, table
-    from .report.numbers import DASH, duration, interval, shown
-    from .report.sweep_page import FORMS, TITLES
+    from .report.numbers import duration
+    from .report.sweep_page import TITLES, estimate
     from .views import state
-
-    def told(trial: Document, name: str) -> str:
-        found = trial["values"].get(name)
-        if found is None:
-            return DASH
-        within = interval(found["low"], found["high"], FORMS[name]) if found["low"] < found["high"] else ""
-        return f"{shown(name, found['value'])}{f' ({within})' if within else ''}"
 
     objectives = document["objectives"]
     ordered = sorted(
@@ -291,7 +284,7 @@ def draw(document: Document) -> RenderableType:
         (
             f"{'* ' if trial['front'] else '  '}{trial['number']}",
             state(trial["state"]) if trial["state"] != "done" else line(str(trial["run"])),
-            *(told(trial, name) for name in objectives),
+            *(estimate(trial, name) for name in objectives),
             _settings(trial["settings"], short=True) + (f"\n{trial['error']}" if trial["error"] else ""),
         )
         for trial in ordered

@@ -66,21 +66,22 @@ def fingerprint() -> str:
     """12 hex digits: two hosts of equal fingerprint may share latency figures."""
     here = facts()
     parts = {name: here[name] for name in ("cpu", "flags", "cores", "cpu_quota", "memory_gb", "gpus")}
-    installed = libraries()
-    runtime = {name: installed.get(name) for name in ("onnxruntime", "onnxruntime-gpu")}
+    runtime = {name: version(name) for name in ("onnxruntime", "onnxruntime-gpu")}
     return sha256_of(parts | runtime)[:12]
 
 
 @cache
+def version(distribution: str) -> str | None:
+    """The installed version, from the distribution's record: nothing is imported. None where it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def libraries() -> dict[str, str]:
     """Installed versions of the packages that the numbers come from."""
-    found: dict[str, str] = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: found for name in LIBRARIES if (found := version(name)) is not None}
 
 
 def device(wanted: str) -> str:

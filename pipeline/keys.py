@@ -9,11 +9,10 @@ that made the difference.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from . import host
 from .errors import InputError
 from .manifest import sha256_file, sha256_of
 
@@ -96,15 +95,7 @@ def _labelled(one: Labelled) -> dict[str, Any]:
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
     """The installed version of each distribution, None where it is not installed."""
-    return {name: _version(name) for name in packages}
-
-
-@cache
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return {name: host.version(name) for name in packages}
 
 
 def weights_digest(model: ModelConfig, base: Path) -> str | None:

@@ -7,15 +7,18 @@ and `compare` work on it as on a file of our own.
       benchmark: {}
 
 What must be known beside the file is its preprocessing: `data.mean` and `data.std` state it, unless the file takes
-uint8 pixels or a sidecar .json of ours lies beside it. Pictures are made by the data set's rule: shorter side to
-`data.image_size`, the centre cut out. Its scores must stand in the order of the data's classes (folders by name).
-`labels` gives them other names, one a line.
+uint8 pixels or `sidecar` names the .json that Sievit wrote beside it. Pictures are made by the data set's rule: shorter
+side to `data.image_size`, the centre cut out. Its scores must stand in the order of the data's classes (folders by
+name). `labels` gives them other names, one a line.
+
+Whatever decides about the result is named in the settings (`file`, `sidecar`, `weights`, `labels`): the key stands for
+what these files hold, wherever they lie.
 
 Nothing of the file runs in this process. A child with a time limit classifies the calibration split; a file that
 crashes, loops or answers with numbers that are none is refused. Top-1 near chance is told as a warning: then the mean,
 the std or the order of the classes is not the file's.
 
-reads    the file, files that hold its weights; the calibration split
+reads    the file, its sidecar, files that hold its weights; the calibration split
 writes   model.onnx, model.json (input, preprocessing, classes, precision, size, MACs, digests), its weights as they lie
 
     sievit run pipeline.yaml --until adopt
@@ -53,6 +56,9 @@ class AdoptConfig(Config):
     weights: tuple[Text, ...] = Field(
         default=(), description="the files that hold its weights, where they lie beside it and not in it"
     )
+    sidecar: Text | None = Field(
+        default=None, description="the .json that Sievit wrote beside a file of its own, where there is one"
+    )
     labels: Text | None = Field(
         default=None, description="text file with a name a line, in the order of the scores; null: the data's classes"
     )
@@ -88,7 +94,6 @@ def run(ctx: Context) -> None:
             precision=Variant("", "", True, bundle).precision,
             parameters=bundle.parameters,
             macs=macs,
-            opset=bundle.opset,
             source={"file": bundle.path.name, "sha256": bundle.sha256},
         )
         task.advance()
@@ -120,7 +125,17 @@ def _opened(config: AdoptConfig, base: Path, data: Any) -> Bundle:
     from .deploy.sidecar import sidecar_path
 
     path = base / Path(config.file).expanduser()
-    bundle = open_bundle(path, sidecar_required=False)
+    beside = sidecar_path(path)
+    named = None if config.sidecar is None else base / Path(config.sidecar).expanduser()
+    if named is None and beside.is_file():  # unnamed, a change of it would go unseen
+        raise InvalidInput(
+            f"{beside} lies beside the file",
+            f"set sidecar: {Path(config.file).with_suffix(beside.suffix)}, or take it away if it is none",
+            field="file",
+        )
+    if named is not None and named.resolve() != beside.resolve():
+        raise InvalidInput(f"{named} is not {beside.name} beside the file", "put it there", field="sidecar")
+    bundle = open_bundle(path, sidecar_required=named is not None)
     if bundle.sidecar is not None and bundle.sidecar.preprocessing.size != data.image_size:
         raise InvalidInput(
             f"{sidecar_path(path)} asks for pictures of {bundle.sidecar.preprocessing.size} px, data.image_size is "
@@ -282,10 +297,9 @@ def _tried(path: Path, images: Images, timeout_s: float) -> Any:
 
 
 def _files(config: AdoptConfig) -> Mapping[str, Sequence[str]]:
-    named = {"file": (config.file,), "weights": config.weights}
-    return {name: paths for name, paths in named.items() if paths} | (
-        {"labels": (config.labels,)} if config.labels else {}
-    )
+    one = {"file": config.file, "sidecar": config.sidecar, "labels": config.labels}
+    named = {name: (path,) for name, path in one.items() if path is not None}
+    return named | ({"weights": config.weights} if config.weights else {})
 
 
 def preflight(seen: Preflight) -> None:

@@ -126,15 +126,13 @@ def run(ctx: Context) -> None:
     from .deploy.latency import Plan, settings_of
     from .deploy.over_seeds import over_seeds
     from .deploy.scenarios import offline_rows, server_rows
-    from .deploy.variants import image
+    from .deploy.variants import require_batches
     from .vision.dataset import load_split
 
     config: BenchmarkConfig = ctx.config
     settings = settings_of(config.providers, config.threads, config.batch_sizes)
     variants = _variants(ctx)
-    for variant in variants:
-        for batch in config.batch_sizes:
-            image(variant.bundle, batch)  # refuses a batch that a file from elsewhere does not take
+    require_batches(variants, config.batch_sizes)
     baseline = _baseline(variants)
     images = load_split(ctx.data.model_dump(), ctx.base, "test")
     accuracies, answered = _accuracies(variants, images, config, ctx.progress)
@@ -179,7 +177,7 @@ def benchmark_files(
     from .deploy.attribution import attributed
     from .deploy.bundle import open_bundle
     from .deploy.latency import Plan, settings_of
-    from .deploy.variants import Variant, image
+    from .deploy.variants import Variant, require_batches
 
     if not files:
         raise InvalidInput("no file to measure", "name at least one .onnx file")
@@ -188,10 +186,8 @@ def benchmark_files(
     names = [Path(path).name for path in files]
     for path in files:
         label = Path(path).name if names.count(Path(path).name) == 1 else str(path)
-        bundle = open_bundle(Path(path), sidecar_required=False)
-        for batch in batch_sizes:
-            image(bundle, batch)
-        variants.append(Variant("", label, False, bundle))
+        variants.append(Variant("", label, False, open_bundle(Path(path), sidecar_required=False)))
+    require_batches(variants, batch_sizes)
     plan = Plan(seconds=seconds)
     metrics, _ = _timed(variants, variants[0], settings, plan, progress, told_early=True)
     metrics["attribution"] = attributed(variants, settings, metrics["rows"], plan, progress)
@@ -256,9 +252,8 @@ def _accuracies(
     """
     import numpy as np
 
-    from .deploy.flips import answers
     from .deploy.isa import usable_cores
-    from .deploy.predict import accuracy, scores
+    from .deploy.predict import accuracy, answers, scores
 
     files = {variant.bundle.sha256: variant.bundle for variant in variants}
     found: dict[tuple[str, str], Accuracy] = {}
@@ -368,11 +363,10 @@ def _gates(rows: Sequence[dict[str, Any]], variants: Sequence[Variant], baseline
 
 
 def _keep(ctx: Context, results: Results, first: Setting) -> None:
-    """Payload and figure."""
+    """Payload."""
     import numpy as np
 
     from .deploy.comparison import percentiles, raw_samples
-    from .deploy.figures import block_times, latency_distributions
 
     np.savez_compressed(ctx.out / "samples.npz", **raw_samples(results))
     (ctx.out / "rows.json").write_text(json.dumps(ctx.metrics["rows"], indent=1) + "\n", encoding="utf-8")
@@ -384,24 +378,6 @@ def _keep(ctx: Context, results: Results, first: Setting) -> None:
     }
     curves = {"setting": setting, "files": [{"file": name, "ms": percentiles(ms)} for name, ms in spread.items()]}
     (ctx.out / "spread.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
-    ctx.figure(
-        "latency-spread",
-        latency_distributions(spread, setting),
-        title="How the latencies spread",
-        caption="Share of calls that took at most so long; the baseline ran twice, and that gap is the noise floor.",
-    )
-    files = ctx.metrics.get("attribution", {}).get("files", ())
-    if any(file["blocks"] for file in files):
-        at = ctx.metrics["attribution"]
-        ctx.figure(
-            "block-times",
-            block_times(
-                {"/".join((f["arm"], f["entry"], f["variant"])): f["blocks"] for f in files},
-                f"{at['provider']}, batch {at['batch']}, {at['threads']} thread{'s' * (at['threads'] != 1)}",
-            ),
-            title="What each block takes",
-            caption="Operators added up by block, from ONNX Runtime's own profile; the first file is the baseline.",
-        )
 
 
 def idle(seen: Preflight) -> dict[str, str]:

@@ -15,7 +15,6 @@ import typer
 from sievit.pipeline import completion, options
 from sievit.pipeline.console import results_only
 from sievit.pipeline.errors import GateError, InputError, UsageError
-from sievit.pipeline.progress import choose
 from sievit.pipeline.session import session_of, written_store
 
 from . import benchmark, products
@@ -99,7 +98,7 @@ def compare(
     first, second = (opened(products.find(asked, place, session.stages)) for asked in (a, b))
     test, unsaid = test_images(first, second, data, place, session)
     _require(conditions, unsaid, first, second)
-    progress = choose(quiet=quiet, silent=session.console.json)
+    progress = session.display(quiet)
     with results_only():
         images = load(test, (first, second)) if test is not None else None
         # First what takes seconds, and refuses a provider, a batch size or a file that does not run.

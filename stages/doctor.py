@@ -101,8 +101,8 @@ def versions() -> Iterator[Finding]:
     yield Finding("python", "ok", host.facts()["python"])
     wanted = _requirements()
     for name in NEEDED:
-        alias = "onnxruntime-gpu" if name == "onnxruntime" and _version("onnxruntime-gpu") else name
-        version = _version(alias)
+        alias = "onnxruntime-gpu" if name == "onnxruntime" and host.version("onnxruntime-gpu") else name
+        version = host.version(alias)
         if version is None:
             yield Finding(name, "wrong", "not installed", "no stage runs without it", f"pip install {name}")
         elif name in wanted and not wanted[name].contains(version, prereleases=True):
@@ -110,7 +110,7 @@ def versions() -> Iterator[Finding]:
             yield Finding(name, "wrong", version, asks, f"pip install '{name}{wanted[name]}'")
         else:
             yield Finding(alias, "ok", version)
-    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+    if host.version("onnxruntime") and host.version("onnxruntime-gpu"):
         yield Finding(
             "onnxruntime", "note", "installed twice: with and without GPU",
             "they overwrite each other's files; which one is imported is chance",
@@ -127,13 +127,6 @@ def _requirements() -> dict[str, SpecifierSet]:
     except metadata.PackageNotFoundError:
         return {}
     return {one.name: one.specifier for one in stated if one.marker is None}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def runtimes(ask: Ask) -> Iterator[Finding]:
@@ -252,7 +245,7 @@ def extras() -> Iterator[Finding]:
     """What is of use and not needed."""
     for name, (module, purpose, how) in EXTRAS.items():
         if importlib.util.find_spec(module) is not None:
-            yield Finding(name, "ok", _version(name) or "installed", purpose)
+            yield Finding(name, "ok", host.version(name) or "installed", purpose)
         else:
             yield Finding(name, "note", "not installed", f"only needed for {purpose}", how)
     if shutil.which("git") is None:

@@ -85,7 +85,6 @@ def run(ctx: Context) -> None:
         "classes": preprocessing.classes,
         "parameters": network.parameter_count(),
         "macs": architecture.macs(),
-        "opset": config.opset,
         "source": {"stage": artifact.kind_of_stage, "key": artifact.key, "digest": artifact.digest},
     }
     with ctx.progress.task("exporting", 3 if config.half else 2) as task:

@@ -78,7 +78,7 @@ def run(ctx: Context) -> None:
     """Network and teacher, training on the deployed token policy, accuracy."""
     import torch
 
-    from .vision import figures, masks, reports, tickets, token_schedule
+    from .vision import masks, reports, tickets, token_schedule
     from .vision.dataset import load_splits
     from .vision.device import open_device
     from .vision.evaluate import top1
@@ -160,7 +160,6 @@ def run(ctx: Context) -> None:
         "scoring_seconds": 0.0 if teaching is None else round(teaching.seconds, 3),
         "seconds": round(fitted.seconds, 3),
     }
-    ctx.figure("curve", figures.curve(fitted.curve), title="Fine-tuning", caption="Accuracy on the calibration split.")
 
 
 def coherent(seen: Preflight) -> None:

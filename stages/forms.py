@@ -193,7 +193,7 @@ class Forge:
 
     def _file(self, form: Form) -> Path | None:
         """Make the file of a form, with its sidecar."""
-        from .deploy.bundle import open_bundle, write_sidecar
+        from .deploy.bundle import write_sidecar
         from .deploy.child import ChildFailed
 
         with self._ctx.progress.task(form.text(), 1) as task:
@@ -213,7 +213,6 @@ class Forge:
             precision="fp32" if form.scheme is None else "int8",
             parameters=sidecar.parameters,
             macs=sidecar.macs,
-            opset=open_bundle(path, sidecar_required=False).opset,
             source={"stage": artifact.kind_of_stage, "key": artifact.key, "digest": artifact.digest},
         )
         return path

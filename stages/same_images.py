@@ -173,6 +173,7 @@ def _answers(side: Side, images: Images, provider: str, progress: Display) -> ND
     import numpy as np
 
     from .deploy.child import ChildFailed
+    from .deploy.predict import answers as classes_of
     from .deploy.scorer import scorer
 
     path = side.product.path
@@ -191,7 +192,7 @@ def _answers(side: Side, images: Images, provider: str, progress: Display) -> ND
                         f"{path} gives scores of shape {shape} for an image, there are {len(images.classes)} classes",
                         "take model and sidecar from the same artifact",
                     )
-                found.append(np.where(np.isfinite(scores).all(1), scores.argmax(1), -1))
+                found.append(classes_of(scores))
                 task.advance(len(several))
     except ChildFailed as error:
         raise SievitError(str(error), where=str(path), hint="export the model again, or try another") from error

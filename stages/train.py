@@ -337,7 +337,7 @@ def _tell(
     annotator: Annotator | None,
 ) -> None:
     """How the training went and what it made. rates: accuracy by the fraction of the weights kept after training."""
-    from .vision import figures, mask_figures, mask_search, reports
+    from .vision import mask_figures, mask_search, reports
 
     config: TrainConfig = ctx.config
     network = fitted.network
@@ -356,8 +356,6 @@ def _tell(
     ctx.ledger |= reports.cost(fitted) | {"seconds": round(fitted.seconds + found.seconds, 3)}
     for picture in mask_figures.pictures(config.masks, ctx.metrics.get("masks", {})):
         ctx.figure(picture.name, picture.svg, title=picture.title, caption=picture.caption)
-    curve = figures.curve(fitted.curve)
-    ctx.figure("curve", curve, title="Training", caption="Accuracy on the calibration split, all patches.")
 
 
 def coherent(seen: Preflight) -> None:

@@ -382,7 +382,7 @@ def _arm(bench: Bench, arm: str, method: str, keep: float) -> list[str]:
             "train_macs": 3 * images * 45.6e6 * keep,
             "seconds": 64.2 * keep,
         },
-        pictures=[("curve.svg", "Training curve", "Loss and calibration accuracy by epoch.", svg("loss"))],
+        pictures=[("essential.svg", "Essential sparsity", "Top-1 by what is left of the weights.", svg("top-1"))],
         inputs={"tickets": {"ref": ticket}},
         seconds=71.0,
     )

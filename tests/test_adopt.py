@@ -123,13 +123,17 @@ def test_a_file_of_bytes_needs_no_mean_and_one_of_ours_brings_its_own(tmp_path: 
     assert done.code == 0, done.err
     ours = tiny_onnx.linear(tmp_path / "ours.onnx", classes=10)
     tiny_onnx.sidecar(ours, names=list(DIGITS))
-    kept = json.loads(ours.with_suffix(".json").read_text())["preprocessing"]
-    plain = "workers: 0"
-    answer = run(sievit, written(tmp_path, "file: ours.onnx", data=plain))
-    if kept["crop"] == "center":
-        assert answer.code == 0, answer.err
-    else:
-        assert answer.code == 3 and "makes pictures by" in answer.err
+    unnamed = run(sievit, written(tmp_path, "file: ours.onnx", data="workers: 0"))
+    assert unnamed.code == 3 and "set sidecar: ours.json" in unnamed.document["error"]["hint"]
+    path = written(tmp_path, "file: ours.onnx, sidecar: ours.json", data="workers: 0")
+    done = run(sievit, path)
+    assert done.code == 0, done.err
+    kept = [json.loads(one.read_text()) for one in (tmp_path / "store" / "adopt").glob("*/model.json")]
+    means = {tuple(each["preprocessing"]["mean"]) for each in kept}
+    assert means == {(0.0, 0.0, 0.0), tuple(tiny_onnx.PREPROCESSING["mean"])}
+    tiny_onnx.sidecar(ours, names=list(DIGITS), preprocessing=tiny_onnx.PREPROCESSING | {"crop": "none"})
+    changed = run(sievit, path)
+    assert changed.code == 3 and "makes pictures by" in changed.document["error"]["message"]
 
 
 def test_a_batch_that_the_file_does_not_take_is_refused_before_anything_is_measured(

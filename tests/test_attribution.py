@@ -17,7 +17,6 @@ from sievit.pipeline.report import page
 from sievit.pipeline.report.sections import by_block, by_kind
 from sievit.pipeline.stage import Labelled
 from sievit.stages.benchmark import BenchmarkConfig, benchmark_files, idle, run
-from sievit.stages.deploy import figures
 from sievit.stages.deploy.attribution import ATTENTION, ATTRIBUTED_ON, PRODUCTS, Origins, attribute, block_of, origins
 from sievit.stages.deploy.node_times import NodeTime
 from sievit.stages.deploy.sessions import node_times
@@ -162,7 +161,6 @@ def test_the_stage_attributes_the_baseline_and_the_final_files_and_no_others(tmp
         assert sum(file["kinds"].values()) == pytest.approx(file["operators_ms"])
         (measured,) = [r for r in ctx.metrics["rows"] if (r["arm"], r["entry"]) == (file["arm"], file["entry"])]
         assert file["p50_ms"] == measured["p50_ms"]
-    assert [figure.name for figure in ctx.figures] == ["latency-spread"], "no weight is named after a block"
 
 
 def test_attribution_without_the_cpu_is_a_setting_without_effect() -> None:
@@ -227,12 +225,3 @@ def test_a_measurement_without_operators_says_why_and_an_older_one_says_nothing(
     _, markdown = page.write(bench.record(), bench.shelf)
     assert f"No time by block: {ATTRIBUTED_ON}." in markdown.read_text()
     assert by_kind(metrics) is by_block(metrics) is None
-
-
-def test_the_picture_of_blocks_has_a_bar_for_every_block_that_a_file_has() -> None:
-    files = {"dense": {"embedding": 1.0, "blocks.0": 2.0, "head": 1.0}, "main": {"embedding": 1.0, "head": 1.0}}
-    both, one = figures.block_times(files, "cpu"), figures.block_times({"dense": files["dense"]}, "cpu")
-    bars = [both.count(f"fill: {colour}") for colour in (figures.COLOURS[0].lower(), figures.COLOURS[1].lower())]
-    assert bars == [3 + 1, 2 + 1], "bars and a key of the legend"
-    assert one.count(f"fill: {figures.COLOURS[0].lower()}") == 3 + 1
-    assert ">blocks.0<" in both

@@ -25,7 +25,7 @@ from sievit.pipeline.errors import SievitError
 from sievit.pipeline.settings import DataConfig, ModelConfig
 from sievit.pipeline.stage import Context, Labelled
 from sievit.stages.benchmark import BenchmarkConfig, benchmark_files, run
-from sievit.stages.deploy import child, figures, isa, latency, sessions, worker
+from sievit.stages.deploy import child, isa, latency, sessions, worker
 from sievit.stages.deploy.child import Child, ChildFailed
 from sievit.stages.deploy.comparison import first_medians, host_state, watch
 from sievit.stages.deploy.latency import TWIN, Measured, Plan, Setting, Subject
@@ -180,7 +180,6 @@ def test_the_stage_measures_every_file_of_every_arm_once_and_compares_with_dense
         assert one["truth"] == images.classes[images.labels[one["index"]]]
         assert (ctx.out / one["file"]).read_bytes()[:3] == b"\xff\xd8\xff"
     assert len(kept_flips["shown"]) == min(24, lost + won) > 0
-    assert [figure.name for figure in ctx.figures] == ["latency-spread"]
     assert "attribution" not in ctx.metrics, "it was left out"
     json.dumps(ctx.metrics, allow_nan=False)
 
@@ -566,11 +565,3 @@ def test_host_facts_name_processor_cores_and_instruction_sets() -> None:
     assert facts["memory_gb"] > 0
     assert set(facts["instruction_sets"]) <= set(isa.FLAGS)
     json.dumps(facts, allow_nan=False)
-
-
-def test_the_picture_is_the_same_bytes_for_the_same_numbers_and_names_every_file() -> None:
-    samples = {"main INT8": np.linspace(1, 2, 99), "dense FP32": np.linspace(2, 3, 99)}
-    spread = figures.latency_distributions(samples, "cpu")
-    assert spread == figures.latency_distributions(samples, "cpu")
-    assert all(f">{name}<" in spread for name in samples)
-    assert "<dc:date>" not in spread

@@ -125,7 +125,7 @@ def test_telemetry_is_off_before_a_library_can_read_that_it_is_on() -> None:
 
 def test_a_library_that_is_missing_or_too_old_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = dict.fromkeys(doctor.NEEDED, "99") | {"torch": "2.9.1", "timm": None}
-    monkeypatch.setattr(doctor, "_version", installed.get)
+    monkeypatch.setattr(doctor.host, "version", installed.get)
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["torch>=2.10", "timm>=1.0.26", 'pytest; extra=="x"'])
     wrong = {each.name: each for each in doctor.versions() if each.state == "wrong"}
     assert set(wrong) == {"torch", "timm"}

@@ -14,7 +14,8 @@ from PIL import Image
 from scipy.stats import binom
 
 from sievit.stages.deploy.bundle import open_bundle
-from sievit.stages.deploy.flips import PAIRS, SHOWN, SIDE, answers, by_class, counted, pairs_of, shown, thumbnail
+from sievit.stages.deploy.flips import PAIRS, SHOWN, SIDE, by_class, counted, pairs_of, shown, thumbnail
+from sievit.stages.deploy.predict import answers
 from sievit.stages.deploy.variants import Variant
 
 CLASSES = [f"class {number}" for number in range(7)]

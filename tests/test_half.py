@@ -196,7 +196,7 @@ def test_a_file_that_overflows_is_not_written_and_the_metrics_say_where(
     ctx = context(tmp_path, exported)
     path = large(ctx.out / "model.onnx", by)
     about: dict[str, Any] = {
-        "preprocessing": tiny_onnx.PREPROCESSING, "classes": list("abcd"), "parameters": 768, "macs": 768, "opset": 20,
+        "preprocessing": tiny_onnx.PREPROCESSING, "classes": list("abcd"), "parameters": 768, "macs": 768,
         "source": {},
     }  # fmt: skip
     told = export._half(ctx, path, PICTURES, about, {"climb": "blocks.3"})

@@ -435,7 +435,7 @@ def test_a_graph_that_nncf_cannot_take_gives_its_own_message(tmp_path: Path) -> 
     nodes = [helper.make_node("Flatten", ["input"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["logits"])]
     weight = numpy_helper.from_array(np.zeros((192, 10), np.float32), "w")
     path = tiny_onnx.save(tmp_path / "model.onnx", nodes, [weight], ["batch", 3, 8, 8], ["batch", 10], opset=9)
-    tiny_onnx.sidecar(path, classes=10, opset=9)
+    tiny_onnx.sidecar(path, classes=10)
     with pytest.raises(SievitError) as error:
         quantize.run(context(tmp_path, Folder(tmp_path)))
     assert "quantizer: static failed" in error.value.message

@@ -348,8 +348,7 @@ def test_what_arms_share_stands_once(run: tuple[dict[str, Any], Shelf]) -> None:
     assert [step.arms for step in shared] == ["main, float"]
     page, _ = written(record, shelf)
     pictures = sum(len(json.loads(p.read_text())["figures"]) for p in shelf.root.glob("*/*/manifest.json"))
-    # Training curves are drawn by the page itself, from the same numbers; five flipped images stand beside.
-    assert len(list(page.all("img"))) - 5 == pictures - 3 == 3
+    assert len(list(page.all("img"))) - 5 == pictures == 6  # five flipped images stand beside
 
 
 def test_a_training_with_masks_tells_density_trials_and_rates() -> None:

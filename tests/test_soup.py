@@ -142,7 +142,7 @@ def test_the_stage_trains_with_the_soup_held_and_books_its_cost(tmp_path: Path) 
     rounds = len(record["rounds"])
     seen = 16 * (2 * (rounds + 1) + 2) + 11 * 3 * rounds
     assert ctx.ledger["scoring_macs"] == seen * 3 * network(classes=2).architecture.macs()
-    assert [figure.name for figure in ctx.figures] == ["soup", "curve"]
+    assert [figure.name for figure in ctx.figures] == ["soup"]
 
 
 def test_the_stage_counts_zeros_where_the_soup_made_them_in_paper_mode_too(tmp_path: Path) -> None:

@@ -583,7 +583,7 @@ def test_a_sweep_takes_the_knee_of_what_it_records_and_books_its_cost(tmp_path: 
     assert record["chosen"] == knee([row["keep"] for row in tried], [row["top1"] for row in tried], 0.05)
     assert record["density"]["global"] == pytest.approx(record["chosen"], abs=1e-5)
     assert ctx.ledger["scoring_macs"] == 4 * 2 * 8 * 3 * network(classes=2).architecture.macs()
-    assert [figure.name for figure in ctx.figures] == ["essential", "curve"]
+    assert [figure.name for figure in ctx.figures] == ["essential"]
 
 
 def test_levels_can_be_written_in_a_pipeline() -> None:

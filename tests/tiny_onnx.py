@@ -125,7 +125,6 @@ def sidecar(path: Path, classes: int = 4, names: Sequence[str] | None = None, **
         "precision": "fp32",
         "parameters": 768,
         "macs": 768,
-        "opset": 20,
         "source": {"stage": "export", "key": "0" * 12, "digest": "0" * 64},
     }
     return write_sidecar(path, **(arguments | fields))

@@ -6,14 +6,13 @@ The script draws them from JSON in the page (uPlot, in templates/vendor); withou
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .facts import Facts
 from .numbers import DASH, percent, significant
 from .payload import json_file
-from .reading import listing, number, text
+from .reading import listing, number, objects, text
 from .steps import Step
 
 MOST_LINES = 24
@@ -56,18 +55,6 @@ class Plot:
 def curves(facts: Facts) -> tuple[Plot, ...]:
     """Every plot that the run has numbers for."""
     return (*_training(facts), *_latency(facts.measurement, facts.arms))
-
-
-def drawn_by_page(facts: Facts) -> frozenset[tuple[str, str]]:
-    """Pictures (key of the artifact, file stem) of the very numbers that the page itself draws."""
-    trained = {(step.key, "curve") for step in facts.steps if _told(step)}
-    spread = {(m.key, "latency-spread") for m in [facts.measurement] if m is not None and _latency(m, ())}
-    blocks = {
-        (m.key, "block-times")
-        for m in [facts.measurement]
-        if m is not None and any(file.get("blocks") for file in _objects(listing(m.metrics, "attribution", "files")))
-    }
-    return frozenset(trained | spread | blocks)
 
 
 def as_script_data(plots: Sequence[Plot]) -> str:
@@ -145,7 +132,7 @@ def _latency(measurement: Step | None, arms: Sequence[str]) -> list[Plot]:
     kept = json_file(measurement.root, "spread.json")
     told = [
         (text(file, "file"), tuple(number({"": ms}, "") for ms in listing(file, "ms")[:100]))
-        for file in _objects(listing(kept, "files"))
+        for file in objects(kept, "files")
     ]
     told = [(name, values) for name, values in told if len(values) == 100][:MOST_LINES]
     if not told:
@@ -184,7 +171,3 @@ def _look(arm: str, arms: Sequence[str]) -> tuple[int, int]:
     same = [one for one in arms if one.partition("@")[0] == family]
     hue = families.index(family) if family in families else len(families)
     return hue % HUES, same.index(arm) if arm in same else 0
-
-
-def _objects(found: Any) -> list[Mapping[str, Any]]:
-    return [one for one in found if isinstance(one, Mapping)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from .numbers import count, p_value
 from .payload import json_file, photograph
-from .reading import listing, mapping, number, text
+from .reading import mapping, number, objects, text
 from .steps import Step
 
 MOST = 24  # pictures; a benchmark keeps no more
@@ -84,11 +84,11 @@ class Flips:
 
 def flips(measurement: Step | None) -> Flips | None:
     """What the benchmark keeps of them."""
-    if measurement is None or not (lines := _objects(listing(measurement.metrics, "flips"))):
+    if measurement is None or not (lines := objects(measurement.metrics, "flips")):
         return None
     kept = json_file(measurement.root, "flips.json")
-    first = next(iter(_objects(listing(kept, "files"))), {})
-    pairs = _objects(listing(first, "pairs"))
+    first = next(iter(objects(kept, "files")), {})
+    pairs = objects(first, "pairs")
     return Flips(
         tuple(map(_pairing, lines)),
         tuple(
@@ -96,7 +96,7 @@ def flips(measurement: Step | None) -> Flips | None:
             for p in pairs[:MOST_PAIRS]
         ),
         _further(pairs[MOST_PAIRS:], mapping(first, "further")),
-        tuple(_photograph(one, measurement) for one in _objects(listing(kept, "shown"))[:MOST]),
+        tuple(_photograph(one, measurement) for one in objects(kept, "shown")[:MOST]),
     )
 
 
@@ -130,7 +130,3 @@ def _further(left: Sequence[Mapping[str, Any]], rest: Mapping[str, Any]) -> str:
     pairs = len(left) + (number(rest, "pairs") or 0)
     images = sum(number(pair, "images") or 0 for pair in left) + (number(rest, "images") or 0)
     return f"{count(images)} images more in {count(pairs)} further pairs." if pairs else ""
-
-
-def _objects(found: Any) -> list[Mapping[str, Any]]:
-    return [one for one in found if isinstance(one, Mapping)]

@@ -16,7 +16,7 @@ from typing import Any
 from ..commit import Disk
 from ..errors import InputError
 from .contributions import contributions
-from .curves import as_script_data, curves, drawn_by_page
+from .curves import as_script_data, curves
 from .facts import Facts, collect
 from .flips import flips
 from .layers import of_layers
@@ -26,7 +26,7 @@ from .sections import sections
 from .several import Beside, beside
 from .stages import deeds
 from .steps import Picture, Shelf, Step, leave_out
-from .templating import digest, environment, read
+from .templating import digest, environment, read, tidy
 from .verdict import gate_sentence, speed_word, verdict
 from .widths import widths
 
@@ -75,19 +75,12 @@ def render_html(facts: Facts, *, live: str = "", every: int = 0) -> str:
     """The page as text, without its largest pictures where it would be too large to send. live: "going on" or "paused"
     on a page that is served while its run goes on and asked for again `every` so many seconds.
     """
-    drawn = drawn_by_page(facts)
-    facts = replace(facts, steps=tuple(_pictured(step, drawn) for step in facts.steps))
     page = _html(facts, live, every)
     over = len(page.encode()) - MOST_BYTES
     if over <= 0 or not any(step.pictures for step in facts.steps):
         return page
     sentences = 120 * sum(len(step.pictures) for step in facts.steps)  # that say what was left out
     return _html(replace(facts, steps=leave_out(facts.steps, over + sentences)), live, every)
-
-
-def _pictured(step: Step, drawn: frozenset[tuple[str, str]]) -> Step:
-    """Without those pictures whose numbers the page draws itself."""
-    return replace(step, pictures=tuple(p for p in step.pictures if (step.key, p.file) not in drawn))
 
 
 def _html(facts: Facts, live: str, every: int) -> str:
@@ -117,11 +110,7 @@ def _html(facts: Facts, live: str, every: int) -> str:
 
 def render_markdown(facts: Facts) -> str:
     """The same facts in short, for a pull request."""
-    return _tidy(environment(autoescape=False).get_template("report.md.j2").render(_words(facts)))
-
-
-def _tidy(page: str) -> str:
-    return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
+    return tidy(environment(autoescape=False).get_template("report.md.j2").render(_words(facts)))
 
 
 def render_beside_html(found: Beside) -> str:
@@ -144,7 +133,7 @@ def render_beside_html(found: Beside) -> str:
 
 def render_beside_markdown(found: Beside) -> str:
     """The same facts, for a pull request."""
-    return _tidy(environment(autoescape=False).get_template("runs.md.j2").render(_words_beside(found)))
+    return tidy(environment(autoescape=False).get_template("runs.md.j2").render(_words_beside(found)))
 
 
 def _words_beside(found: Beside) -> dict[str, Any]:

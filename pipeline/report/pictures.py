@@ -8,7 +8,7 @@ an element of its own that tells its numbers: to a screen reader, to the page's 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
@@ -73,24 +73,36 @@ def draw_tradeoff(rows: Sequence[Row], runs: Sequence[str] = ()) -> str:
     highs = [max(one.top1, one.row.get("top1_high") or one.top1) for one in points]
     pad = max(0.005, 0.12 * (max(highs) - min(lows)))
     up = Axis(max(0, min(lows) - pad), max(highs) + pad, HEIGHT - BOTTOM, TOP)
-    parts = [*_axes(across, up), *_points(points, across, up)]
+    named = Scale(across, "p50 latency, ms", lambda ms: f"{ms:g}"), Scale(up, "top-1", percent)
+    parts = [*frame(*named), *_points(points, across, up)]
     label = "Top-1 against p50 latency, one point a file. The same numbers stand in the deployment table."
     return f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="group" aria-label="{label}">{"".join(parts)}</svg>'
 
 
-def _axes(across: Axis, up: Axis) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """An axis with what is written at it: a name, and a form for the numbers at its ticks."""
+
+    axis: Axis
+    name: str
+    form: Callable[[float], str]
+
+
+def frame(across: Scale, up: Scale) -> list[str]:
+    """Grid, ticks and names of a picture."""
+    base, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
-    for tick in up.ticks():
-        y = up(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{percent(tick)}</text>')
-    for tick in across.ticks():
-        x = across(tick)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="name" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">p50 latency, ms</text>')
-    parts.append(f'<text class="name" x="{LEFT - 8}" y="{TOP - 20}" text-anchor="end">top-1</text>')
+    for tick in up.axis.ticks():
+        y = up.axis(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{up.form(tick)}</text>')
+    for tick in across.axis.ticks():
+        x = across.axis(tick)
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 20}" text-anchor="middle">{across.form(tick)}</text>')
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{base}" y2="{base}"/>')
+    middle = (LEFT + right) / 2
+    parts.append(f'<text class="name" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{across.name}</text>')
+    parts.append(f'<text class="name" x="{LEFT - 8}" y="{TOP - 20}" text-anchor="end">{up.name}</text>')
     return parts
 
 

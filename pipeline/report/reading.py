@@ -40,6 +40,11 @@ def mapping(source: object, *path: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def objects(source: object, *path: str) -> list[Mapping[str, Any]]:
+    """The mappings in a list, or none."""
+    return [one for one in listing(source, *path) if isinstance(one, Mapping)]
+
+
 def listing(source: object, *path: str) -> Sequence[Any]:
     """A list, or an empty one."""
     value = dig(source, *path)

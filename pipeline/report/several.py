@@ -15,7 +15,7 @@ from ..errors import InputError
 from .facts import Facts, Row
 from .ledger import Cost
 from .numbers import DASH
-from .reading import dig, listing, mapping, text
+from .reading import dig, mapping, objects, text
 from .verdict import Verdict, verdict
 
 MOST = 8  # runs; more columns are read by nobody
@@ -135,7 +135,7 @@ def _differences(records: Sequence[Mapping[str, Any]]) -> tuple[Difference, ...]
 def _recipe(record: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, str]]:
     """(arm, entry) -> dotted field -> value as text; ("", "") has what all stages have in common."""
     spec = mapping(record, "spec")
-    nodes = [node for node in listing(spec, "nodes") if isinstance(node, Mapping)]
+    nodes = objects(spec, "nodes")
     common: dict[str, str] = {}
     recipe = {("", ""): common}
     for name in COMMON:

@@ -7,7 +7,6 @@ trial, so it can be read while the sweep goes on.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -19,8 +18,8 @@ from ..objectives import HIGHER, Estimate, front
 from ..search_space import overrides
 from . import numbers
 from .numbers import Format, interval
-from .pictures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis
-from .templating import digest, environment, read
+from .pictures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Scale, frame
+from .templating import digest, environment, read, tidy
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -104,8 +103,7 @@ def _links(document: Mapping[str, Any], folder: Path, store: Store) -> dict[str,
 
 
 def _markdown(document: Mapping[str, Any]) -> str:
-    page = environment(autoescape=False).get_template("sweep.md.j2").render(_words(document))
-    return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
+    return tidy(environment(autoescape=False).get_template("sweep.md.j2").render(_words(document)))
 
 
 def _words(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,6 +135,12 @@ def within(trial: Mapping[str, Any], name: str) -> str:
     """Its interval; "" of an exact one."""
     found = trial["values"].get(name)
     return interval(found["low"], found["high"], FORMS[name]) if found and found["low"] < found["high"] else ""
+
+
+def estimate(trial: Mapping[str, Any], name: str) -> str:
+    """Both, the interval in brackets."""
+    span = within(trial, name)
+    return f"{told(trial, name)}{f' ({span})' if span else ''}"
 
 
 def noise(objectives: Sequence[str]) -> list[str]:
@@ -203,7 +207,8 @@ def draw_front(document: Mapping[str, Any]) -> str:
 
     across = _axis([place(trial, across_name) for trial in done], LEFT, WIDTH - RIGHT)
     up = _axis([place(trial, up_name) for trial in done], HEIGHT - BOTTOM, TOP)
-    parts = _axes(across, up, across_name, up_name)
+    sideways = (TITLES[across_name], FORMS[across_name]) if across_name else ("Trial", lambda number: f"{number:g}")
+    parts = frame(Scale(across, *sideways), Scale(up, TITLES[up_name], FORMS[up_name]))
     for trial in sorted(done, key=lambda one: one["front"]):  # the front lies on top
         parts.append(_point(trial, place(trial, across_name), place(trial, up_name), across, up))
     label = f"{TITLES[up_name]} against {TITLES[across_name] if across_name else 'the trial'}, one point a trial. "
@@ -216,25 +221,6 @@ def _axis(spans: Sequence[tuple[float, float, float]], start: float, end: float)
     low, high = min(span[0] for span in spans), max(span[2] for span in spans)
     pad = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     return Axis(low - pad, high + pad, start, end)
-
-
-def _axes(across: Axis, up: Axis, across_name: str | None, up_name: str) -> list[str]:
-    base, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-    parts = []
-    for tick in up.ticks():
-        y = up(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{FORMS[up_name](tick)}</text>'
-        )
-    for tick in across.ticks():
-        shown = FORMS[across_name](tick) if across_name else f"{tick:g}"
-        parts.append(f'<text class="tick" x="{across(tick):.1f}" y="{base + 20}" text-anchor="middle">{shown}</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{base}" y2="{base}"/>')
-    name = TITLES[across_name] if across_name else "Trial"
-    parts.append(f'<text class="name" x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{name}</text>')
-    parts.append(f'<text class="name" x="{LEFT - 8}" y="{TOP - 20}" text-anchor="end">{TITLES[up_name]}</text>')
-    return parts
 
 
 def _point(
@@ -250,8 +236,7 @@ def _point(
         f'<line class="whisker" x1="{at_x:.1f}" y1="{up(y[0]):.1f}" x2="{at_x:.1f}" y2="{up(y[2]):.1f}"/>',
     ]
     says = f"trial {trial['number']}: {', '.join(overrides(trial['settings']))}; " + ", ".join(
-        f"{TITLES[name]} {told(trial, name)}{f' ({span})' if (span := within(trial, name)) else ''}"
-        for name in trial["values"]
+        f"{TITLES[name]} {estimate(trial, name)}" for name in trial["values"]
     )
     return (
         f'<g class="point trial {"shipped" if trial["front"] else "other"}"><title>{escape(says)}</title>'

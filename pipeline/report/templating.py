@@ -62,6 +62,11 @@ def environment(*, autoescape: bool) -> Environment:
     return environment
 
 
+def tidy(page: str) -> str:
+    """Markdown without the empty lines that templates leave."""
+    return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
+
+
 def markdown_text(value: object) -> str:
     """Text that Markdown shows as it is, in a table cell too."""
     plain = " ".join(escape(str(value), quote=False).split())

@@ -99,15 +99,15 @@ def write_sidecar(
     precision: str,
     parameters: int,
     macs: int | None,
-    opset: int,
     source: Mapping[str, Any],
 ) -> Path:
     """Write the sidecar of a finished ONNX file and return its path. The same arguments give the same bytes.
 
-    preprocessing: {"resize", "size", "crop", "crop_pct", "scale", "mean", "std"}; the file's names and digest are read
-    from it. macs: None where they are not known. Raises InvalidInput when file and arguments disagree.
+    preprocessing: {"resize", "size", "crop", "crop_pct", "scale", "mean", "std"}; the file's names, opset and digest
+    are read from it. macs: None where they are not known. Raises InvalidInput when file and arguments disagree.
     """
-    signature = _signature(load_checked(onnx_path), onnx_path)
+    model = load_checked(onnx_path)
+    signature = _signature(model, onnx_path)
     parsed = parse_preprocessing(dict(preprocessing), f"{onnx_path.name}: preprocessing")
     content = {
         "schema": SCHEMA,
@@ -123,7 +123,7 @@ def write_sidecar(
         "precision": precision,
         "parameters": int(parameters),
         "macs": macs,
-        "opset": int(opset),
+        "opset": _opset(model),
         "sha256": sha256_of(onnx_path),
         "source": dict(source),
     }

@@ -45,13 +45,6 @@ class Pair:
     final: Variant
 
 
-def answers(scored: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The class that a file gives each image, int64 [n], from scores [n, classes]; -1 where a score is no number, which
-    is never right.
-    """
-    return np.where(np.isfinite(scored).all(axis=1), scored.argmax(axis=1), -1)
-
-
 def pairs_of(variants: Sequence[Variant], baseline: Variant) -> list[Pair]:
     """Every final file beside the dense arm's of its seed, else beside the baseline; none beside itself. The main arm's
     come first.

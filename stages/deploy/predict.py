@@ -71,9 +71,15 @@ def _slices(pixels: NDArray[np.uint8]) -> Callable[[int, int], NDArray[np.uint8]
     return lambda start, stop: pixels[start:stop]
 
 
+def answers(scored: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The class that each image is given, int64 [n], from scores [n, classes]; -1 where a score is no number, which is
+    never right.
+    """
+    return np.where(np.isfinite(scored).all(axis=1), scored.argmax(axis=1), -1)
+
+
 def accuracy(scored: NDArray[np.float32], labels: NDArray[np.int64]) -> Accuracy:
     """Top-1 of scores [n, classes] against labels [n]. NaN scores count as wrong."""
-    right = (scored.argmax(axis=1) == labels) & np.isfinite(scored).all(axis=1)
-    correct, images = int(right.sum()), len(labels)
+    correct, images = int((answers(scored) == labels).sum()), len(labels)
     low, high = wilson(correct, images)
     return Accuracy(correct, images, correct / images, low, high)

@@ -76,6 +76,13 @@ class Variant:
         }
 
 
+def require_batches(variants: Sequence[Variant], batches: Sequence[int]) -> None:
+    """Refuse a batch size that one of the files does not take, before any is measured. Raises InvalidInput."""
+    for variant in variants:
+        for batch in batches:
+            image(variant.bundle, batch)
+
+
 def distinct(variants: Sequence[Variant]) -> list[Variant]:
     """Files of equal content once, the first of them."""
     files = {variant.bundle.sha256: variant for variant in reversed(variants)}

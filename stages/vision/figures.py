@@ -44,25 +44,6 @@ def axes_of(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def curve(rows: Sequence[Mapping[str, float]]) -> str:
-    """Training loss and calibration top-1 by epoch."""
-    figure, axes = axes_of(6, 3)
-    epochs = [row["epoch"] for row in rows]
-    axes.plot(epochs, [row["loss"] for row in rows], "o-", markersize=3, color=FAINT, label="training loss")
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("training loss")
-    axes.set_ylim(bottom=0)
-    if rows and "top1_calibration" in rows[0]:
-        right = axes.twinx()
-        right.spines[["top"]].set_visible(False)
-        right.plot(epochs, [100 * row["top1_calibration"] for row in rows], "o-", markersize=3, color=ACCENT)
-        if "top1_final_tokens" in rows[0]:  # where tokens are on a schedule: with those of its end
-            right.plot(epochs, [100 * row["top1_final_tokens"] for row in rows], ":", color=ACCENT)
-        right.set_ylabel("top-1 on the calibration split, %", color=ACCENT)
-        right.set_ylim(0, 100)
-    return svg_of(figure)
-
-
 def tickets(pixels: np.ndarray, ranks: np.ndarray, kept: int, grid: tuple[int, int], names: Sequence[str]) -> str:
     """Each image, its ranks as a heat map (dark: ranked first), and its ticket: the patches outside it faded into a
     tint. pixels (n, S, S, 3) uint8, ranks (n, N).
