@@ -39,9 +39,14 @@ def reducing(method: Any = "attention", fuse: bool = False) -> Any:
 
 def described(path: Path) -> Path:
     write_sidecar(
-        path, preprocessing=RECORD.deployed(), classes=RECORD.classes, precision="fp32", parameters=1, macs=1, opset=20,
+        path,
+        preprocessing=RECORD.deployed(),
+        classes=RECORD.classes,
+        precision="fp32",
+        parameters=1,
+        macs=1,
         source={},
-    )  # fmt: skip
+    )
     return path
 
 
