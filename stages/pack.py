@@ -54,7 +54,7 @@ def pack(
         classes.txt   class names, one a line, in the order of the scores
         README.md     the model card: accuracy and latency with intervals and the host, from the benchmark that measured
                       this very file (found by its SHA-256), what it was made from, licences as far as they are known
-        predict.py    classifies images with onnxruntime, numpy and pillow alone
+        predict.py    classifies images with onnxruntime, numpy and pillow alone, in 30 lines at most
         SHA256SUMS    for sha256sum -c
 
     The same file gives the same bytes, the zip too. A folder that is not empty is refused, and nothing is left
@@ -78,8 +78,10 @@ def packed(product: Product, store: Store, folder: Path, archive: Path | None) -
     from .deploy.bundle import open_bundle, weight_files
     from .deploy.packing import write_pack
     from .deploy.sidecar import sidecar_path
+    from .deploy.standalone import program
 
     bundle = open_bundle(product.path)
+    assert bundle.sidecar is not None  # it is required
     beside = weight_files(product.path)
     if taken := {products.MODEL, SIDECAR, CLASSES, CARD, PROGRAM, "SHA256SUMS"}.intersection(beside):
         raise InvalidInput(
@@ -93,7 +95,7 @@ def packed(product: Product, store: Store, folder: Path, archive: Path | None) -
         SIDECAR: sidecar_path(product.path),
         CLASSES: _lines(facts.classes),
         CARD: card(facts).encode(),
-        PROGRAM: Path(__file__).with_name("deploy") / "standalone.py",
+        PROGRAM: program(bundle.sidecar, bundle.signature.dtype, bundle.signature.shape[0]).encode(),
     }
     write_pack(folder, contents, archive, root=f"{facts.name}-{facts.sha256[:8]}")
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -24,10 +25,11 @@ from test_bundle import OUTSIDE, external
 from sievit.pipeline.records import load
 from sievit.pipeline.store import Store
 from sievit.stages.card import Facts, card
-from sievit.stages.deploy import packing, standalone
+from sievit.stages.deploy import packing
 from sievit.stages.deploy.packing import check_pack, write_pack
 from sievit.stages.deploy.preprocess import fit, normalise
-from sievit.stages.deploy.sidecar import CROPS, RESIZES, Preprocessing, read_sidecar
+from sievit.stages.deploy.sidecar import CROPS, RESIZES, Preprocessing, Sidecar, read_sidecar
+from sievit.stages.deploy.standalone import program
 from sievit.stages.methods import InvalidInput
 from sievit.stages.vision.decode import picture
 
@@ -382,34 +384,104 @@ def images(folder: Path) -> list[Path]:
     return [folder / name for name, _, _ in saved]
 
 
+class Runtime:
+    """In the place of onnxruntime: an answer for every image, and what the program fed it."""
+
+    def __init__(self) -> None:
+        self.fed: list[Any] = []
+
+    def InferenceSession(self, path: Path, providers: list[str]) -> Runtime:
+        return self
+
+    def run(self, names: list[str], feeds: dict[str, Any]) -> list[Any]:
+        assert names == ["logits"]
+        self.fed.append(feeds["input"])
+        return [np.zeros((len(feeds["input"]), 4), np.float32)]
+
+
+def fed(source: str, folder: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a program gives to the network for each image."""
+    program, runtime = folder / "predict.py", Runtime()
+    program.write_text(source, encoding="utf-8")
+    (folder / "classes.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)  # type: ignore[arg-type]
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, paths)])
+    runpy.run_path(str(program), run_name="__main__")
+    return runtime.fed
+
+
+def described(pre: Preprocessing, dtype: str, layout: str) -> Sidecar:
+    stated: dict[str, Any] = {"precision": "fp32", "parameters": 1, "macs": 1, "opset": 20, "sha256": "", "source": {}}
+    classes = tuple("abcd")
+    return Sidecar("input", "logits", layout, dtype, pre, classes, raw={}, **stated)
+
+
+FORMS = (("float32", "NCHW"), ("float16", "NCHW"), ("uint8", "NCHW"), ("uint8", "NHWC"))
+
+
 @pytest.mark.parametrize("resize", RESIZES)
 @pytest.mark.parametrize("crop", CROPS)
-def test_the_packed_program_prepares_images_as_we_do_to_the_last_digit(tmp_path: Path, resize: str, crop: str) -> None:
-    for path in images(tmp_path):
-        for size, crop_pct in ((8, 1.0), (15, 0.875), (32, 0.9)):
-            for mean in ((0.485, 0.456, 0.406), (0.5,)):
-                std = (0.229, 0.224, 0.225)[: len(mean)]
-                pre = Preprocessing(size, 1 / 255, mean, std, resize, crop, crop_pct)
-                pixels = np.asarray(picture(io.BytesIO(path.read_bytes()), 64.0))
-                forms = (("float32", "NCHW"), ("float16", "NCHW"), ("uint8", "NCHW"), ("uint8", "NHWC"))
-                for dtype, layout in forms:
+def test_the_packed_program_prepares_images_as_we_do_to_the_last_digit(
+    tmp_path: Path, resize: str, crop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = images(tmp_path)
+    pictures = [np.asarray(picture(io.BytesIO(path.read_bytes()), 64.0)) for path in paths]
+    for size, crop_pct in ((8, 1.0), (15, 0.875), (32, 0.9)):
+        for mean in ((0.485, 0.456, 0.406), (0.5,)):
+            std = (0.229, 0.224, 0.225)[: len(mean)]
+            pre = Preprocessing(size, 1 / 255, mean, std, resize, crop, crop_pct)
+            for dtype, layout in FORMS:
+                theirs = fed(program(described(pre, dtype, layout), dtype, None), tmp_path, paths, monkeypatch)
+                for path, pixels, given in zip(paths, pictures, theirs, strict=True):
                     ours = normalise(fit(pixels, pre)[None], pre, dtype, layout)
-                    theirs = standalone.prepare(path, asdict(pre), dtype, layout)
-                    assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs), (path.name, size, dtype)
+                    assert ours.dtype == given.dtype and np.array_equal(ours, given), (path.name, size, dtype)
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("dtype", "layout"), FORMS)
+def test_the_packed_program_has_30_lines_at_most(crop: str, channels: int, dtype: str, layout: str) -> None:
+    pre = Preprocessing(224, 1 / 255, (0.485, 0.456, 0.406)[:channels], (0.229, 0.224, 0.225)[:channels], crop=crop)
+    lines = program(described(pre, dtype, layout), dtype, 8).splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 120
+
+
+def test_the_packed_program_fills_up_a_fixed_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, pre = images(tmp_path)[0], Preprocessing(8)
+    source = program(described(pre, "float32", "NCHW"), "float32", 3)
+    (given,) = fed(source, tmp_path, [path], monkeypatch)
+    pixels = np.asarray(picture(io.BytesIO(path.read_bytes()), 64.0))
+    assert np.array_equal(given, np.repeat(normalise(fit(pixels, pre)[None], pre), 3, axis=0))
+
+
+def test_names_that_a_file_gives_its_tensors_are_text_to_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = 'it\'s a "name"\\\n{0}'
+    source = program(replace(described(Preprocessing(8), "float32", "NCHW"), input=odd), "float32", None)
+    monkeypatch.setattr(Runtime, "run", lambda self, names, feeds: (self.fed.append([*feeds]), [np.zeros((1, 4))])[1])
+    assert fed(source, tmp_path, images(tmp_path)[:1], monkeypatch) == [[odd]]
+
+
+def test_the_packed_program_tells_how_it_is_called(sievit: Sievit, store: Store, tmp_path: Path) -> None:
+    sievit("pack", "--output", "pack")
+    told = subprocess.run([sys.executable, "-I", "pack/predict.py"], capture_output=True, text=True)
+    assert told.returncode == 1 and "predict.py IMAGE..." in told.stderr
 
 
 def test_the_packed_program_runs_alone_and_answers_as_sievit_does(sievit: Sievit, store: Store, tmp_path: Path) -> None:
     sievit("pack", "--output", "pack")
     (tmp_path / "images").mkdir()
     paths = list(map(str, images(tmp_path / "images")))
-    program = (
+    watched = (
         "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
         "loaded = {name.partition('.')[0] for name in sys.modules}; "
         "print(loaded & {'sievit', 'torch', 'scipy', 'onnx', 'timm', 'typer'})"
     )
     # -I: neither this checkout nor the current folder can be imported.
     told = subprocess.run(
-        [sys.executable, "-I", "-c", program, "pack/predict.py", *paths], capture_output=True, text=True
+        [sys.executable, "-I", "-c", watched, "pack/predict.py", *paths], capture_output=True, text=True
     )
     assert told.returncode == 0, told.stderr
     *lines, modules = told.stdout.splitlines()
@@ -421,14 +493,6 @@ def test_the_packed_program_runs_alone_and_answers_as_sievit_does(sievit: Sievit
     ]
     assert [line.split("\t") for line in lines] == ours
     assert len(ours) == 5 * len(paths)
-
-
-def test_what_a_sidecar_leaves_out_is_the_same_for_both(tmp_path: Path) -> None:
-    path = images(tmp_path)[0]
-    pre = Preprocessing(8)
-    least = {"size": 8, "mean": pre.mean, "std": pre.std}
-    pixels = np.asarray(picture(io.BytesIO(path.read_bytes()), 64.0))
-    assert np.array_equal(standalone.prepare(path, least, "float32"), normalise(fit(pixels, pre)[None], pre))
 
 
 def test_a_sidecar_that_was_packed_reads_as_before(sievit: Sievit, store: Store, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,9 +165,14 @@ def parse_preprocessing(raw: object, where: str) -> Preprocessing:
 
 def _floats(fields: _Fields, name: str) -> tuple[float, ...]:
     values = fields.items(name)
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        raise InvalidInput(f"{fields.where}: {name} must be a list of numbers", AGAIN)
+    if not all(_is_number(value) for value in values):
+        raise InvalidInput(f"{fields.where}: {name} must be a list of finite numbers", AGAIN)
     return tuple(float(value) for value in values)
+
+
+def _is_number(value: object) -> bool:
+    """JSON has true among its numbers for Python, and NaN, Infinity and integers of any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class _Fields:
@@ -192,9 +198,9 @@ class _Fields:
 
     def number(self, name: str, default: float | None = None) -> float:
         found = self.value(name, default)
-        if isinstance(found, bool) or not isinstance(found, int | float):
-            raise InvalidInput(f"{self.where}: {name} must be a number", AGAIN)
-        return found
+        if not _is_number(found):
+            raise InvalidInput(f"{self.where}: {name} must be a finite number", AGAIN)
+        return found  # type: ignore[no-any-return]
 
     def items(self, name: str) -> Sequence[Any]:
         found = self.value(name)

@@ -1,58 +1,82 @@
-"""Classify images with the model in this folder; onnxruntime, numpy and pillow are all it needs: predict.py IMAGE..."""
+"""predict.py of a pack: a program of at most 30 lines, written for the one file that it goes with.
+
+It needs onnxruntime, numpy and pillow alone. What a file does not need (a crop, a division, a second channel layout)
+does not stand in it, so that it can be read in a minute and taken over into somebody's own service.
+"""
+
+from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+
+from .sidecar import Preprocessing, Sidecar
+
+START = '''\
+"""Classify images with the model.onnx beside this file: python predict.py IMAGE..."""
+
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime as ort
-from numpy.typing import NDArray
+import onnxruntime
 from PIL import Image, ImageOps
 
+folder = Path(__file__).parent
+classes = (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
+session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+for path in sys.argv[1:] or sys.exit(__doc__):
+    picture = ImageOps.exif_transpose(Image.open(path))
+    if picture.mode.startswith("I"):  # 16-bit grey, which convert would clip
+        picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).round().astype(np.uint8))
+    picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB").convert("RGB")
+'''
+END = """\
+    shares = np.exp(scores - scores.max())
+    for place in np.argsort(-shares, kind="stable")[:5]:
+        print(f"{path}\\t{classes[place]}\\t{shares[place] / shares.sum():.4f}")
+"""
 
-def prepare(path: str | Path, stated: dict[str, Any], dtype: str, layout: str = "NCHW") -> NDArray[np.generic]:
-    """An image file -> the network's input [1, channels, size, size], or channels last, as model.json says."""
-    pre = {"resize": "bilinear", "crop": "none", "crop_pct": 1.0, "scale": 1 / 255, **stated}
-    size, method = pre["size"], Image.Resampling[pre["resize"].upper()]
-    picture: Image.Image = ImageOps.exif_transpose(Image.open(path))
-    if picture.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip
-        picture = Image.fromarray(np.clip(np.asarray(picture, np.float64) / 257, 0, 255).round().astype(np.uint8))
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-    picture = picture.convert("RGB")
-    wide = high = size
-    if pre["crop"] == "center":
-        shorter = round(size / pre["crop_pct"])
-        wide, high = (max(shorter, round(side * (shorter / min(picture.size)))) for side in picture.size)
-    left, top = (wide - size) // 2, (high - size) // 2
-    picture = picture.resize((wide, high), method).crop((left, top, left + size, top + size))
-    pixels = np.asarray(picture)[None]
-    mean, std = (np.array(pre[name], np.float32).reshape(1, -1, 1, 1) for name in ("mean", "std"))
+
+def program(sidecar: Sidecar, dtype: str, batch: int | None) -> str:
+    """Python source that prints the five likeliest classes of each image.
+
+    dtype, batch: of the file's input, "float32", "float16" or "uint8", and a number where it is fixed.
+    """
+    images = f"np.repeat(images, {batch}, axis=0)" if batch not in (None, 1) else "images"
+    asked, told = (json.dumps(name, ensure_ascii=False) for name in (sidecar.input, sidecar.output))
+    answer = f"session.run([{told}], {{{asked}: {images}}})[0][0].astype(np.float64)"
+    lines = [
+        *_resize(sidecar.preprocessing),
+        *_numbers(sidecar.preprocessing, dtype, sidecar.layout),
+        f"scores = {answer}",
+    ]
+    return START + "".join(f"    {line}\n" for line in lines) + END
+
+
+def _resize(preprocessing: Preprocessing) -> Iterator[str]:
+    """As `preprocess.fit`."""
+    size, method = preprocessing.size, f"Image.Resampling.{preprocessing.resize.upper()}"
+    if preprocessing.crop == "none":
+        yield f"picture = picture.resize(({size}, {size}), {method})"
+        return
+    shorter = round(size / preprocessing.crop_pct)
+    yield f"factor = {shorter} / min(picture.size)"
+    yield f"wide, high = (max({shorter}, round(side * factor)) for side in picture.size)"
+    yield f"left, top = (wide - {size}) // 2, (high - {size}) // 2"
+    yield f"picture = picture.resize((wide, high), {method}).crop((left, top, left + {size}, top + {size}))"
+
+
+def _numbers(preprocessing: Preprocessing, dtype: str, layout: str) -> Iterator[str]:
+    """As `preprocess.normalise`."""
+    order = "[None]" if layout == "NHWC" else ".transpose(2, 0, 1)[None]"
+    yield "pixels = np.asarray(picture)" if dtype == "uint8" else "pixels = np.asarray(picture, np.float32)"
+    if len(preprocessing.mean) == 1:
+        yield "pixels = pixels.mean(axis=2, keepdims=True, dtype=np.float32)"
+        if dtype == "uint8":
+            yield "pixels = np.rint(pixels).astype(np.uint8)"
     if dtype == "uint8":
-        grey = np.rint(pixels.mean(axis=3, keepdims=True, dtype=np.float32)).astype(np.uint8)
-        pixels = grey if mean.size == 1 else pixels
-        return pixels if layout == "NHWC" else pixels.transpose(0, 3, 1, 2)
-    pixels = pixels.transpose(0, 3, 1, 2)
-    values = pixels.astype(np.float32) if mean.size == 3 else pixels.mean(axis=1, keepdims=True, dtype=np.float32)
-    return ((values * np.float32(pre["scale"]) - mean) / std).astype(dtype)
-
-
-def main() -> None:
-    """Print the five likeliest classes of each image."""
-    folder = Path(__file__).parent
-    card = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    asked = session.get_inputs()[0]
-    dtype = {"tensor(uint8)": "uint8", "tensor(float16)": "float16"}.get(asked.type, "float32")
-    for path in sys.argv[1:]:
-        images = prepare(path, card["preprocessing"], dtype, card.get("layout", "NCHW"))
-        images = np.repeat(images, asked.shape[0] if isinstance(asked.shape[0], int) else 1, axis=0)
-        scores = session.run([card["output"]], {card["input"]: images})[0][0].astype(np.float64)
-        shares = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
-        for place in np.argsort(-shares, kind="stable")[:5]:
-            print(f"{path}\t{card['classes'][place]}\t{shares[place]:.4f}")
-
-
-if __name__ == "__main__":
-    main()
+        yield f"images = pixels{order}"
+        return
+    yield f"mean, std = np.float32({list(preprocessing.mean)}), np.float32({list(preprocessing.std)})"
+    yield f"pixels = (pixels * np.float32({preprocessing.scale!r}) - mean) / std"
+    yield f"images = pixels{order}" + (".astype(np.float16)" if dtype == "float16" else "")
