@@ -10,7 +10,6 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +72,8 @@ def fingerprint() -> str:
 @cache
 def version(distribution: str) -> str | None:
     """The installed version, from the distribution's record: nothing is imported. None where it is not installed."""
+    from importlib import metadata  # it needs the whole of email, and help needs no version
+
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import gc
+
+gc.disable()  # what the imports make stays: looking through it for garbage is a tenth of what a listing takes
 import os
 import sys
 from collections.abc import Callable
@@ -35,6 +38,9 @@ from .predict import predict
 
 if TYPE_CHECKING:
     from sievit.pipeline.stage import Config
+
+gc.freeze()
+gc.enable()
 
 STAGES = (
     ticket.STAGE,

@@ -60,13 +60,6 @@ class Claim(Settings):
     margin: float = Field(0.01, gt=0, lt=1, description="largest difference in top-1 that counts as equal, a fraction")
 
 
-CLAIMS = (
-    Claim(left="main/ticket", right="random/ticket", expect="greater"),
-    Claim(left="main/ticket", right="random/random", expect="greater"),
-    Claim(left="main/ticket", right="full/full", expect="equal"),
-)
-
-
 class MatrixConfig(Config):
     """Settings of the matrix stage."""
 
@@ -76,6 +69,17 @@ class MatrixConfig(Config):
     claims: tuple[Claim, ...] | None = Field(
         None, description="what is judged; null: the three of the paper, with arms called random and full"
     )
+
+    @property
+    def judged(self) -> tuple[Claim, ...]:
+        """The claims that are stated, or else those of the paper."""
+        if self.claims is not None:
+            return self.claims
+        return (
+            Claim(left="main/ticket", right="random/ticket", expect="greater"),
+            Claim(left="main/ticket", right="random/random", expect="greater"),
+            Claim(left="main/ticket", right="full/full", expect="equal"),
+        )
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def run(ctx: Context) -> None:
         ],
         "claims": [
             _judged(claim, *(_answers(correct, place, list(arms), config.test) for place in (claim.left, claim.right)))
-            for claim in (CLAIMS if config.claims is None else config.claims)
+            for claim in config.judged
         ],
         "budget": _budget(ctx, arms),
     }
@@ -280,7 +284,7 @@ def _budget(ctx: Context, arms: Mapping[str, Sequence[Trained]]) -> str | None:
 def _refuse_claims(config: MatrixConfig, arms: Sequence[str], entry: str) -> None:
     """Claims about arms or patches that are not there."""
     field = f"stages.{entry}.claims"
-    for claim in CLAIMS if config.claims is None else config.claims:
+    for claim in config.judged:
         for place in (claim.left, claim.right):
             arm, _, patches = place.rpartition("/")
             own = "name the arms 'random' and 'full', or state your own claims; claims: [] states none"

@@ -90,14 +90,16 @@ class PruneConfig(Config):
 
     importance: Importance = Field("taylor", description="what decides which parts go first")
     target: Target = Field(description="what must be left")
-    axes: Axes = Field(Axes(), description="what may be cut, and how hard")
+    axes: Axes = Field(default_factory=Axes, description="what may be cut, and how hard")
     allocation: Literal["uniform", "latency", "sensitivity"] = Field(
         "uniform",
         description="uniform: the same share of every axis, by rank; latency: least importance lost for each "
         "millisecond saved on target.on; sensitivity: least rise of the calibration loss, as it was measured, for each "
         "millisecond where the target is timed, else for each MAC",
     )
-    sensitivity: Effort = Field(Effort(), description="how finely and for how long allocation sensitivity measures")
+    sensitivity: Effort = Field(
+        default_factory=Effort, description="how finely and for how long allocation sensitivity measures"
+    )
     round_to: int | None = Field(
         None,
         ge=1,

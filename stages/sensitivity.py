@@ -67,8 +67,8 @@ class Effort(Settings):
 class SensitivityConfig(Config):
     """What is cut by which importance, and how thoroughly."""
 
-    judging: Judging = Field(Judging(), description="what decides which parts go first")
-    effort: Effort = Field(Effort(), description="how finely and for how long it is measured")
+    judging: Judging = Field(default_factory=Judging, description="what decides which parts go first")
+    effort: Effort = Field(default_factory=Effort, description="how finely and for how long it is measured")
 
 
 @dataclass(frozen=True)

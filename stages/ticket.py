@@ -74,10 +74,10 @@ if TYPE_CHECKING:
 class TicketConfig(Config):
     """Settings of the ticket stage."""
 
-    examples: Examples = Field(Examples(), description="which images")
-    patches: Patches = Field(Patches(), description="which patches")
-    proxy: Proxy = Field(Proxy(), description="short runs that score examples and start the selector")
-    selector: Selector = Field(Selector(), description="the network that ranks patches")
+    examples: Examples = Field(default_factory=Examples, description="which images")
+    patches: Patches = Field(default_factory=Patches, description="which patches")
+    proxy: Proxy = Field(default_factory=Proxy, description="short runs that score examples and start the selector")
+    selector: Selector = Field(default_factory=Selector, description="the network that ranks patches")
 
     @property
     def scored(self) -> bool:

@@ -125,6 +125,25 @@ def test_what_needs_no_tensor_imports_no_tensor_library(arguments: list[str], pi
     assert seconds < 2, "help and plans answer at once"  # a quarter of a second on an idle machine
 
 
+def test_the_command_line_is_there_before_any_config_is_built() -> None:
+    """A default that is an instance, or a plugin of another package, costs every command what only `plan` may need."""
+    program = """
+import gc
+from pydantic import BaseModel
+from sievit.stages import __main__ as composition
+
+def offspring(base):
+    for kind in base.__subclasses__():
+        yield kind
+        yield from offspring(kind)
+
+ours = {kind for kind in offspring(BaseModel) if kind.__module__.startswith("sievit.")}
+print(len(ours) > 40, sorted(kind.__name__ for kind in ours if kind.__pydantic_complete__), gc.isenabled())
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == "True [] True", done.stdout + done.stderr
+
+
 def options_of(app: typer.Typer) -> dict[str, set[str]]:
     group = typer.main.get_command(app)
     return {

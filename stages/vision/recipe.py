@@ -136,7 +136,7 @@ class Recipe(Settings):
     optimizer: Optimizer = Field("adamw", description="timm's optimiser of that name; these resume bit for bit")
     lr: float = Field(1e-3, gt=0, description="peak learning rate, after warm-up; not scaled by batch size")
     min_lr: float = Field(1e-5, ge=0, description="learning rate where warm-up begins, and where the schedule ends")
-    schedule: Schedule = Field(Schedule(), description="how the learning rate falls after warm-up")
+    schedule: Schedule = Field(default_factory=Schedule, description="how the learning rate falls after warm-up")
     layer_decay: float | None = Field(
         None,
         gt=0,
@@ -154,7 +154,7 @@ class Recipe(Settings):
         None, gt=0, lt=1, description="decay of the weight average that is kept instead of the last weights"
     )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth at the last block, rising linearly from 0")
-    augment: Augmentation = Field(Augmentation(), description="augmentation of the training images")
+    augment: Augmentation = Field(default_factory=Augmentation, description="augmentation of the training images")
 
     @model_validator(mode="after")
     def _one_duration(self) -> Recipe:
