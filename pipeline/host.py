@@ -75,9 +75,12 @@ def version(distribution: str) -> str | None:
     from importlib import metadata  # it needs the whole of email, and help needs no version
 
     try:
-        return metadata.version(distribution)
+        record = metadata.distribution(distribution).read_text("METADATA")
     except metadata.PackageNotFoundError:
         return None
+    # `metadata.version` would parse the description with it, five times as long as looking for a line.
+    found = re.search(r"^Version: *(\S+)", record or "", re.MULTILINE)
+    return found[1] if found else metadata.version(distribution)
 
 
 def libraries() -> dict[str, str]:
