@@ -105,7 +105,7 @@ def run(ctx: Context) -> None:
         "signature": bundle.signature.text(),
         "opset": bundle.opset,
         "nodes": dict(bundle.nodes),
-        "bytes": sum(one.stat().st_size for one in ctx.out.rglob("*") if one.is_file() and one.suffix != ".json"),
+        "bytes": bundle.bytes,
         "parameters": bundle.parameters,
         "macs": macs,
         "top1": found.top1,
@@ -246,9 +246,7 @@ def _lines(path: Path) -> list[str]:
 
 def _beside(config: AdoptConfig, base: Path, bundle: Bundle) -> tuple[str, ...]:
     """Files with weights that go with it. They must be named in `weights`, else a change of theirs would go unseen."""
-    from .deploy.bundle import weight_files
-
-    found = weight_files(bundle.path)
+    found = bundle.weights
     named = {(base / Path(one).expanduser()).resolve() for one in config.weights}
     here = {(bundle.path.parent / name).resolve(): name for name in found}
     if named != set(here):

@@ -72,7 +72,9 @@ class Files:
         return self._known[name]
 
     def _size(self, architecture: Record) -> dict[str, float]:
-        return {"size_mb": self._path(architecture).stat().st_size / 1e6}
+        from .deploy.bundle import bytes_of
+
+        return {"size_mb": bytes_of(self._path(architecture)) / 1e6}
 
     def _time(self, architecture: Record) -> dict[str, float]:
         from sievit.pipeline.errors import SievitError

@@ -129,7 +129,7 @@ def compared(a: Side, b: Side, found: Mapping[str, Any], unsaid: str, timed: Map
     for side, row in zip((a, b), rows, strict=True):
         ref = side.product.artifact.ref if side.product.artifact else None
         place = {"name": side.product.name, "path": str(side.product.path), "ref": ref}
-        sides.append({**row, **place, "bytes": side.size, "parameters": side.parameters, "macs": side.macs})
+        sides.append({**row, **place, "bytes": side.bundle.bytes, "parameters": side.parameters, "macs": side.macs})
     for name in ("top1", "top1_low", "top1_high"):
         for side_row, value in zip(sides, found.get(name, (None, None)), strict=True):
             side_row[name] = value

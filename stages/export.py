@@ -65,7 +65,7 @@ class ExportConfig(Config):
 
 def run(ctx: Context) -> None:
     """Export, clean, describe, compare."""
-    from .deploy.bundle import count_nodes, write_sidecar
+    from .deploy.bundle import bytes_of, count_nodes, write_sidecar
     from .deploy.pixels import bake
     from .deploy.sidecar import parse_preprocessing
     from .parity import parity
@@ -105,7 +105,7 @@ def run(ctx: Context) -> None:
             "input": config.input,
             "preprocessing_sha256": described.sha256,
             "opset": config.opset,
-            "bytes": path.stat().st_size,
+            "bytes": bytes_of(path),
             "parameters": network.parameter_count(),
             "parameters_in_file": in_file,
             "macs": architecture.macs(),
@@ -125,7 +125,7 @@ def _half(
     """
     import numpy as np
 
-    from .deploy.bundle import write_sidecar
+    from .deploy.bundle import bytes_of, write_sidecar
     from .deploy.half import LARGEST, overflow, to_half
     from .deploy.isa import usable_cores
     from .deploy.predict import scores
@@ -156,7 +156,7 @@ def _half(
         return told
     return told | {
         "written": True,
-        "bytes": half.stat().st_size,
+        "bytes": bytes_of(half),
         "max_abs": float(np.abs(after - before).max()),
         "top1_agreement": float((after.argmax(1) == before.argmax(1)).mean()),
         "images": len(pixels),

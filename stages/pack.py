@@ -75,23 +75,22 @@ def pack(
 def packed(product: Product, store: Store, folder: Path, archive: Path | None) -> dict[str, Any]:
     """Write the pack of a file and say what is in it. Raises InvalidInput for a file that cannot be handed over."""
     from .card import card
-    from .deploy.bundle import open_bundle, weight_files
+    from .deploy.bundle import open_bundle
     from .deploy.packing import write_pack
     from .deploy.sidecar import sidecar_path
     from .deploy.standalone import program
 
     bundle = open_bundle(product.path)
     assert bundle.sidecar is not None  # it is required
-    beside = weight_files(product.path)
-    if taken := {products.MODEL, SIDECAR, CLASSES, CARD, PROGRAM, "SHA256SUMS"}.intersection(beside):
+    if taken := {products.MODEL, SIDECAR, CLASSES, CARD, PROGRAM, "SHA256SUMS"}.intersection(bundle.weights):
         raise InvalidInput(
             f"{product.path} keeps weights in a file named {min(taken)}, which a pack has another use for",
             "save the weights under another name",
         )
-    facts = _facts(product, bundle, beside, store)
+    facts = _facts(product, bundle, store)
     contents: dict[str, bytes | Path] = {
         products.MODEL: product.path,
-        **{name: product.path.parent / name for name in beside},
+        **{name: product.path.parent / name for name in bundle.weights},
         SIDECAR: sidecar_path(product.path),
         CLASSES: _lines(facts.classes),
         CARD: card(facts).encode(),
@@ -116,7 +115,7 @@ def _lines(classes: Sequence[str]) -> bytes:
     return "".join(f"{name}\n" for name in classes).encode()
 
 
-def _facts(product: Product, bundle: Bundle, beside: tuple[str, ...], store: Store) -> Facts:
+def _facts(product: Product, bundle: Bundle, store: Store) -> Facts:
     from .card import Facts
 
     sidecar, artifact = bundle.sidecar, product.artifact
@@ -126,7 +125,7 @@ def _facts(product: Product, bundle: Bundle, beside: tuple[str, ...], store: Sto
     return Facts(
         name=f"{made['pipeline']}-{made['arm']}" if made else product.path.stem,
         sha256=bundle.sha256,
-        size=sum((product.path.parent / name).stat().st_size for name in (product.path.name, *beside)),
+        size=bundle.bytes,
         signature=bundle.signature.text(),
         opset=bundle.opset,
         precision=sidecar.precision,
@@ -136,7 +135,7 @@ def _facts(product: Product, bundle: Bundle, beside: tuple[str, ...], store: Sto
         preprocessing=asdict(sidecar.preprocessing),
         files={
             products.MODEL: "the network",
-            **dict.fromkeys(beside, "its weights"),
+            **dict.fromkeys(bundle.weights, "its weights"),
             SIDECAR: "names of input and output, preprocessing, class names, digest of the network",
             CLASSES: "class names, in the order of the scores",
             PROGRAM: "classifies images",

@@ -119,7 +119,7 @@ Decision = tuple[Candidate | None, str, dict[str, Speed]]
 
 def run(ctx: Context) -> None:
     """Make the forms, judge them, write the product; see the module's docstring."""
-    from .deploy.bundle import open_bundle
+    from .deploy.bundle import bytes_of, open_bundle
 
     config: QuantizeConfig = ctx.config
     start = time.perf_counter()
@@ -144,7 +144,7 @@ def run(ctx: Context) -> None:
         "drop": drop,
         "max_drop": config.max_drop,
         "judged_on": {"split": "calibration", "images": before.images},
-        "bytes": {"fp32": source.path.stat().st_size, "int8": best.path.stat().st_size},
+        "bytes": {"fp32": source.bytes, "int8": bytes_of(best.path)},
         "calibration_images": len(pixels),
         "calibrated_on": origin,
         "weight_bits": forge.bits,
@@ -235,12 +235,14 @@ def _each_once(made: Sequence[Candidate]) -> list[Candidate]:
 
 def _row(made: Candidate, before: Accuracy, speeds: dict[str, Speed], chosen: Candidate | None) -> dict[str, Any]:
     """A line of the table of forms."""
+    from .deploy.bundle import bytes_of
+
     speed = speeds.get(made.form.text())
     return {
         "form": made.form.text(),
         "top1": made.accuracy.top1,
         "drop": before.top1 - made.accuracy.top1,
-        "bytes": made.path.stat().st_size,
+        "bytes": bytes_of(made.path),
         "left_float": list(made.left_float),
         "speedup": speed.ratio if speed else None,
         "speedup_low": speed.low if speed else None,

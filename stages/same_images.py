@@ -38,7 +38,6 @@ class Side:
 
     product: Product
     bundle: Bundle
-    size: int  # bytes, with the weights beside the file
 
     @property
     def macs(self) -> int | None:
@@ -50,11 +49,9 @@ class Side:
 
 
 def opened(product: Product) -> Side:
-    from .deploy.bundle import open_bundle, weight_files
+    from .deploy.bundle import open_bundle
 
-    bundle = open_bundle(product.path, sidecar_required=False)
-    files = (product.path.name, *weight_files(product.path))
-    return Side(product, bundle, sum((product.path.parent / name).stat().st_size for name in files))
+    return Side(product, open_bundle(product.path, sidecar_required=False))
 
 
 @dataclass(frozen=True)

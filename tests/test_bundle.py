@@ -17,8 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from sievit.stages.deploy import predict, preprocess
-from sievit.stages.deploy.bundle import count_nodes, open_bundle
+from sievit.stages.deploy.bundle import bytes_of, count_nodes, open_bundle
 from sievit.stages.deploy.sidecar import parse_preprocessing, read_sidecar
+from sievit.stages.deploy.variants import Variant
 from sievit.stages.methods import InvalidInput
 
 
@@ -204,6 +205,17 @@ def test_weights_in_a_plain_file_of_the_same_folder_are_accepted(tmp_path: Path)
     (tmp_path / "model.data").write_bytes(tiny_onnx.weights().tobytes())
     opened = open_bundle(external(tmp_path, location="model.data"), sidecar_required=False)
     assert opened.parameters == 768
+
+
+def test_the_size_of_a_file_is_with_the_weights_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "model.data").write_bytes(tiny_onnx.weights().tobytes())
+    (tmp_path / "other.data").write_bytes(b"not of this file")
+    opened = open_bundle(external(tmp_path, location="model.data"), sidecar_required=False)
+    whole = (tmp_path / "model.onnx").stat().st_size + 768 * 4
+    assert opened.weights == ("model.data",)
+    assert opened.bytes == bytes_of(opened.path) == whole
+    tiny_onnx.sidecar(opened.path)
+    assert Variant("a", "export", True, open_bundle(opened.path)).whole()["bytes"] == whole
 
 
 OUTSIDE = [

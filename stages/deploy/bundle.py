@@ -67,7 +67,13 @@ class Bundle:
     nodes: Mapping[str, int]
     sha256: str
     parameters: int  # numbers in the initializers
+    weights: tuple[str, ...]  # the files beside it that hold weights of it
     sidecar: Sidecar | None
+
+    @property
+    def bytes(self) -> int:
+        """On disk, with the weights beside it."""
+        return _on_disk(self.path, self.weights)
 
 
 def open_bundle(path: Path, *, sidecar_required: bool = True) -> Bundle:
@@ -87,6 +93,7 @@ def open_bundle(path: Path, *, sidecar_required: bool = True) -> Bundle:
         nodes=_count(model.graph),
         sha256=digest,
         parameters=sum(_size(tensor) for tensor in model.graph.initializer),
+        weights=_beside(model),
         sidecar=sidecar,
     )
 
@@ -140,14 +147,12 @@ def count_nodes(onnx_path: Path) -> dict[str, int]:
 
 def weight_files(path: Path) -> tuple[str, ...]:
     """The files beside an ONNX file that hold its weights, as it names them, each once, in order of name."""
-    found = {
-        entry.value
-        for tensor in _tensors(load_checked(path))
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return tuple(sorted(found))
+    return _beside(load_checked(path))
+
+
+def bytes_of(path: Path) -> int:
+    """Bytes of an ONNX file on disk, with the weights beside it."""
+    return _on_disk(path, weight_files(path))
 
 
 def load_checked(path: Path) -> onnx.ModelProto:
@@ -330,6 +335,21 @@ def _signature(model: onnx.ModelProto, path: Path) -> Signature:
     if tensor.elem_type == onnx.TensorProto.UINT8 and not {None, *CHANNELS} & {shape[1], shape[3]}:
         raise InvalidInput(f"{path} is not an image classifier: its pixels have neither 1 nor 3 channels", hint)
     return Signature(inputs[0].name, dtype[tensor.elem_type], shape, outputs[0].name, _shape(outputs[0]))
+
+
+def _beside(model: onnx.ModelProto) -> tuple[str, ...]:
+    found = {
+        entry.value
+        for tensor in _tensors(model)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return tuple(sorted(found))
+
+
+def _on_disk(path: Path, beside: Sequence[str]) -> int:
+    return sum((path.parent / name).stat().st_size for name in (path.name, *beside))
 
 
 def _check_agreement(signature: Signature, sidecar: Sidecar, path: Path) -> None:

@@ -66,7 +66,7 @@ class Variant:
             "final": self.final,
             "file": bundle.path.name,
             "sha256": bundle.sha256,
-            "bytes": bundle.path.stat().st_size,
+            "bytes": bundle.bytes,
             "parameters": sidecar.parameters if sidecar else bundle.parameters,
             "macs": sidecar.macs if sidecar else self._counted(),
             "top1": None,
