@@ -135,16 +135,22 @@ def test_without_a_dense_arm_the_verdict_says_that_speed_is_open(tmp_path: Path)
     assert said.endswith("whether it is faster is open, because there is no dense arm to compare it with.")
 
 
-def test_overlapping_accuracies_and_a_busy_host_are_said(tmp_path: Path) -> None:
+def test_what_may_be_chance_and_a_busy_host_are_said(tmp_path: Path) -> None:
+    """Chance by McNemar's test on the same images: intervals that overlap say nothing of it."""
     rows = [row("main", "export", "fp32", 1.0, 0.97, 2.0, final=True), row("dense", "export", "fp32", 2.0, 0.975, 1.0)]
-    remarks = " ".join(verdict(collect(*measured(tmp_path, rows, disturbed=True))).remarks)
-    assert "intervals overlap" in remarks
+    names = {"arm": "main", "entry": "export", "variant": "fp32"}
+    flips = [{**names, "against": {**names, "arm": "dense"}, "images": 450, "lost": 22, "won": 1, "p": 0.00001}]
+    remarks = " ".join(verdict(collect(*measured(tmp_path, rows, disturbed=True, flips=flips))).remarks)
+    assert "The difference in accuracy is more than chance (McNemar's p < 0.001, on the same images)." in remarks
     assert "busy" in remarks
+    flips[0]["p"] = 0.3
+    remarks = " ".join(verdict(collect(*measured(tmp_path / "e", rows, flips=flips))).remarks)
+    assert "may be chance (McNemar's p = 0.3" in remarks
     assert verdict(collect(*measured(tmp_path / "c", rows))).tone == "good"
     assert verdict(collect(*measured(tmp_path / "d", rows, disturbed=True))).tone == "plain"
-    rows[1] |= {"top1": 0.999, "top1_low": 0.998, "top1_high": 1.0}
-    remarks = " ".join(verdict(collect(*measured(tmp_path / "b", rows))).remarks)
-    assert "overlap" not in remarks
+    flips[0]["arm"] = "random"
+    remarks = " ".join(verdict(collect(*measured(tmp_path / "b", rows, flips=flips))).remarks)
+    assert "chance" not in remarks, "of another file nothing is said"
 
 
 def test_gates_are_shown_met_missed_or_not_measured(run: tuple[dict[str, Any], Shelf]) -> None:

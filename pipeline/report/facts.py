@@ -247,8 +247,10 @@ def _setup(record: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) ->
 
     seeds = listing(record, "spec", "seeds")
     pixels = first(("data", "image_size"), ("data", "config", "image_size"))
+    named = not manifests or any("model" in mapping(each, "key_material") for each in manifests)
     found = {
-        "Model": first(("model", "name"), ("model", "config", "name")),
+        # A pipeline that adopts a file has a model block of defaults, which no stage reads.
+        "Model": first(("model", "name"), ("model", "config", "name")) if named else "",
         "Data": first(("data", "source"), ("data", "config", "source")),
         "Image size": f"{pixels} px" if pixels else "",
         "Seed" if len(seeds) < 2 else "Seeds": ", ".join(map(text, seeds)) or first(("seed",)),

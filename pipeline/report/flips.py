@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .numbers import count, p_value
+from .numbers import count, p_equals
 from .payload import json_file, photograph
 from .reading import mapping, number, objects, text
 from .steps import Step
@@ -48,7 +48,7 @@ class Pairing:
         )
         return (
             f"Of {count(self.images)} test images, {self.name} loses {count(self.lost)} that {self.against} gets "
-            f"right, and wins {count(self.won)} that it gets wrong (McNemar's p = {p_value(self.p)}; {verdict})."
+            f"right, and wins {count(self.won)} that it gets wrong (McNemar's {p_equals(self.p)}; {verdict})."
         )
 
 

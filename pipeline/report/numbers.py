@@ -87,6 +87,12 @@ def p_value(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else significant(value, 2)
 
 
+def p_equals(value: float | None) -> str:
+    """In a sentence: "p = 0.21", "p < 0.001"."""
+    shown = p_value(value)
+    return f"p {shown}" if shown.startswith("<") else f"p = {shown}"
+
+
 def ratio(value: float | None) -> str:
     """2.31×, 0.96×, 12.4×"""
     if value is None:

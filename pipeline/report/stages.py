@@ -259,7 +259,7 @@ def _quantize(metrics: Mapping[str, Any]) -> list[str]:
     if before is not None and after is not None:
         said.append(f"File {size(before)} → {size(after)}.")
     if number(metrics, "quantized_nodes") is not None:
-        images = number(metrics, "calibration_images")
+        images = number(metrics, "calibration_images") if text(metrics, "form").startswith("static") else None
         on = f", calibrated on {count(images)} images" if images is not None else ""
         said.append(f"{count(number(metrics, 'quantized_nodes'))} nodes quantized{on}.")
     return said

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .facts import Facts, Gate, Row
-from .numbers import DASH, interval, percent, points, ratio, significant
+from .numbers import DASH, interval, p_equals, percent, points, ratio, significant
 from .reading import dig, listing, number, text
 
 Tone = Literal["good", "bad", "plain"]
@@ -154,8 +154,8 @@ def _remarks(facts: Facts, shipped: Row, base: Row | None) -> tuple[str, ...]:
     noise = number(metrics, "noise_floor", "percent")
     if noise is not None:
         remarks.append(f"Noise floor: here, two runs of the same file may differ by up to {noise:.1f}%.")
-    if base is not None and _overlap(shipped, base):
-        remarks.append("The two top-1 intervals overlap: the difference in accuracy may be chance.")
+    if base is not None:
+        remarks += _paired(metrics, shipped, base)
     if dig(metrics, "disturbed") is True:
         reason = text(metrics, "disturbed_reason")
         remarks.append(
@@ -182,12 +182,18 @@ def _of_seeds(metrics: Mapping[str, Any], shipped: Row) -> list[str]:
     return [f"Those are the numbers of the first seed. Means over {count} seeds: {', '.join(said)}."] if said else []
 
 
-def _overlap(one: Row, other: Row) -> bool:
-    ends = [row.get(name) for row in (one, other) for name in ("top1_low", "top1_high")]
-    low1, high1, low2, high2 = ends
-    if low1 is None or high1 is None or low2 is None or high2 is None:
-        return False
-    return low1 <= high2 and low2 <= high1
+def _paired(metrics: Mapping[str, Any], one: Row, other: Row) -> list[str]:
+    """Whether the difference in accuracy may be chance, by McNemar's test on the same images: two intervals that
+    overlap prove nothing of it.
+    """
+    for flips in listing(metrics, "flips"):
+        same = [text(flips, name) for name in ("arm", "entry", "variant")] == [one.arm, one.entry, one.variant]
+        against = [text(flips, "against", name) for name in ("arm", "entry", "variant")]
+        p = number(flips, "p")
+        if p is not None and same and against == [other.arm, other.entry, other.variant]:
+            said = "may be chance" if p >= 0.05 else "is more than chance"
+            return [f"The difference in accuracy {said} (McNemar's {p_equals(p)}, on the same images)."]
+    return []
 
 
 def _accuracy(shipped: Row, base: Row) -> str:
