@@ -171,7 +171,7 @@ def _require(conditions: Sequence[Condition], unsaid: str, a: Side, b: Side) -> 
     missing = dict.fromkeys(ACCURACY, unsaid) if unsaid else {}
     for side, fields in ((a, ("macs_ratio",)), (b, ("macs", "macs_ratio"))):
         if side.macs is None:
-            missing |= dict.fromkeys(fields, f"{side.product.path.name} has no sidecar .json, which states its MACs")
+            missing |= dict.fromkeys(fields, f"{side.product.path.name} has no sidecar .json that states its MACs")
     for condition in conditions:
         if condition.field in missing:
             condition.holds({"unsaid": missing})

@@ -99,18 +99,21 @@ def parse(text: str) -> Condition:
         if word not in WORDS[kind]:
             raise UsageError(f"{field} is never {bound!r}", where=where, hint=suggest(word, WORDS[kind], kind="words"))
         return Condition(text, field, comparator, word)
-    return Condition(text, field, comparator, _number(field, kind, bound, where))
+    return Condition(text, field, comparator, _number(field, kind, comparator, bound, where))
 
 
-def _number(field: str, kind: Kind, bound: str, where: str) -> float:
+def _number(field: str, kind: Kind, comparator: str, bound: str, where: str) -> float:
     try:
         value = float(bound)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
         raise UsageError(f"{bound!r} is no number", where=where, hint="write it plainly, as 0.01; 1% is 0.01")
-    if kind == "fraction" and abs(value) >= 1:
+    whole = value == 1 and comparator in ("<", ">=") and "drop" not in field  # all images, and not one point
+    if kind == "fraction" and abs(value) >= 1 and not whole:
         raise UsageError(
-            f"{field} is a fraction, and {bound} of it never comes", where=where, hint="one point is 0.01, all is 1"
+            f"{field} is a fraction, and {comparator} {bound} says nothing of it",
+            where=where,
+            hint="one point is 0.01, all is 1",
         )
     return value

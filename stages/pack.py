@@ -12,7 +12,7 @@ import typer
 from sievit.pipeline import completion, options
 from sievit.pipeline.session import session_of, written_store
 
-from . import products
+from . import adopt, products
 from .methods import InvalidInput
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def packed(product: Product, store: Store, folder: Path, archive: Path | None) -
 
 
 def _lines(classes: Sequence[str]) -> bytes:
-    if broken := next((name for name in classes if len(name.splitlines()) > 1 or name != name.strip("\r\n")), None):
+    if broken := next((name for name in classes if "".join(name.splitlines()) != name), None):
         raise InvalidInput(
             f"the class name {broken!r} holds a line break, and {CLASSES} has a class a line", "rename that class"
         )
@@ -121,7 +121,10 @@ def _facts(product: Product, bundle: Bundle, store: Store) -> Facts:
     sidecar, artifact = bundle.sidecar, product.artifact
     assert sidecar is not None
     made: Mapping[str, Any] = artifact.manifest if artifact else {}
-    model = made.get("model") or {}
+    lineage = list(_lineage(artifact, store)) if artifact else _stated(sidecar.source)
+    # A pipeline that adopts a file has a model block too, of defaults, which that file has nothing to do with.
+    adopted = any(each.get("stage") == adopt.STAGE.name for each in lineage)
+    model = {} if adopted else made.get("model") or {}
     return Facts(
         name=f"{made['pipeline']}-{made['arm']}" if made else product.path.stem,
         sha256=bundle.sha256,
@@ -142,7 +145,7 @@ def _facts(product: Product, bundle: Bundle, store: Store) -> Facts:
             "SHA256SUMS": "checksums of all of these",
         },
         measured=measured(store, bundle.sha256, made.get("arm")),
-        lineage=list(_lineage(artifact, store)) if artifact else _stated(sidecar.source),
+        lineage=lineage,
         model=model,
         data=_public((made.get("data") or {}).get("source")),
         weights_licence=_licence(model),

@@ -170,6 +170,8 @@ WRONG = {
     "": "is no condition",
     "accuracy_drop > 1%": "1% is 0.01",
     "accuracy_drop > 1": "one point is 0.01",
+    "accuracy_drop >= 1": "one point is 0.01",
+    "accuracy > 1": "one point is 0.01",
     "accuracy_drop >": "is no number",
     "speedup < nan": "is no number",
     "speedup < inf": "is no number",
@@ -198,6 +200,7 @@ def test_a_wrong_condition_is_refused_before_anything_with_what_there_is(text: s
         ("  speedup<1.5 ", ("speedup", "<", 1.5)),
         ("p99_ms>=1e1", ("p99_ms", ">=", 10.0)),
         ("accuracy_drop < -0.005", ("accuracy_drop", "<", -0.005)),
+        ("agreement < 1", ("agreement", "<", 1.0)),  # unless both always answer alike
         ("latency_verdict == no difference", ("latency_verdict", "==", "no difference")),
         ("accuracy_verdict != 'worse'", ("accuracy_verdict", "!=", "worse")),
     ],

@@ -464,6 +464,17 @@ def test_names_that_a_file_gives_its_tensors_are_text_to_the_program(
     assert fed(source, tmp_path, images(tmp_path)[:1], monkeypatch) == [[odd]]
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\r", "a\x0b", "\x0ca", "a\x85b", "a\u2028b"])
+def test_a_class_name_that_would_be_two_lines_or_a_shorter_one_is_refused(
+    sievit: Sievit, tmp_path: Path, name: str
+) -> None:
+    path = tiny_onnx.linear(tmp_path / "model.onnx")
+    tiny_onnx.sidecar(path, names=[name, "b", "c", "d"])
+    answer = sievit("pack", str(path), "--output", "pack")
+    assert answer.code == 3 and "holds a line break" in answer.err
+    assert not (tmp_path / "pack").exists()
+
+
 def test_the_packed_program_tells_how_it_is_called(sievit: Sievit, store: Store, tmp_path: Path) -> None:
     sievit("pack", "--output", "pack")
     told = subprocess.run([sys.executable, "-I", "pack/predict.py"], capture_output=True, text=True)
