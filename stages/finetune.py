@@ -264,7 +264,7 @@ def _references(config: FinetuneConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="finetune",
-    version=8,
+    version=9,
     config=FinetuneConfig,
     run=run,
     reads=(Reads("model", "model"), Reads("tickets", "tickets", optional=True)),

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .deploy.scorer import Score
     from .deploy.sidecar import Sidecar
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")  # looked for in folders
 AT_ONCE = 32  # images in memory
 
 Answer = dict[str, Any]
@@ -93,6 +92,8 @@ def predict(
 
 def listed(images: Iterable[Path]) -> Iterator[Path | Answer]:
     """The files, those of folders in order of their names; in place of what cannot be listed, what is wrong with it."""
+    from .vision.decode import ENDINGS
+
     for path in images:
         if not path.is_dir():
             yield path

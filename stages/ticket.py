@@ -416,7 +416,7 @@ def _references(config: TicketConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="ticket",
-    version=7,
+    version=8,
     config=TicketConfig,
     run=run,
     reads=(),

@@ -454,7 +454,7 @@ def _references(config: TrainConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="train",
-    version=11,
+    version=12,
     config=TrainConfig,
     run=run,
     reads=(Reads("tickets", "tickets", optional=True),),

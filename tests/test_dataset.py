@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from tiny_vision import data, image_folder, png, tar_of
 
+from sievit.pipeline import fingerprint
 from sievit.stages.methods import InvalidInput
 from sievit.stages.vision.dataset import at_most, load_splits, stratified
-from sievit.stages.vision.decode import BadImage, decode
+from sievit.stages.vision.decode import ENDINGS, BadImage, decode
 
 
 def test_splits_are_disjoint_stratified_and_the_same_every_time() -> None:
@@ -38,6 +39,25 @@ def test_a_tar_gives_the_same_pixels_and_labels_as_its_folder(tmp_path: Path) ->
         assert np.array_equal(one[split].labels, two[split].labels)
     assert one.train.classes == ("ant", "bee")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "images.tar"], "nothing is left beside the data"
+
+
+@pytest.mark.parametrize("tarred", [False, True])
+def test_every_image_that_can_be_decoded_is_read_whatever_its_ending(tmp_path: Path, tarred: bool) -> None:
+    """timm's readers pass over all but .png, .jpg and .jpeg in silence."""
+    folder = image_folder(tmp_path / "images", per_class=12)
+    endings = (".png", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ppm", ".jfif", ".TIFF")
+    for number, path in enumerate(sorted(folder.rglob("*.*"))):
+        ending = endings[number % len(endings)]
+        Image.open(path).save(path.with_suffix(ending), format="JPEG" if ending == ".jfif" else None)
+        if path.suffix != ending:
+            path.unlink()
+    source = tar_of(folder, tmp_path / "images.tar") if tarred else folder
+    splits = load_splits(data(str(source)), Path())
+    assert sum(len(splits[name]) for name in ("train", "calibration", "test")) == 24
+
+
+def test_what_is_read_as_an_image_is_what_the_fingerprint_counts() -> None:
+    assert set(ENDINGS) == fingerprint.IMAGES
 
 
 def test_images_on_disk_and_in_memory_are_the_same(tmp_path: Path) -> None:

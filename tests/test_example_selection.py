@@ -25,6 +25,10 @@ def test_the_highest_scores_stay_and_equals_go_by_index() -> None:
     labels = np.zeros(6, dtype=np.int64)
     assert select_examples(scores, labels, 0.5, balanced=False).tolist() == [0, 1, 5]
     assert select_examples(scores, labels, 0.5, balanced=False, skip_hardest=1 / 3).tolist() == [0, 2, 4]
+    ranked = np.arange(100.0)
+    for percent in range(1, 60):  # 0.29 * 100 is a little less than 29
+        kept = select_examples(ranked, np.zeros(100, np.int64), 0.4, balanced=False, skip_hardest=percent / 100)
+        assert kept.max() == 99 - percent
 
 
 def test_a_balanced_selection_keeps_every_class_in_proportion_and_the_exact_total() -> None:

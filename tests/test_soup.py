@@ -61,6 +61,20 @@ class Joined:
         monkeypatch.setattr(soup, "joined", joined)
 
 
+def test_trials_see_whole_images_although_the_training_after_them_has_tickets(images: Images) -> None:
+    """They are judged on whole images, on which a network that has seen tickets alone answers badly at any sparsity."""
+    found = []
+    for ticketed in (False, True):
+        trials = Trials(
+            pool(images, ticketed), RECIPE, seed=1, device=CPU, normalise=NORMALISE, objective=supervised,
+            annotate=None, judge=lambda net: 0.0, progress=Listening(),
+        )  # fmt: skip
+        fitted = trials.fit(network(classes=2), 3, seed=1, masks=None)
+        assert fitted.ticketed == 0
+        found.append(fitted.network.body.state_dict())
+    assert all(torch.equal(found[0][name], t) for name, t in found[1].items())
+
+
 @pytest.mark.parametrize("mode", ["paper", "corrected"])
 def test_exactly_the_asked_number_of_weights_stays(images: Images, mode: Any) -> None:
     made = cooked(images, 1.0, 0.5, mode=mode)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sievit.stages.methods import InvalidInput
 from sievit.stages.methods.token_merging import match, merge, pool_weights, proportional
-from sievit.stages.methods.token_reduction import fused_token, keep_count, ramp
+from sievit.stages.methods.token_reduction import column_attention, fused_token, keep_count, prefix_attention, ramp
 from sievit.stages.train import TrainConfig
 from sievit.stages.vision import token_schedule
 from sievit.stages.vision.attention import set_fused
@@ -236,6 +236,25 @@ def test_merging_equals_the_papers_matching_by_loops(tokens: int, count: int) ->
         ours = sorted(pairs, key=lambda pair: tuple(pair[1]))
         for (size, token), (wanted_size, wanted) in zip(ours, expected, strict=True):
             assert size == wanted_size and np.allclose(token, wanted, atol=1e-5)
+
+
+def test_under_half_precision_tokens_and_connections_are_chosen_in_single() -> None:
+    """What autocast leaves to a product of half precision would be another choice than that of the exported file."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 8, 3, 65, 16).bfloat16()
+    tokens, sizes = torch.randn(8, 65, 16), torch.randint(1, 300, (8, 65)).float()
+    attention: Any = network().blocks[0].attn
+
+    def chosen() -> list[Tensor]:
+        matching = match(k.float().mean(1), 40)
+        scores = [prefix_attention(q, k, 1, 0.25), column_attention(q, k, 1, 0.25)]
+        return [*scores, *matching, *merge(tokens, sizes, matching), attention.weights(q, k, None, "corrected")]
+
+    single = chosen()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = chosen()
+    for one, other in zip(single, half, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
 
 
 def test_of_equal_tokens_the_first_are_merged_into_the_first() -> None:

@@ -19,9 +19,10 @@ from sievit.stages.methods.allocation import Axis, Pressure, allocate
 from sievit.stages.methods.importance import attention_scores, head_shares, unit_shares
 from sievit.stages.methods.regularisers import head_norms, kept_back, unit_norms
 from sievit.stages.vision.dataset import Images, load_splits
+from sievit.stages.vision.mask_settings import NncfGates, Pattern
 from sievit.stages.vision.masks import pool as weights_of
 from sievit.stages.vision.penalty import create
-from sievit.stages.vision.recipe import Recipe
+from sievit.stages.vision.recipe import Recipe, StopEarly
 from sievit.stages.vision.surgery import kept_architecture, score
 from sievit.stages.vision.tensors import read_tensors
 from sievit.stages.vision.trained_importance import FILE, judged, write
@@ -86,6 +87,42 @@ def test_movement_is_of_the_labels_gradient_alone_and_adds_up() -> None:
     scores = penalty.importance(net)
     assert all(torch.allclose(scores[name], wanted, atol=1e-6) for name, wanted in expected.items())
     assert any(bool((s < 0).any()) for s in scores.values())
+
+
+@pytest.mark.parametrize(
+    "masks", [Pattern(method="sr_ste", decay=0.1), NncfGates(method="nncf_rb", keep=0.4, lr=1.0, end=0.5)]
+)
+def test_movement_is_of_the_weights_that_the_loss_saw_under_masks_that_keep_others(splits: Images, masks: Any) -> None:
+    """The first step's scores hang on the labels alone, so that the strength of the penalty has no say in them."""
+    found = []
+    for strength in (1e-12, 0.1):
+        penalty = create("movement", strength)
+        net = trained(splits, network(classes=2), penalty, steps=1, masks=masks).network
+        found.append(penalty.importance(net))
+    weak, strong = found
+    total = sum(float(s.norm()) for s in weak.values())
+    moved = sum(float((weak[name] - s).norm()) for name, s in strong.items())
+    assert total > 0 and moved < 1e-3 * total
+
+
+def test_movement_is_that_of_the_epoch_that_is_kept(splits: Images) -> None:
+    def run(answers: list[float], stop: StopEarly) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        given, penalty = iter(answers), create("movement", 1e-3)
+        recipe = Recipe(epochs=len(answers), batch_size=8, lr=1e-3)
+        net = fit(
+            network(classes=2), pool(splits, False), recipe, seed=3, device=CPU, normalise=NORMALISE, penalty=penalty,
+            judge=lambda _: next(given), stop=stop, after_epoch=lambda n, _: seen.append(clone(penalty)),
+        ).network  # fmt: skip
+        return dict(net.body.state_dict()), penalty.importance(net)
+
+    def clone(penalty: Any) -> dict[str, Tensor]:
+        return {name: score.clone() for name, score in penalty.state().items()}
+
+    seen: list[dict[str, Tensor]] = []
+    _, scores = run([0.5, 0.9, 0.6, 0.7], StopEarly(patience=3))
+    assert len(seen) == 4
+    assert all(torch.equal(scores[name], wanted) for name, wanted in seen[1].items())
+    assert any(not torch.equal(scores[name], last) for name, last in seen[3].items())
 
 
 def test_movement_survives_a_kill_bit_for_bit(splits: Images, tmp_path: Path) -> None:

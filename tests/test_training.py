@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 from tiny_vision import SWINS, data, image_folder, network, swin
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sievit.stages.methods import InvalidInput
 from sievit.stages.methods.distillation import hard_loss, soft_loss
@@ -515,7 +516,7 @@ def test_training_stops_without_a_gain_and_keeps_the_best_epoch(
     [
         ({"masks": MASKS["cubic"]}, 5),  # the last cut comes after 0.8 of the steps
         ({"masks": MASKS["rigl"]}, 1),
-        ({"ticketed": True, "finish": 0.5}, 3),
+        ({"ticketed": True, "finish": 0.5}, 4),  # the third ends where whole images begin, and has seen none
         ({"ticketed": False, "finish": 0.5}, 1),
         ({"ticketed": True}, 1),
     ],
@@ -525,6 +526,44 @@ def test_an_epoch_counts_once_it_is_like_the_last(images: Images, more: dict[str
     fitted = trained(images, STOP, judge=judge, stop=StopEarly(patience=5), **more)
     assert fitted.best is not None
     assert fitted.best.epoch == first
+
+
+@pytest.mark.parametrize("masks", [None, *(MASKS[name] for name in ("2:4", "nncf gates"))])
+def test_gradients_are_clipped_to_the_norm_that_was_asked_for_whatever_masks_do_to_them(
+    images: Images, masks: Any
+) -> None:
+    """Masks of nncf's gates put other gradients in the place of those that the loss left."""
+    norms: list[float] = []
+    net = network(classes=2)
+
+    def look(optimizer: Any, *_: Any) -> None:
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        if any(p is net.body.norm.weight for p in weights):  # nncf's gates have an optimiser of their own
+            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])))
+
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        recipe = Recipe(steps=4, batch_size=8, clip=1e-3)
+        fit(net, pool(images, False), recipe, seed=3, device=CPU, normalise=NORMALISE, masks=masks)
+    finally:
+        hook.remove()
+    assert norms == pytest.approx([1e-3] * 4, rel=1e-2)
+
+
+@pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
+def test_images_that_are_mixed_in_pairs_are_asked_for_in_pairs(mixing: str) -> None:
+    with pytest.raises(ValidationError, match="batch_size: mixup and cutmix mix images in pairs, and 5 is odd; take 6"):
+        Recipe(epochs=1, batch_size=5, **{mixing: 0.2})
+
+
+@pytest.mark.parametrize("colour_only", [False, True])
+@pytest.mark.parametrize("text", ["rand-m10-inc1", "rand-m1", "rand-m9-mstd0.5-inc1"])
+def test_randaugment_asks_pillow_for_nothing_that_it_refuses(text: str, colour_only: bool) -> None:
+    """timm's posterising leaves 0 bits of a pixel at its strongest."""
+    augmenter = Augmenter(Augmentation(rand=text, shift=0, flip=False), 16, colour_only=colour_only)
+    image = np.random.default_rng(0).integers(256, size=(16, 16, 3), dtype=np.uint8)
+    for seed in range(300):
+        assert augmenter._rand(image, seed).shape == (16, 16, 3)
 
 
 def test_accuracy_is_told_after_each_epoch_and_loss_after_each_step(images: Images) -> None:

@@ -571,6 +571,9 @@ def test_the_knee_is_the_last_level_before_accuracy_falls() -> None:
     assert knee(keeps, (0.9, 0.9, 0.895, 0.5), 0.01) == 0.6
     assert knee(keeps, (0.9, 0.85, 0.9, 0.9), 0.01) == 1.0, "what comes back further on is noise"
     assert knee(keeps, (0.9, 0.95, 0.9, 0.9), 0.0) == 0.4
+    for images in (100, 200, 1000):  # a loss of just the tolerance is no more than it, whatever fractions round to
+        for correct in range(images // 100, images + 1):
+            assert knee((1.0, 0.5), (correct / images, (correct - images // 100) / images), 0.01) == 0.5
 
 
 def test_a_sweep_takes_the_knee_of_what_it_records_and_books_its_cost(tmp_path: Path) -> None:

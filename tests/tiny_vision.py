@@ -83,7 +83,7 @@ def image_folder(root: Path, *, per_class: int = 8, classes: tuple[str, ...] = (
 
 def tar_of(folder: Path, path: Path) -> Path:
     with tarfile.open(path, "w") as tar:
-        for file in sorted(folder.rglob("*.png")):
+        for file in sorted(folder.rglob("*.*")):
             tar.add(file, file.relative_to(folder))
     return path
 

@@ -48,7 +48,7 @@ def select_examples(
             "lower proxy.lr, or clip gradients (proxy.clip: 1.0)",
         )
     wanted = kept_count(total, keep)
-    skipped = int(skip_hardest * total) if keep < 1 else 0  # everything is kept: nothing is passed over
+    skipped = int(skip_hardest * total + 1e-9) if keep < 1 else 0  # everything is kept: nothing is passed over
     if total - skipped < wanted:
         raise InvalidInput(
             f"keep {keep} and skip_hardest {skip_hardest} ask for {wanted} of {total - skipped} examples",

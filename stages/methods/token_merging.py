@@ -39,7 +39,8 @@ def merge(tokens: Tensor, sizes: Tensor, matching: Matching) -> tuple[Tensor, Te
     size = sizes.float().unsqueeze(-1)
     weighted = torch.cat([tokens.float() * size, size], dim=-1)  # the sizes are summed by the same product
     first, second = weighted[:, ::2], weighted[:, 1::2]
-    second = second + assigned @ first
+    with torch.autocast(tokens.device.type, enabled=False):  # half precision cannot count beyond 256 patches
+        second = second + assigned @ first
     first = first.gather(1, alone.unsqueeze(-1).expand(-1, -1, weighted.shape[-1]))
     merged = torch.cat([first, second], dim=1)
     return (merged[..., :-1] / merged[..., -1:]).to(tokens.dtype), merged[..., -1]
@@ -52,7 +53,7 @@ def match(keys: Tensor, count: int) -> Matching:
     removed, most = keys.shape[1] - count, keys.shape[1] // 2
     if not 0 <= removed <= most:
         raise ValueError(f"of {keys.shape[1]} tokens at most {most} can be merged away, not {removed}")
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
         direction = F.normalize(keys.float(), dim=-1)
         first, second = direction[:, ::2], direction[:, 1::2]
         strength, into = (first @ second.transpose(1, 2)).max(dim=-1)  # of equals the first

@@ -50,8 +50,9 @@ def prefix_attention(q: Tensor, k: Tensor, prefix: int, scale: float) -> Tensor:
     """
     if prefix < 1:
         raise ValueError("prefix_attention needs at least one prefix token")
-    rows = q[:, :, :prefix].float() @ k.float().transpose(-2, -1) * scale
-    return rows.softmax(-1)[..., prefix:].mean((1, 2))
+    with torch.autocast(q.device.type, enabled=False):
+        rows = q[:, :, :prefix].float() @ k.float().transpose(-2, -1) * scale
+        return rows.softmax(-1)[..., prefix:].mean((1, 2))
 
 
 def column_attention(q: Tensor, k: Tensor, prefix: int, scale: float, rows: int = 64) -> Tensor:
@@ -62,9 +63,10 @@ def column_attention(q: Tensor, k: Tensor, prefix: int, scale: float, rows: int 
     """
     keys, tokens = k.float().transpose(-2, -1), q.shape[2]
     total = q.new_zeros(q.shape[0], tokens - prefix, dtype=torch.float32)
-    for start in range(prefix, tokens, rows):
-        weights = (q[:, :, start : start + rows].float() @ keys * scale).softmax(-1)
-        total = total + weights[..., prefix:].sum((1, 2))
+    with torch.autocast(q.device.type, enabled=False):
+        for start in range(prefix, tokens, rows):
+            weights = (q[:, :, start : start + rows].float() @ keys * scale).softmax(-1)
+            total = total + weights[..., prefix:].sum((1, 2))
     return total / (q.shape[1] * (tokens - prefix))
 
 

@@ -144,6 +144,6 @@ def knee(keeps: Sequence[float], top1: Sequence[float], tolerance: float) -> flo
     the dense network's. What comes back up further on is taken for noise.
     """
     enough = 0
-    while enough + 1 < len(keeps) and top1[enough + 1] >= top1[0] - tolerance:
+    while enough + 1 < len(keeps) and top1[0] - top1[enough + 1] <= tolerance + 1e-9:
         enough += 1
     return keeps[enough]

@@ -84,9 +84,11 @@ class Attention(HeadWidths, nn.Module):
         return self.proj_drop(self.proj(out)), q, k
 
     def weights(self, q: Tensor, k: Tensor, allowed: Tensor | None, mode: Mode) -> Tensor:
-        """The attention map averaged over heads, (B, T, T), without gradient."""
-        with torch.no_grad():
-            return weigh(q * self.scale @ k.transpose(-2, -1), allowed, mode).mean(1)
+        """The attention map averaged over heads, (B, T, T) float32, without gradient: it decides which connections are
+        kept, and half precision has many equals.
+        """
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            return weigh(q.float() * self.scale @ k.float().transpose(-2, -1), allowed, mode).mean(1)
 
     def scores(self, q: Tensor, k: Tensor, prefix: int) -> Tensor:
         """The score of each patch token, (B, N): the attention that the prefix tokens pay it, or, with a prefix of 0,

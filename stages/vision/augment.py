@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
@@ -102,7 +102,18 @@ class Augmenter:
 
 def _rand(text: str, size: int, colour_only: bool) -> RandAugment:
     hparams = {"translate_const": int(size * 0.45), "img_mean": (128, 128, 128)}
-    return rand_augment_transform(text, hparams, list(COLOUR_OPERATIONS) if colour_only else None)
+    rand = rand_augment_transform(text, hparams, list(COLOUR_OPERATIONS) if colour_only else None)
+    for operation in rand.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return rand
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """timm asks for 0 bits at its strongest, and for fewer beyond, which Pillow refuses; a black image teaches
+    nothing.
+    """
+    return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
 
 
 @dataclass(frozen=True)

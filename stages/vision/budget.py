@@ -48,8 +48,8 @@ class Prices:
 
     @property
     def trial(self) -> int:
-        """MACs of an image in the search for masks, which drops no tokens. Forward and backward are three forwards."""
-        return 3 * self.ticket + self.labelling + self.looking
+        """MACs of an image in the search for masks, on all patches. Forward and backward are three forwards."""
+        return 3 * self.dense + self.labelling
 
     def arm(self, phases: Iterable[tuple[float, bool, int]], *, kept: int, examples: int, scoring: int | None) -> Arm:
         """phases: as token_schedule.phases says what an image costs in the course of the training."""

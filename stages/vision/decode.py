@@ -17,6 +17,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # What to_square does, in the words of the sidecar of an exported file.
 PICTURE: dict[str, Any] = {"resize": "bilinear", "crop": "center", "crop_pct": 1.0}
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
+# What counts as an image in a folder or a tar, by name; one of another format is refused by name, not passed over.
+ENDINGS = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif"),
+)
 
 
 class BadImage(ValueError):

@@ -129,7 +129,9 @@ class Essential(Settings):
         min_length=1,
         description="fractions kept that are tried, falling; the dense network is tried before them",
     )
-    steps: int = Field(ge=1, description="steps that each of them trains before it is judged, on the calibration split")
+    steps: int = Field(
+        ge=1, description="steps on whole images that each of them trains before it is judged, on the calibration split"
+    )
     tolerance: float = Field(0.01, ge=0, lt=1, description="top-1 that a level may lose against the dense network")
     scope: Literal["global", "layer"] = Field("global", description="as of the method magnitude")
     mode: Literal["paper", "corrected"] = Field("corrected", description="as of the method magnitude")
@@ -162,7 +164,9 @@ class Soup(Settings):
     masks: int = Field(5, ge=2, le=50, description="weak masks a round, each from a training of its own")
     data: float = Field(0.1, gt=0, le=1, description="fraction of the examples that each of them is trained on")
     cut: float = Field(0.1, gt=0, lt=1, description="fraction of the weights still kept that each of them leaves out")
-    steps: int = Field(ge=1, description="steps of each weak training, and of the network itself before every round")
+    steps: int = Field(
+        ge=1, description="steps, on whole images, of each weak training and of the network before every round"
+    )
     votes: float = Field(
         0.5, gt=0, le=1, description="mode corrected: a weight stays that at least this share of the weak masks keep"
     )

@@ -170,6 +170,15 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _pairs(self) -> Recipe:
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(
+                f"batch_size: mixup and cutmix mix images in pairs, and {self.batch_size} is odd; "
+                f"take {self.batch_size + 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _parts_of_a_step(self) -> Recipe:
         if self.accumulate > self.batch_size:
             raise ValueError(

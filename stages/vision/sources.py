@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..methods import InvalidInput
+from .decode import ENDINGS
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "val", "validation", "valid")
@@ -101,11 +102,19 @@ def _find_splits(path: Path) -> tuple[Path, Path | None]:
 
 
 def _list(path: Path) -> Listing:
+    _tell_timm()
     if path.suffix == ".tar" and path.is_file():
         return _tar(path)
     if path.is_dir():
         return _folder(path)
     raise InvalidInput(f"data: {path} is neither a folder nor a .tar file", "give a folder per class, or a .tar of one")
+
+
+def _tell_timm() -> None:
+    """Its readers pass over every image in silence that is not .png, .jpg or .jpeg."""
+    from timm.data.readers.img_extensions import set_img_extensions
+
+    set_img_extensions(ENDINGS)
 
 
 def _folder(path: Path) -> Listing:
@@ -125,22 +134,19 @@ def _check_folder(path: Path) -> None:
     """What timm's reader would pass over in silence: a loop of links, a class without images, images outside a
     class.
     """
-    from timm.data.readers.img_extensions import get_img_extensions
-
-    extensions = get_img_extensions(as_set=True)
     seen: set[Path] = set()
     for root, _, _ in os.walk(path, followlinks=True):
         real = Path(root).resolve()
         if real in seen:
             raise InvalidInput(f"data: {root} is reached twice through links", "remove the link that points back")
         seen.add(real)
-    loose = [f.name for f in path.iterdir() if f.is_file() and f.suffix.lower() in extensions]
+    loose = [f.name for f in path.iterdir() if f.is_file() and f.suffix.lower() in ENDINGS]
     if loose:
         raise InvalidInput(
             f"data: {path} holds images outside any class folder, such as {loose[0]!r}", "move them into class folders"
         )
     for folder in sorted(f for f in path.iterdir() if f.is_dir()):
-        if not any(f.suffix.lower() in extensions for f in folder.rglob("*")):
+        if not any(f.suffix.lower() in ENDINGS for f in folder.rglob("*")):
             raise InvalidInput(f"data: class folder {folder} holds no image", "fill it or remove it")
 
 
@@ -200,6 +206,7 @@ def _timm(source: str, data: Mapping[str, Any], base: Path, names: tuple[str, ..
     """torch/<name> and hfds/<name> through timm; the first split name that the data set knows is taken."""
     from timm.data.dataset_factory import create_dataset
 
+    _tell_timm()
     root = base / Path(str(data["root"])).expanduser() if data.get("root") else None
     failures: list[str] = []
     for split in names:

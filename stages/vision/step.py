@@ -114,11 +114,13 @@ class Step:
         if not math.isfinite(whole) or (not math.isfinite(length) and not self.scaler.is_enabled()):
             raise self._not_finite(batch, whole, length)
         if math.isfinite(length):
-            self.masks.on_gradients(clock.now)
+            # The penalty first: it asks for the weights that the loss saw, which some masks put back.
             if self.penalty is not None:
                 self.penalty.on_gradients(self.network, self.lr)
+            self.masks.on_gradients(clock.now)
             if self.recipe.clip is not None:
-                norm = get_total_norm(gradients) if self.masks.changes_gradients else norm
+                if self.masks.changes_gradients:  # or gives others in their place
+                    norm = get_total_norm([p.grad for p in weights if p.grad is not None])
                 clip_grads_with_norm_(weights, self.recipe.clip, norm)
             self.optimizer.step()
             self.in_a_row = 0

@@ -183,6 +183,8 @@ def fit(
     step.masks.settle(kept)
     if run.stopping is not None and run.stopping.weights:
         kept.body.load_state_dict(run.stopping.weights)
+        if penalty is not None:
+            penalty.restore(run.stopping.scores)
     if tokens is not None:
         tokens.apply(kept, clock.total, clock.total)
     return Fitted(
@@ -238,28 +240,34 @@ class Stopping:
     """Early stopping: the best epoch and the weights that would be handed on had it been the last."""
 
     def __init__(self, settings: StopEarly, counts_from: int) -> None:
-        """counts_from: the first step after which an epoch counts."""
+        """counts_from: an epoch counts that ends after this step; 0: all do."""
         self.settings, self.counts_from = settings, counts_from
         self.best = Best()
         self.weights: dict[str, Tensor] = {}
+        self.scores: dict[str, Tensor] = {}
 
-    def after(self, row: Mapping[str, float], now: float, total: int, kept: Network) -> None:
-        """An epoch has ended, with this row of the curve. kept: as it would be handed on."""
+    def after(
+        self, row: Mapping[str, float], now: float, total: int, kept: Network, scores: Mapping[str, Tensor]
+    ) -> None:
+        """An epoch has ended, with this row of the curve. kept: as it would be handed on; scores: the penalty's."""
         epoch = int(row["epoch"])
         self.best.last = epoch
-        if now < self.counts_from:
+        if now <= self.counts_from and self.counts_from:
             return
         top1 = row.get("top1_final_tokens", row["top1_calibration"])
         if not self.best.epoch or top1 > self.best.top1 + self.settings.gain:
             self.best.epoch, self.best.top1 = epoch, top1
             self.weights = {name: t.detach().cpu().clone() for name, t in kept.body.state_dict().items()}
+            self.scores = {name: t.detach().clone() for name, t in scores.items()}
         self.best.stopped = epoch - self.best.epoch >= self.settings.patience and now < total
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return dict(self.weights), asdict(self.best)
+        kept = {f"weights.{name}": t for name, t in self.weights.items()}
+        return kept | {f"scores.{name}": t for name, t in self.scores.items()}, asdict(self.best)
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self.weights, self.best = dict(tensors), Best(**facts)
+        self.weights, self.scores = having(tensors, "weights."), having(tensors, "scores.")
+        self.best = Best(**facts)
 
 
 class _Run:
@@ -316,7 +324,8 @@ class _Run:
             with self.step.masks.shown(self.step.kept):
                 row |= self._judged(judge)
                 if self.stopping is not None:
-                    self.stopping.after(row, self.clock.now, self.clock.total, self.step.kept)
+                    scores = {} if self.step.penalty is None else self.step.penalty.state()
+                    self.stopping.after(row, self.clock.now, self.clock.total, self.step.kept, scores)
         self.curve.append(row)
         if after_epoch is not None:
             after_epoch(epoch, network)

@@ -47,11 +47,14 @@ class Trials:
     ) -> Fitted:
         """Train a copy for `steps` steps, with an optimiser and a schedule of its own; the network stays as it is.
 
+        On whole images, with all tokens: so short a training on tickets alone would be judged by how badly it answers
+        on whole ones, and not by its masks (LOTUS trains its weak masks on the tickets).
+
         members: positions of the examples that it sees, ascending; None: all of the pool.
         """
         return fit(
             copy.deepcopy(network),
-            self.pool if members is None else replace(self.pool, members=members),
+            replace(self.pool, patches=None, members=self.pool.members if members is None else members),
             self.recipe.model_copy(update={"epochs": None, "steps": steps}),
             seed=seed,
             device=self.device,
