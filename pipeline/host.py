@@ -35,6 +35,8 @@ LIBRARIES = (
     "typer",
 )
 
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino", "tensorrt")  # that time is spent in
+
 # CPU features that change which kernels ONNX Runtime and torch choose (x86, then Arm).
 _FLAGS = re.compile(r"avx.*|amx.*|f16c|fma|sse4_.|sha_ni|asimd.*|sve.*|i8mm|bf16|fphp")
 _GIT_TIMEOUT_S = 2.0
@@ -65,7 +67,7 @@ def fingerprint() -> str:
     """12 hex digits: two hosts of equal fingerprint may share latency figures."""
     here = facts()
     parts = {name: here[name] for name in ("cpu", "flags", "cores", "cpu_quota", "memory_gb", "gpus")}
-    runtime = {name: version(name) for name in ("onnxruntime", "onnxruntime-gpu")}
+    runtime = {name: version(name) for name in RUNTIMES}
     return sha256_of(parts | runtime)[:12]
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Fields of the data config that say where data lies or how it is read, not what is read: its fingerprint covers the
 # content.
-_NOT_CONTENT = {"source", "test", "root", "workers"}
+_NOT_CONTENT = {"source", "test", "root", "workers", "in_memory"}
 
 
 class Change(NamedTuple):
@@ -71,7 +71,8 @@ def material(
         found["files"] = {name: " ".join(digests) for name, digests in files.items()}
     if "data" in uses:
         config_of_data = data.model_dump(mode="json", exclude=_NOT_CONTENT)
-        found["data"] = {"fingerprint": data_fingerprint, "config": config_of_data}
+        decoder = {"pillow": host.version("pillow")}  # what it makes of a file is the image
+        found["data"] = {"fingerprint": data_fingerprint, "config": config_of_data} | decoder
     if "model" in uses:
         found["model"] = model.model_dump(mode="json", exclude={"weights"}) | {"weights_sha256": weights_digest}
     if "seed" in uses:

@@ -395,26 +395,21 @@ def idle(seen: Preflight) -> dict[str, str]:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a provider that this onnxruntime does not have."""
-    from .deploy.sessions import require_provider
+    """Refuse a provider that this onnxruntime does not have, and more threads than cores."""
+    from .deploy.sessions import require_serving
 
-    for name in seen.config.providers:
-        try:
-            require_provider(name)
-        except InvalidInput as error:
-            error.field = seen.at("providers")
-            raise
+    require_serving(seen.config.providers, seen.config.threads, (seen.at("providers"), seen.at("threads")))
 
 
 STAGE = Stage(
     name="benchmark",
-    version=6,
+    version=7,
     config=BenchmarkConfig,
     run=run,
     reads=(Reads("files", "onnx", many=True),),
     writes="measurement",
     manual=__doc__,
-    packages=("onnxruntime", "numpy"),
+    packages=("onnxruntime", "numpy", "torch"),
     uses=frozenset({"data", "device", "host", "seed"}),
     across_arms=True,
     references=_references,

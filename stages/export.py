@@ -94,7 +94,7 @@ def run(ctx: Context) -> None:
             bake(path, described)
         write_sidecar(path, precision="fp32", **about)
         task.advance()
-        pixels = load_split(ctx.data.model_dump(), ctx.base, "calibration").pixels()[: config.images]
+        pixels = load_split(ctx.data.model_dump(), ctx.base, "calibration").fewer(config.images).pixels()
         compared = parity(network, path, preprocessing, pixels, config.batch, config.tolerance)
         task.advance()
         nodes = count_nodes(path)
@@ -216,7 +216,7 @@ def coherent(seen: Preflight) -> None:
 
 STAGE = Stage(
     name="export",
-    version=2,
+    version=3,
     config=ExportConfig,
     run=run,
     reads=(Reads("model", "model"),),

@@ -21,6 +21,8 @@ from pydantic import Field
 
 from sievit.pipeline.stage import Config, Context, Stage
 
+from .vision.notes import write_whole
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
@@ -153,7 +155,7 @@ def _exported(network: Record, path: Path) -> dict[str, tuple[int, bool] | None]
     beside = path.with_suffix(".json")
     if not beside.is_file():
         modules = export_shape(network, path, OPSET)
-        beside.write_text(json.dumps(modules), encoding="utf-8")
+        write_whole(beside, modules)
     modules = json.loads(beside.read_text(encoding="utf-8"))
     blocks = {name: number for number, name in enumerate(block_names(rebuild(network, device="meta")))}
     return {node: half_of(module, blocks) for node, module in modules.items()}

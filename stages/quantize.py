@@ -78,7 +78,7 @@ class QuantizeConfig(Config):
         default=1.0, gt=0, description="INT8 must be faster than this times float, or float stays; null: do not measure"
     )
     provider: Literal["cpu", "cuda", "tensorrt", "openvino"] = Field(
-        default="cpu", description="ONNX Runtime execution provider on which speed is judged"
+        default="cpu", description="ONNX Runtime execution provider on which accuracy and speed are judged"
     )
     batch: int = Field(default=1, ge=1, le=4096, description="images at once when speed is judged")
     threads: int = Field(default=1, ge=1, le=1024, description="threads of one operator when speed is judged")
@@ -124,8 +124,12 @@ def run(ctx: Context) -> None:
     config: QuantizeConfig = ctx.config
     start = time.perf_counter()
     source = open_bundle(ctx.inputs["onnx"].file("model.onnx"))
-    if source.sidecar is None or source.sidecar.precision != "fp32":
-        raise InvalidInput(f"{source.path} is not a float file", "let quantize read the artifact of export")
+    assert source.sidecar is not None  # it is required
+    if (precision := source.sidecar.precision) != "fp32":
+        raise InvalidInput(
+            f"{source.path} is {precision} already, and quantize starts from fp32",
+            "give it the fp32 file, or leave quantize out and benchmark this one",
+        )
     pixels, origin = calibration_images(ctx, config.calibration_images)
     with Forge(ctx, config, source) as forge:
         before = forge.before
@@ -197,18 +201,18 @@ def _decide(
     speeds = _speeds(ctx, config, source, candidates)
     fastest = max(lesser, key=lambda made: speeds[made.form.text()].ratio, default=None)
     if fastest is not None:
-        kind = f"INT8 ({fastest.form.text()})" if fastest.form.eight_bit else "FP16"
-        said = f"{kind} is {_said(speeds[fastest.form.text()])}"
-        if _is_faster(speeds[fastest.form.text()], config.min_speedup):
-            return fastest, said, speeds
-        noise = 100 * (speeds[fastest.form.text()].noise - 1)
-        against = [f"{said}; more than {config.min_speedup:g} and beyond the noise of {noise:.1f} % is asked"]
-    other = [made for made in candidates if made.form.scheme is None]
-    fused = max(other, key=lambda made: speeds[made.form.text()].ratio, default=None)
-    if fused is not None and _is_faster(speeds[fused.form.text()], 1.0):
-        against.append(f"with attention as one operator it is {_said(speeds[fused.form.text()])}")
-        return fused, "; ".join(dict.fromkeys(against)), speeds
-    return None, "; ".join(dict.fromkeys(against)), speeds
+        speed, kind = speeds[fastest.form.text()], "FP16"
+        if fastest.form.eight_bit:
+            kind = f"INT8 ({fastest.form.text()})"
+        against = [f"{kind} is {_said(speed)}"]
+        if not _is_faster(speed, config.min_speedup):
+            bound = f"more than {config.min_speedup:g} and beyond the noise of {100 * (speed.noise - 1):.1f} % is asked"
+            against, fastest = [f"{against[0]}; {bound}"], None
+    other = [made for made in candidates if made.form.scheme is None and _is_faster(speeds[made.form.text()], 1.0)]
+    best = max([*other, fastest] if fastest else other, key=lambda made: speeds[made.form.text()].ratio, default=None)
+    if best is not None and best is not fastest:
+        against.append(f"float with attention as one operator is {_said(speeds[best.form.text()])}")
+    return best, "; ".join(dict.fromkeys(against)), speeds
 
 
 def _is_faster(speed: Speed, than: float) -> bool:
@@ -294,21 +298,15 @@ def _write(ctx: Context, source: Bundle, best: Candidate, chosen: Candidate | No
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a provider that this onnxruntime does not have."""
-    from .deploy.sessions import require_provider
+    """Refuse a provider that this onnxruntime does not have, and more threads than cores."""
+    from .deploy.sessions import require_serving
 
-    if seen.config.min_speedup is None:
-        return
-    try:
-        require_provider(seen.config.provider)
-    except InvalidInput as error:
-        error.field = seen.at("provider")
-        raise
+    require_serving([seen.config.provider], [seen.config.threads], (seen.at("provider"), seen.at("threads")))
 
 
 STAGE = Stage(
     name="quantize",
-    version=3,
+    version=4,
     config=QuantizeConfig,
     run=run,
     reads=READS,

@@ -15,7 +15,7 @@ import json
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,7 @@ def approach(
     for number in range(1, rounds.count):
         folder = ctx.work / f"round-{number}"
         if (done := _read(folder)) is not None:
-            reached = done
+            reached = replace(done, network=done.network.to(device))
             continue
         smaller, then = cut(reached.network, reached.kept, number / rounds.count)
         kept = then if reached.kept is None else compose(reached.kept, then)
@@ -118,7 +118,7 @@ def approach(
             f"round {number} of {rounds.count}: {row['macs']:.1%} of the macs, top-1 {before:.1%} after the cut, "
             f"{row['top1_calibration']:.1%} recovered (calibration split)"
         )
-    return Approach(reached.network.to(device), reached.kept, reached.told, reached.cost)
+    return reached
 
 
 def _recovered(

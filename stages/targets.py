@@ -68,21 +68,10 @@ _KINDS: tuple[Kind, ...] = ("macs", "params", "size_mb", "latency_ms", "speedup"
 
 def check_serving(target: Target, at: Callable[[str], str]) -> None:
     """Refuse a provider that is not installed, and more threads than cores. at: a setting's place in pipeline.yaml."""
-    from .deploy.isa import usable_cores
-    from .deploy.sessions import require_provider
+    from .deploy.sessions import require_serving
 
-    serving = target.serving
-    try:
-        require_provider(serving.provider)
-    except InvalidInput as error:
-        error.field = at("target.on.provider")
-        raise
-    if serving.threads > (cores := len(usable_cores())):
-        raise InvalidInput(
-            f"target.on.threads: {serving.threads} threads were asked for, this process may use {cores} cores",
-            "lower it",
-            field=at("target.on.threads"),
-        )
+    on = target.serving
+    require_serving([on.provider], [on.threads], (at("target.on.provider"), at("target.on.threads")))
 
 
 # ---------------------------------------------------------------------------------------------- how far it can reach

@@ -129,6 +129,7 @@ def test_a_file_of_bytes_needs_no_mean_and_one_of_ours_brings_its_own(tmp_path: 
     done = run(sievit, path)
     assert done.code == 0, done.err
     kept = [json.loads(one.read_text()) for one in (tmp_path / "store" / "adopt").glob("*/model.json")]
+    assert {each["precision"] for each in kept} == {"fp32"}, "bytes go in, and floats are what it computes with"
     means = {tuple(each["preprocessing"]["mean"]) for each in kept}
     assert means == {(0.0, 0.0, 0.0), tuple(tiny_onnx.PREPROCESSING["mean"])}
     tiny_onnx.sidecar(ours, names=list(DIGITS), preprocessing=tiny_onnx.PREPROCESSING | {"crop": "none"})
@@ -206,6 +207,21 @@ def test_products_are_counted_as_a_loop_over_them_does(tmp_path: Path) -> None:
     linear = 4 * width * width + 2 * width * 2 * width
     expected = tokens * width * 3 * 4 * 4 + blocks * (tokens * linear + 2 * tokens * tokens * width) + width * classes
     assert graph_macs(path, (3, size, size)) == expected
+
+
+def test_macs_of_one_image_are_the_same_in_a_file_of_fixed_batch(tmp_path: Path) -> None:
+    """The batch stands in the constants of its reshapes too, as exporters write them."""
+    found = []
+    for batch in (1, 4):
+        shape = numpy_helper.from_array(np.array([batch, 192], np.int64), "shape")
+        weight = numpy_helper.from_array(np.zeros((192, 10), np.float32), "w")
+        nodes = [
+            helper.make_node("Reshape", ["input", "shape"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "w"], ["logits"]),
+        ]
+        path = tiny_onnx.save(tmp_path / f"{batch}.onnx", nodes, [shape, weight], [batch, 3, 8, 8], [batch, 10])
+        found.append(graph_macs(path, (3, 8, 8)))
+    assert found == [1920, 1920]
 
 
 def test_macs_that_cannot_be_known_are_not_told(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import tiny_onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -205,6 +206,27 @@ def test_weights_in_a_plain_file_of_the_same_folder_are_accepted(tmp_path: Path)
     (tmp_path / "model.data").write_bytes(tiny_onnx.weights().tobytes())
     opened = open_bundle(external(tmp_path, location="model.data"), sidecar_required=False)
     assert opened.parameters == 768
+
+
+def test_an_answer_does_not_hang_on_the_other_images_where_ranges_are_taken_from_a_whole_batch(tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(np.random.default_rng(0).integers(-90, 90, (192, 4)).astype(np.int8), "w")
+    nodes = [
+        helper.make_node("Flatten", ["input"], ["flat"]),
+        helper.make_node("DynamicQuantizeLinear", ["flat"], ["q", "scale", "zero"]),
+        helper.make_node("MatMulInteger", ["q", "w", "zero"], ["sums"]),
+        helper.make_node("Cast", ["sums"], ["values"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["values", "scale"], ["logits"]),
+    ]
+    path = tiny_onnx.save(tmp_path / "model.onnx", nodes, [weight], ["n", 3, 8, 8], ["n", 4])
+    tiny_onnx.sidecar(path)
+    pixels = tiny_onnx.pictures(6)
+    pixels[:5] //= 64  # the last one sets the range of all
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    inputs = preprocess.normalise(pixels, read_sidecar(path).preprocessing)
+    together = session.run(None, {"input": inputs})[0]
+    alone = np.concatenate([session.run(None, {"input": one[None]})[0] for one in inputs])
+    assert not np.allclose(together, alone)
+    assert np.array_equal(predict.scores(path, pixels), alone)
 
 
 def test_the_size_of_a_file_is_with_the_weights_beside_it(tmp_path: Path) -> None:

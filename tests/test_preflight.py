@@ -325,6 +325,14 @@ def test_a_provider_that_is_not_installed_is_refused_before_training_begins(tmp_
     assert "\n  help: pip uninstall onnxruntime" in told
 
 
+@pytest.mark.parametrize(("setting", "value"), [("benchmark.threads", "[1, 1024]"), ("quantize.threads", "1024")])
+def test_more_threads_than_cores_are_refused_before_training_begins(tmp_path: Path, setting: str, value: str) -> None:
+    stages = "  export: {}\n  quantize: {}\n  benchmark: {}\n"
+    told = Project(tmp_path, VIT + stages).refused(f"{setting}={value}")
+    assert told.startswith("invalid pipeline: 1024 threads were asked for, this process may use ")
+    assert f"\n  --> --set {setting}=" in told and "  help: ask for " in told
+
+
 # ---- blocks that the network does not have
 
 

@@ -21,7 +21,7 @@ from test_benchmark import Folder, Listening
 from sievit.pipeline.errors import SievitError
 from sievit.pipeline.settings import DataConfig, ModelConfig
 from sievit.pipeline.stage import Context, Part, Stage
-from sievit.stages import quantize, ranges
+from sievit.stages import forms, quantize, ranges
 from sievit.stages.deploy import block_sensitivity, eight_bit
 from sievit.stages.deploy.bundle import open_bundle
 from sievit.stages.deploy.eight_bit import Form, Workshop
@@ -310,6 +310,42 @@ def test_the_fastest_good_form_is_the_product_if_it_is_beyond_the_noise(
     assert (ctx.out / "int8.onnx").is_file() == (product in ("half", "float"))
 
 
+FUSED = "float, attention fused"
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "fused", "product"),
+    [(1.4, 1.2, "dynamic"), (1.1, 1.4, FUSED), (0.9, 1.4, FUSED), (0.9, 1.0, None)],
+)
+def test_float_with_attention_as_one_operator_competes_with_int8(
+    dynamic: float, fused: float, product: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy, graph = Accuracy(93, 100, 0.93, 0.9, 0.95), {"astray": {}, "quantized_nodes": 4, "weight_only_nodes": 0}
+    ratios = {"dynamic": dynamic, FUSED: fused}
+    speeds = {name: quantize.Speed(ratio, ratio - 0.01, ratio + 0.01, 1.03) for name, ratio in ratios.items()}
+    monkeypatch.setattr(quantize, "_speeds", lambda *_: speeds)
+    made = [Candidate(Path(), form, graph, accuracy) for form in (Form("dynamic"), Form(None, "fused"))]
+    given: Any = None
+    config = quantize.QuantizeConfig(schemes=("dynamic",))
+    chosen, reason, _ = quantize._decide(given, config, given, made[:1], made, accuracy)
+    assert (chosen.form.text() if chosen else None) == product
+    assert f"INT8 (dynamic) is {dynamic:.2f} times as fast" in reason
+    assert (f"attention as one operator is {fused:.2f} times" in reason) == (product == FUSED)
+
+
+def test_a_loss_of_just_what_is_allowed_is_allowed() -> None:
+    """0.93 - 0.92 is more than 0.01 to a computer."""
+    graph = {"astray": {}, "quantized_nodes": 4, "weight_only_nodes": 0}
+    config = quantize.QuantizeConfig(max_drop=0.01)
+    for images in (100, 300, 450):
+        for correct in range(images // 2, images):
+            before, after = (Accuracy(n, images, n / images, 0.0, 1.0) for n in (correct, correct - images // 100))
+            told = forms.reason_against(config, before, Candidate(Path(), Form("static"), graph, after))
+            assert told is None, (images, correct)
+            worse = replace(after, correct=correct - images // 100 - 1, top1=(correct - images // 100 - 1) / images)
+            assert forms.reason_against(config, before, Candidate(Path(), Form("static"), graph, worse)) is not None
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -427,7 +463,7 @@ def test_folding_a_scale_into_a_norm_changes_no_output(tmp_path: Path) -> None:
 
 
 def test_an_int8_file_is_not_quantized_again(chosen: Context, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="is not a float file"):
+    with pytest.raises(InvalidInput, match="is int8 already, and quantize starts from fp32"):
         quantize.run(context(tmp_path, Folder(chosen.out)))
 
 

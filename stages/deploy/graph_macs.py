@@ -23,7 +23,9 @@ def graph_macs(path: Path, image: Sequence[int]) -> int | None:
     model = onnx.load(path, load_external_data=False)
     weights = {tensor.name for tensor in model.graph.initializer}
     given = next(value for value in model.graph.input if value.name not in weights)
-    for dimension, size in zip(given.type.tensor_type.shape.dim, (1, *image), strict=True):
+    # A batch that is fixed stands in the constants of reshapes too: counted as it is, and divided by.
+    batch = given.type.tensor_type.shape.dim[0].dim_value or 1
+    for dimension, size in zip(given.type.tensor_type.shape.dim, (batch, *image), strict=True):
         dimension.dim_value = size
     del model.graph.value_info[:]  # shapes noted for another batch
     for output in model.graph.output:
@@ -45,7 +47,7 @@ def graph_macs(path: Path, image: Sequence[int]) -> int | None:
         if macs is None:
             return None
         total += macs
-    return total
+    return round(total / batch)
 
 
 def _macs(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> int | None:

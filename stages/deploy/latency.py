@@ -20,10 +20,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..methods import InvalidInput
 from .child import Child
-from .isa import measuring_cores, usable_cores
-from .sessions import GRAPHICS, require_provider
+from .isa import measuring_cores
+from .sessions import GRAPHICS, require_serving
 from .statistics import Slot
 
 TWIN = "baseline again"  # the second process of the A/A pair
@@ -96,14 +95,7 @@ Results = dict[tuple[str, Setting], Measured]
 
 def settings_of(providers: Sequence[str], threads: Sequence[int], batch_sizes: Sequence[int]) -> list[Setting]:
     """All combinations in the order asked. Raises InvalidInput for an absent provider or more threads than cores."""
-    cores = len(usable_cores())
-    for provider in providers:
-        require_provider(provider)
-    for count in threads:
-        if count > cores:
-            raise InvalidInput(
-                f"{count} threads were asked for, this process may use {cores} cores", "lower benchmark.threads"
-            )
+    require_serving(providers, threads)
     return [
         Setting(provider, count, batch, io)
         for provider in providers
@@ -186,7 +178,7 @@ def _session(
         for child in children.values():
             child.receive("start", plan.timeout_s)
         cold: dict[str, float] = {}
-        for setting in group:
+        for setting in sorted(group, key=lambda one: one.batch):  # memory once taken stays, and is read as a peak
             calls: dict[str, int] = {}
             for subject in order.sample(list(everyone), len(everyone)):
                 into, child = results[subject.name, setting], children[subject.name]

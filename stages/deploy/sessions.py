@@ -19,6 +19,7 @@ from typing import Any
 import onnxruntime as ort
 
 from ..methods import InvalidInput
+from .isa import usable_cores
 
 # name in pipeline.yaml -> (ONNX Runtime's name, those it hands over to, the distribution to install)
 PROVIDERS = {
@@ -77,6 +78,26 @@ def require_provider(name: str) -> str:
             hint,
         )
     return wanted
+
+
+def require_serving(providers: Sequence[str], threads: Sequence[int], fields: tuple[str, str] = ("", "")) -> None:
+    """Refuse a provider that is not installed, and more threads than cores. Raises InvalidInput; fields: the settings
+    that ask for them.
+    """
+    for name in providers:
+        try:
+            require_provider(name)
+        except InvalidInput as error:
+            error.field = fields[0]
+            raise
+    cores = len(usable_cores())
+    for count in threads:
+        if count > cores:
+            raise InvalidInput(
+                f"{count} threads were asked for, this process may use {cores} core{'s' * (cores != 1)}",
+                f"ask for {cores} at most",
+                field=fields[1],
+            )
 
 
 def open_session(

@@ -30,7 +30,9 @@ class Variant:
     def precision(self) -> str:
         if self.bundle.sidecar is not None:
             return self.bundle.sidecar.precision
-        return "int8" if QUANTIZED & self.bundle.nodes.keys() else self.bundle.signature.dtype.replace("float", "fp")
+        if QUANTIZED & self.bundle.nodes.keys():
+            return "int8"
+        return "fp16" if self.bundle.signature.dtype == "float16" else "fp32"  # raw pixels in, float inside
 
     @property
     def name(self) -> str:
