@@ -125,7 +125,7 @@ def rows_of(model: str, options: argparse.Namespace) -> tuple[list[Row], float]:
             rows.append(
                 Row(model, name, form.text(), architecture.macs(), size, p50, ratio.value, ratio.low, ratio.high)
             )
-        return rows, noise_factor(ratio_interval(base, results[TWIN, setting].slots))
+        return rows, noise_factor(base, results[TWIN, setting].slots)
 
 
 def show(rows: list[Row], peaks: dict[str, float], batch: int) -> None:

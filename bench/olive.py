@@ -165,7 +165,7 @@ def rows_of(files: dict[str, Bundle], test: Any, options: argparse.Namespace) ->
         top1 = accuracy(scores(bundle.path, test.pixels()), test.labels).top1
         p50 = percentile_interval(slots, 50).value
         rows.append(Row(name, top1, bundle.path.stat().st_size / 1e6, p50, ratio.value, ratio.low, ratio.high))
-    return rows, noise_factor(ratio_interval(base, results[TWIN, setting].slots))
+    return rows, noise_factor(base, results[TWIN, setting].slots)
 
 
 def main() -> int:

@@ -2,10 +2,10 @@
 
 Each file (and the INT8 file that `quantize` made but did not choose) gets a process of its own with pinned threads.
 In each round every file runs once, in random order; rounds are repeated over several sessions with new processes.
-Speed-ups are ratios within a round against the dense arm's file, with 95 % bootstrap intervals over sessions and
-rounds. The baseline runs twice: what that pair shows is the noise floor, and a difference inside it is called no
-difference. p50, p90, p95 and p99 have 95 % intervals from how sessions differ; p90 is said from 64 calls on, p95 from
-130, p99 from 662 (raise `seconds` for more), and a row without one says so. Top-1 has its Wilson interval.
+Speed-ups are ratios within a round against the dense arm's file. They and p50, p90, p95 and p99 have 95 % intervals
+from how sessions differ (more `sessions` make them narrower). The baseline runs twice: what that pair shows is the
+noise floor, and a difference inside it is called no difference. p90 is said from 64 calls on, p95 from 130, p99 from
+662 (raise `seconds` for more), and a row without one says so. Top-1 has its Wilson interval.
 Under several seeds every file of every seed is a row of its own; `over_seeds` and the gates hold their means.
 
 A provider that is not installed, does not start, or leaves matrix products to another one is an error, never a silent
@@ -80,7 +80,7 @@ class BenchmarkConfig(Config):
     seconds: float = Field(
         default=2.0, gt=0, le=3600, description="timed calls of one file in one setting, seconds, over all sessions"
     )
-    sessions: int = Field(default=3, ge=3, le=50, description="lives of the processes; intervals are taken over them")
+    sessions: int = Field(default=5, ge=3, le=50, description="lives of the processes; intervals are taken over them")
     warm_up: float = Field(default=1.0, ge=0.05, le=600, description="seconds of warm-up at most, in each session")
     scenarios: Annotated[tuple[Scenario, ...], Field(min_length=1)] = Field(
         default=("single",),

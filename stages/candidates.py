@@ -97,7 +97,7 @@ class Files:
                 f"a candidate could not be timed: {error}", hint="see the log; it may be the host"
             ) from error
         slots = results["candidate", setting].slots
-        ratio = ratio_interval(results["dense", setting].slots, slots, self._ctx.seed)
+        ratio = ratio_interval(results["dense", setting].slots, slots)
         return {
             "p50_ms": percentile_interval(slots, 50).value,
             "dense_p50_ms": percentile_interval(results["dense", setting].slots, 50).value,

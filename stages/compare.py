@@ -69,10 +69,10 @@ def compare(
 ) -> None:
     """Compare two files: accuracy, latency, size. A gate for a team's own CI.
 
-    A and B are each an arm (its last file in the newest run), a run (5f3a91, 5f3a91/dense), an artifact (quantize@3),
-    or an .onnx file. Both classify the same test images: those of the pipeline that made them, or those of --data.
-    Top-1 is compared by McNemar's exact test. Latency is measured here and now, both files in turn, A twice: what that
-    pair shows is the noise floor, and a difference inside it is called no difference.
+    A and B are each an arm (its last file in the newest whole run), a run (5f3a91, 5f3a91/dense), an artifact
+    (quantize@3), or an .onnx file. Both classify the same test images: those of the pipeline that made them, or those
+    of --data. Top-1 is compared by McNemar's exact test. Latency is measured here and now, both files in turn, A twice:
+    what that pair shows is the noise floor, and a difference inside it is called no difference.
 
     A condition is a field, a comparator and a bound; accuracies are fractions, 0.01 is one point. One that cannot be
     judged, for want of labels or of calls, is an error and no pass. Fields:
@@ -249,7 +249,7 @@ def draw(document: dict[str, Any]) -> RenderableType:
     if document["disturbed"]:
         parts.append(line("the machine was busy: these latencies are disturbed", "yellow"))
     for each in document["conditions"]:
-        verdict = {True: "holds: failed", False: "does not hold", None: "cannot be judged"}[each["holds"]]
+        verdict = {True: "fails: it holds", False: "passes", None: "cannot be judged"}[each["holds"]]
         value = "" if each["value"] is None else f" ({_short(each['value'])})"
         parts.append(line(f"{each['condition']}{value}: {verdict}", "green" if each["holds"] is False else "bold red"))
     return Group(*parts)

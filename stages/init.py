@@ -205,7 +205,7 @@ def draw(document: dict[str, Any]) -> RenderableType:
             line(f"{of:,} images in {len(classes):,} classes, {each} each, {data['median_side']} px the median")
         )
         broken = data["broken"]
-        seen = "all opened" if data["looked_at"] == of else f"{data['looked_at']:,} of them opened"
+        seen = "looked at all of them" if data["looked_at"] == of else f"looked at {data['looked_at']:,} of them"
         parts.append(line(f"{seen}, {len(broken) or 'none'} broken", "yellow" if broken else ""))
         parts += [line(f"  {text}", "yellow") for text in broken[:SHOWN]]
         if len(broken) > SHOWN:

@@ -33,7 +33,7 @@ def pack(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="an arm of the newest run, an artifact, or an .onnx file",
+            help="an arm of the newest whole run, an artifact, or an .onnx file",
             autocompletion=completion.arms_and_refs,
         ),
     ] = "main",
@@ -46,8 +46,8 @@ def pack(
 ) -> None:
     """Pack a model to hand over: file, preprocessing, classes, card, program, checksums.
 
-    MODEL is an arm (its last file in the newest run), an artifact (quantize@3), a run (5f3a91, 5f3a91/dense), or an
-    .onnx file with its sidecar .json. The folder holds:
+    MODEL is an arm (its last file in the newest run that has made those of all arms), an artifact (quantize@3), a run
+    (5f3a91, 5f3a91/dense), or an .onnx file with its sidecar .json. The folder holds:
 
         model.onnx    with any weights that it keeps beside it
         model.json    the preprocessing and all else that a program must know

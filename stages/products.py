@@ -1,7 +1,7 @@
 """Which ONNX file is meant: a file, a folder from `sievit pack`, an artifact, or what an arm of a run ships.
 
     model.onnx, folder/       a file, or the model.onnx of a folder
-    main, random              the last file of that arm in the newest run
+    main, random              the last file of that arm in the newest run that has made the files of all its arms
     quantize@3, export        an artifact, as every command names one
     5f3a91, 5f3a91/dense      a run by the beginning of its id: its main arm, or another
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from sievit.pipeline.errors import InputError
 
 if TYPE_CHECKING:
-    from sievit.pipeline.records import RunRecord
+    from sievit.pipeline.records import NodeRecord, RunRecord
     from sievit.pipeline.stage import Stage
     from sievit.pipeline.store import Artifact, Store
 
@@ -60,7 +60,7 @@ def find(asked: str, store: Store, stages: Sequence[Stage]) -> Product:
         what = f"holds no {MODEL}" if path.is_dir() else "is not an .onnx file"
         raise InputError(f"{path} {what}", hint="give an .onnx file, or a folder that `sievit pack` made")
     if artifact is None and "@" not in asked and asked not in store.stages():
-        newest = records.newest(store)
+        newest = _delivered(store, stages) or records.newest(store)
         names = [*(_arms(newest) if newest else ()), *store.stages()]
         raise InputError(
             f"{asked!r} is no arm, run, artifact or .onnx file",
@@ -95,13 +95,32 @@ def _of_a_run(asked: str, store: Store, stages: Sequence[Stage]) -> Artifact | N
     """What an arm of a run ships; None when the text names neither."""
     from sievit.pipeline import records
 
-    newest = records.newest(store)
+    newest = _delivered(store, stages) or records.newest(store)
     if newest is not None and asked in _arms(newest):
         return _shipped(newest, asked, store, stages)
     run, slash, arm = asked.partition("/")
     if not re.fullmatch(r"[0-9a-f]{4,12}", run) or not any(each.id.startswith(run) for each in records.all_runs(store)):
         return None
     return _shipped(records.load(store, run), arm if slash else "main", store, stages)
+
+
+def _delivered(store: Store, stages: Sequence[Stage]) -> RunRecord | None:
+    """The newest run that has made the files of all its arms. One that failed, or a single stage, does not take the
+    place of what stands; and two arms are of one run, or a comparison would be of two settings.
+    """
+    from sievit.pipeline import records
+
+    for record in reversed(records.all_runs(store)):
+        last = [nodes[-1] for arm in _arms(record) if (nodes := _exporting(record, arm, stages))]
+        if last and all(node.finished is not None and store.find(node.stage, node.key or "") for node in last):
+            return record
+    return None
+
+
+def _exporting(record: RunRecord, arm: str, stages: Sequence[Stage]) -> list[NodeRecord]:
+    """What of an arm writes ONNX files, in the order of the pipeline."""
+    writing = {stage.name for stage in stages if stage.writes == "onnx"}
+    return [node for node in record.nodes if node.arm == arm and node.stage in writing]
 
 
 def _arms(record: RunRecord) -> list[str]:
@@ -114,8 +133,7 @@ def _shipped(record: RunRecord, arm: str, store: Store, stages: Sequence[Stage])
 
     if arm not in _arms(record):
         raise InputError(f"run {record.id} has no arm {arm!r}", hint=suggest(arm, _arms(record), kind="arms"))
-    writing = {stage.name for stage in stages if stage.writes == "onnx"}
-    of_arm = [node for node in record.nodes if node.arm == arm and node.stage in writing]
+    of_arm = _exporting(record, arm, stages)
     if not of_arm:
         raise InputError(f"arm {arm!r} of run {record.id} exports no ONNX file", hint="give it an export stage")
     last = of_arm[-1]
@@ -124,6 +142,6 @@ def _shipped(record: RunRecord, arm: str, store: Store, stages: Sequence[Stage])
         raise InputError(
             f"stage {last.entry!r} of arm {arm!r} has made no file in run {record.id}",
             where=record.path,
-            hint="`sievit run` finishes it, or name an artifact, as export@1",
+            hint=f"`sievit run {Path(record.path).name}` finishes it, or name an artifact, as export@1",
         )
     return artifact

@@ -5,7 +5,9 @@ Target       macs, params   the fraction that is left, counted
              size_mb        of the FP32 file, exported to see
              latency_ms, speedup   of the FP32 file on a provider, batch and threads: candidates are exported, with
                             random weights, and timed in ONNX Runtime beside the dense network's file, interleaved
+
              target: {speedup: 2.0, on: {provider: cpu, batch: 1, threads: 1}}
+
 A timed target is met when the measurement lies within 5% on the right side of it (size_mb: 2%); the key then has the
 host in it. Before the search it says how far each axis goes by itself.
 

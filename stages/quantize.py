@@ -275,7 +275,7 @@ def _speeds(ctx: Context, config: QuantizeConfig, source: Bundle, candidates: Se
         raise SievitError(str(error), where=str(source.path), hint="`sievit doctor` tells what works here") from error
     ctx.metrics |= host_state(before, results, settings, ctx.progress)
     first = results["fp32", settings[0]].slots
-    noise = noise_factor(ratio_interval(first, results[TWIN, settings[0]].slots))
+    noise = noise_factor(first, results[TWIN, settings[0]].slots)
     found = {}
     for name in list(files)[1:]:
         ratio = ratio_interval(first, results[name, settings[0]].slots)

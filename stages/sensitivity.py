@@ -268,7 +268,9 @@ def _show(ctx: Context, rows: Sequence[Row], left: Sequence[Trial], whole: Answe
 def _in_words(row: Row, whole: Answer) -> str:
     """Such as "mlp of block 3 at 25%: loss +0.412"."""
     what = f"block {row.place} as a whole" if row.axis == "depth" else f"{_place(row)} at {row.fraction:.0%}"
-    return f"{what}: loss {row.loss - whole.loss:+.3f}, top-1 {100 * (row.top1 - whole.top1):+.1f} points"
+    lost = 100 * (whole.top1 - row.top1)
+    told = f"{abs(lost):.1f} points of top-1 {'lost' if lost >= 0 else 'gained'}"
+    return f"{what}: loss {row.loss - whole.loss:+.3f}, {told}"
 
 
 def _place(one: Row | Trial) -> str:

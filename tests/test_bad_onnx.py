@@ -82,7 +82,7 @@ def test_what_is_no_onnx_file_is_called_so(tmp_path: Path, content: bytes | None
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    refused(tmp_path, "does not exist or is not a file")
+    refused(tmp_path, "is not a file")
 
 
 # ---- W: weights outside the file

@@ -96,7 +96,7 @@ def test_images_that_are_broken_are_counted_named_and_left_out(tmp_path: Path, s
         (folder / "dog" / f"{number}.png").write_bytes(b"no picture")
     answer = sievit("init", str(tmp_path), "--data", str(folder))
     assert "80 images in 2 classes, 40 each, 320 px the median" in answer.out
-    assert "all opened, 4 broken" in answer.out
+    assert "looked at all of them, 4 broken" in answer.out
     assert answer.out.count("not an image in one of the formats") == 3 and "and 1 more" in answer.out
     text = (tmp_path / "pipeline.yaml").read_text()
     assert "# 4 of 80 opened are broken" in text

@@ -61,6 +61,24 @@ def test_what_the_main_arm_ships_is_packed_unless_something_else_is_named(
         assert (folder / "classes.txt").read_text().splitlines() == list("0123456789")
 
 
+def test_a_run_that_did_not_get_so_far_does_not_take_the_place_of_a_whole_one(
+    sievit: Sievit, store: Store, tmp_path: Path
+) -> None:
+    """Neither one that failed nor a single stage run again; and of a run that is named nothing else is taken."""
+    whole = load(store, "5f3a")
+    nodes = [replace(node, key="0" * 12, finished=None) if node.arm == "main" else node for node in whole.nodes]
+    replace(whole, id="9" * 12, nodes=nodes, state="failed", finished="2026-11-02T11:00:00").save(store)
+    other = commit(store, "export", "b" * 12, "dense", "onnx", weights=7)
+    nodes = [replace(node, key=other.key) if node.arm == "dense" else replace(node, finished=None) for node in nodes]
+    replace(whole, id="8" * 12, nodes=nodes, finished="2026-11-03T11:00:00").save(store)
+    for arm, stage, key in (("main", "quantize", MAIN), ("dense", "export", DENSE)):
+        document = sievit("pack", arm, "--output", f"pack-{arm}", "--json").document
+        assert document["sha256"] == digest(store.open(stage, key).file("model.onnx")), arm
+    answer = sievit("pack", "9999", "--output", "named")
+    assert answer.code == 3 and "has made no file in run 999999999999" in answer.err
+    assert "`sievit run pipeline.yaml` finishes it" in answer.err
+
+
 def test_sha256sum_accepts_the_checksums_of_every_file(sievit: Sievit, store: Store, tmp_path: Path) -> None:
     assert sievit("pack", "--output", "pack").code == 0
     told = subprocess.run(

@@ -578,6 +578,22 @@ def test_accuracy_is_told_after_each_epoch_and_loss_after_each_step(images: Imag
     assert sum("loss" in values for _, values in told) == fitted.steps
 
 
+def test_a_resumed_run_tells_the_steps_that_were_done_before(images: Images, tmp_path: Path) -> None:
+    told: list[int] = []
+
+    def tick(steps: int, values: Any) -> None:
+        told.append(steps)
+        if sum(told) == 7 and len(told) == 7:
+            raise Killed
+
+    file = tmp_path / "c.safetensors"
+    with pytest.raises(Killed):
+        trained(images, FULL, checkpoint=file, checkpoint_seconds=0, tick=tick)
+    told.clear()
+    fitted = trained(images, FULL, checkpoint=file, checkpoint_seconds=0, tick=tick)
+    assert told[0] > 1 and sum(told) == fitted.steps
+
+
 @pytest.mark.parametrize("after", [2, 7, 11])
 def test_early_stopping_survives_a_kill(images: Images, tmp_path: Path, after: int) -> None:
     """In the first pass, after the best one, and in the last before it stops."""

@@ -47,7 +47,7 @@ def document_of(sweep: Sweep) -> dict[str, Any]:
         "started": sweep.started,
         **sweep.question.as_json(),
         "state_says": _state(trials, sweep.question.grid, sweep.question.trials),
-        "front_says": _front_sentence(objectives),
+        "front_says": _front_sentence(objectives, len(done) - len(best)),
         "trials": [{**asdict(trial), "front": trial.number in best} for trial in trials],
     }
 
@@ -61,11 +61,14 @@ def _state(trials: Sequence[Any], grid: bool, asked: int) -> str:
     return f"{len(trials) + missing} trials: {told}{more}"
 
 
-def _front_sentence(objectives: Sequence[str]) -> str:
+def _front_sentence(objectives: Sequence[str], others: int) -> str:
+    """others: trials that are not on it."""
     if len(objectives) == 1:
         way = "greatest" if HIGHER[objectives[0]] else "least"
         name = TITLES[objectives[0]]
         return f"the {way} {name}, and what its interval cannot tell from it"
+    if not others:
+        return "the Pareto front, with every trial: none is worse than another beyond the intervals"
     return (
         "the Pareto front: to each of the others one of these is better in an objective and worse in none, beyond the "
         "intervals"

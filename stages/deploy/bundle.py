@@ -158,13 +158,15 @@ def bytes_of(path: Path) -> int:
 def load_checked(path: Path) -> onnx.ModelProto:
     """Parse an ONNX file after the checks named above; weights beside it are not loaded. Raises InvalidInput."""
     if not path.is_file():
-        raise InvalidInput(f"{path} does not exist or is not a file", "give the path of an .onnx file")
+        what = "is not a file" if path.exists() else "does not exist"
+        raise InvalidInput(f"{path} {what}", "give the path of an .onnx file")
     if path.stat().st_size == 0:
         raise InvalidInput(f"{path} is empty", "export it again")
     try:
         model = onnx.load(path, load_external_data=False)
     except (DecodeError, ValueError) as error:
-        raise InvalidInput(f"{path} is not an ONNX file: {_first_line(error)}", "give an .onnx file") from None
+        hint = "give an .onnx file; if it is one, it was cut short or damaged: copy it again"
+        raise InvalidInput(f"{path} is not an ONNX file: {_first_line(error)}", hint) from None
     _check_opsets(model, path)
     _check_calls(model, path)
     for tensor in _tensors(model):

@@ -48,8 +48,8 @@ def noise_floors(results: Results, baseline: str, settings: Sequence[Setting]) -
     """The A/A pair of each setting."""
     floors = {}
     for setting in settings:
-        ratio = ratio_interval(results[baseline, setting].slots, results[TWIN, setting].slots)
-        floors[setting] = NoiseFloor(setting, ratio, noise_factor(ratio))
+        pair = results[baseline, setting].slots, results[TWIN, setting].slots
+        floors[setting] = NoiseFloor(setting, ratio_interval(*pair), noise_factor(*pair))
     return floors
 
 

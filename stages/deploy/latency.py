@@ -70,7 +70,7 @@ class Plan:
     """How long and how often. seconds: timed calls of one variant in one setting, over all sessions."""
 
     seconds: float = 2.0
-    sessions: int = 3
+    sessions: int = 5
     warm_up_s: float = 1.0  # at most, a session and setting
     seed: int = 0
     timeout_s: float = 300.0  # of any single answer of a worker

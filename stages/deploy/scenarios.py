@@ -15,7 +15,7 @@ import numpy as np
 from .child import Child
 from .latency import TWIN, Measured, Plan, Progress, Setting, Subject, load_command, measure
 from .sessions import GRAPHICS
-from .statistics import ENOUGH, Interval, noise_factor, percentile_interval, ratio_interval
+from .statistics import ENOUGH, Interval, noise_factor, percentile_interval
 from .variants import Variant, distinct
 
 TRIALS = 7  # halvings: the rate is found to a 128th of what back-to-back calls reach
@@ -147,7 +147,7 @@ def offline(
             continue
         at = replace(setting, batch=batch)
         results = timed(asked, [at], plan, progress)
-        noise = noise_factor(ratio_interval(results[asked[0].name, at].slots, results[TWIN, at].slots))
+        noise = noise_factor(results[asked[0].name, at].slots, results[TWIN, at].slots)
         for subject in asked:
             ms = percentile_interval(results[subject.name, at].slots, 50)
             own = found[subject.name]

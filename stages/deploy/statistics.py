@@ -2,8 +2,8 @@
 
 A round is one pass over all variants in random order, a session one life of all worker processes. Calls within a slot
 (one variant's turn in one round) share the machine's mood, those of one process its place in memory, so they are not
-independent. The interval of a percentile therefore asks only how much it moves when a session is left out. Ratios are
-taken within a round, so that a slow second hits both sides, and bootstrapped over sessions and the rounds in them.
+independent. Intervals therefore ask only how sessions differ. Ratios are taken within a round, so that a slow second
+hits both sides.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Floats = NDArray[np.float64]
 # the largest sample but one (MLPerf's early-stopping rule: P[Binomial(n, 1 - p) <= 1] <= 0.01).
 ENOUGH = {90: 64, 95: 130, 99: 662}
 RESAMPLES = 1000
+MEDIAN = 50
 CONFIDENCE = 0.95
 
 
@@ -52,51 +53,46 @@ def too_few(calls: int, rank: int) -> str:
 def percentile_interval(slots: Sequence[Slot], rank: int) -> Interval:
     """The percentile `rank` of all calls, ms, and how far it can be trusted, from two sessions on.
 
-    Delete-a-group jackknife (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 11) with the sessions as
-    groups, on the logarithm, with Student's t for as many sessions less one. Three sessions rightly make a wide one:
-    order statistics and bootstraps are narrower, and miss the truth too often when sessions differ (docs/LOG.md).
     Raises ValueError for a single session.
     """
     sessions = [
         np.concatenate([slot.wall_ms for slot in slots if slot.session == number])
         for number in sorted({slot.session for slot in slots})
     ]
-    count = len(sessions)
-    if count < 2:
-        raise ValueError("one session tells nothing about how sessions differ")
-    value = float(np.percentile(np.concatenate(sessions), rank))
-    without = [
-        np.log(np.percentile(np.concatenate([*sessions[:place], *sessions[place + 1 :]]), rank))
-        for place in range(count)
-    ]
-    deviation = np.sqrt((count - 1) ** 2 / count * np.var(without, ddof=1))
-    spread = float(np.exp(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * deviation))
-    return Interval(value, value / spread, value * spread)
+    return _over_sessions(sessions, rank)
 
 
 def ratio_interval(
-    baseline: Sequence[Slot], other: Sequence[Slot], seed: int = 0, *, of: Callable[[Slot], float] | None = None
+    baseline: Sequence[Slot], other: Sequence[Slot], *, of: Callable[[Slot], float] | None = None
 ) -> Interval:
-    """How many times faster `other` is: the median over rounds of baseline / other within the same round.
+    """How many times faster `other` is: the median over rounds of baseline / other within the same round, and how far
+    it can be trusted, from two sessions on.
 
-    of: what is compared, the slot's median wall time by default. Rounds that only one side has are left out; raises
-    ValueError when no round is left.
+    of: what is compared, the slot's median wall time by default. Rounds that only one side has are left out. Raises
+    ValueError when no round is left, and for a single session.
     """
-    quantity = of or _slot_median
-    first = {(slot.session, slot.round): quantity(slot) for slot in baseline}
-    pairs = [
-        _Pair(slot.session, first[slot.session, slot.round] / quantity(slot))
-        for slot in other
-        if (slot.session, slot.round) in first
-    ]
-    if not pairs:
-        raise ValueError("the two variants share no round")
-    return _bootstrap(pairs, seed)
+    return _over_sessions(_ratios(baseline, other, of), MEDIAN)
 
 
-def noise_factor(same: Interval) -> float:
-    """From the interval of an A/A pair (one file against itself): ratios up to this factor are noise. At least 1."""
-    return max(1.0, same.high, 1 / same.low)
+def noise_factor(baseline: Sequence[Slot], twin: Sequence[Slot], seed: int = 0) -> float:
+    """From an A/A pair (one file against itself): ratios up to this factor are noise. At least 1.
+
+    As far as the pair's own rounds went apart: the further end of the bootstrapped interval (two stages, sessions with
+    replacement, then as many rounds of each with replacement) of their median ratio. Raises ValueError when the two
+    share no round.
+    """
+    sessions = _ratios(baseline, twin, None)
+    rounds = np.array([len(ratios) for ratios in sessions])
+    table = np.full((len(rounds), int(rounds.max())), np.nan)  # sessions may differ in how many rounds they share
+    for row, ratios in zip(table, sessions, strict=True):
+        row[: len(ratios)] = ratios
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(len(rounds), size=(RESAMPLES, len(rounds)))
+    places = (rng.random((*chosen.shape, table.shape[1])) * rounds[chosen][..., None]).astype(np.int64)
+    taken = np.where(np.arange(table.shape[1]) < rounds[chosen][..., None], table[chosen[..., None], places], np.nan)
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(np.nanmedian(taken.reshape(RESAMPLES, -1), axis=1), [tail, 100 - tail])
+    return max(1.0, float(high), float(1 / low))
 
 
 def verdict(ratio: Interval, noise: float) -> str:
@@ -116,31 +112,37 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     return float(ends.low), float(ends.high)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    session: int
-    ratio: float
+def _ratios(baseline: Sequence[Slot], other: Sequence[Slot], of: Callable[[Slot], float] | None) -> list[Floats]:
+    """Of each session, baseline over other in each round that both have."""
+    quantity = of or _slot_median
+    first = {(slot.session, slot.round): quantity(slot) for slot in baseline}
+    found: dict[int, list[float]] = {}
+    for slot in other:
+        if (slot.session, slot.round) in first:
+            found.setdefault(slot.session, []).append(first[slot.session, slot.round] / quantity(slot))
+    if not found:
+        raise ValueError("the two variants share no round")
+    return [np.array(ratios) for ratios in found.values()]
 
 
 def _slot_median(slot: Slot) -> float:
     return float(np.median(slot.wall_ms))
 
 
-def _bootstrap(pairs: Sequence[_Pair], seed: int) -> Interval:
-    """Of the median ratio. Two stages: sessions with replacement, then as many rounds of each with replacement."""
-    of_session: dict[int, list[float]] = {}
-    for pair in pairs:
-        of_session.setdefault(pair.session, []).append(pair.ratio)
-    rounds = np.array([len(ratios) for ratios in of_session.values()])
-    table = np.full((len(rounds), int(rounds.max())), np.nan)  # sessions may differ in how many rounds they share
-    for row, ratios in zip(table, of_session.values(), strict=True):
-        row[: len(ratios)] = ratios
-    rng = np.random.default_rng(seed)
-    chosen = rng.integers(len(rounds), size=(RESAMPLES, len(rounds)))
-    places = (rng.random((*chosen.shape, table.shape[1])) * rounds[chosen][..., None]).astype(np.int64)
-    taken = np.where(np.arange(table.shape[1]) < rounds[chosen][..., None], table[chosen[..., None], places], np.nan)
-    draws = np.nanmedian(taken.reshape(RESAMPLES, -1), axis=1)
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(draws, [tail, 100 - tail])
-    value = float(np.median([pair.ratio for pair in pairs]))
-    return Interval(value, min(float(low), value), max(float(high), value))
+def _over_sessions(sessions: Sequence[Floats], rank: int) -> Interval:
+    """The percentile `rank` of all sessions' numbers, and its interval from how the logarithm of each session's own
+    differs: Student's t, for as many sessions as there are less one.
+
+    Three sessions rightly make a wide one: order statistics, bootstraps and a jackknife are narrower or jumpier, and
+    miss the truth too often when sessions differ (docs/LOG.md). It does not reach below the least of the numbers, nor
+    that of a median above the greatest.
+    """
+    count = len(sessions)
+    if count < 2:
+        raise ValueError("one session tells nothing about how sessions differ")
+    every = np.concatenate(sessions)
+    value = float(np.percentile(every, rank))
+    deviation = np.std([np.log(np.percentile(numbers, rank)) for numbers in sessions], ddof=1) / np.sqrt(count)
+    spread = float(np.exp(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * deviation))
+    most = float(every.max()) if rank == MEDIAN else np.inf
+    return Interval(value, max(value / spread, float(every.min())), min(value * spread, most))

@@ -199,7 +199,8 @@ class Step:
             where = f"the gradient of {parameter} is not finite, and the outputs of all layers are"
         else:
             where = "the outputs of all layers are finite"
-        remedy = "lower lr, or clip gradients (clip: 1.0)"
+        clip = "" if self.recipe.clip is not None else ", or clip gradients (clip: 1.0)"
+        remedy = f"lower lr, which is {self.recipe.lr:g}{clip}"
         if self.recipe.precision == "fp16":
             remedy = f"use precision: bf16 or fp32; or {remedy}"
         return InvalidInput(f"{what} at step {self.taken + 1}: {where}", remedy)

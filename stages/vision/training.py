@@ -166,6 +166,8 @@ def fit(
     run.resume()
     processes.check_alike(step.taken, "checkpoints at steps")
     earlier = run.tally.seconds
+    if gone := int(clock.now):
+        tick(gone, {})  # before the run was cut off
     network.train()
     while not (clock.done or run.stopped):
         for batch in batches.rest(clock):
