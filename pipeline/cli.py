@@ -11,6 +11,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +27,7 @@ from .team import Elsewhere, Team
 if TYPE_CHECKING:
     from .stage import Stage
 
+Load = Callable[[], Callable[..., None]]  # imports a command's module, and gives its function
 BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 LIBRARIES = ("torch", "timm", "torch-pruning", "onnx", "onnxruntime", "onnxruntime-gpu", "nncf")
 OVERVIEW = """Sieve the data, the tokens and the weights of a vision transformer; ship what is left.
@@ -47,12 +49,12 @@ def build_app(
     *,
     console: Console | None = None,
     commands: Mapping[str, Callable[..., None]] = {},
-    further: Mapping[str, Sequence[Callable[..., None]]] = {},
+    further: Mapping[str, Mapping[str, Load]] = {},
     alone: str | None = None,
     team: Team | None = None,
 ) -> typer.Typer:
     """The whole command line. `commands` stand in for the plain command of the stage that they are named after; others
-    come after the stages'. further: task -> its commands, which come next.
+    come after the stages'. further: task -> its commands by name, which come next, each to be loaded when it is needed.
 
     alone: the one command that will be called. Typer looks at the signature of every command that it is told of, so the
     others are left out; an unknown name leaves out none. team: the processes that run the command.
@@ -61,7 +63,9 @@ def build_app(
     app = typer.Typer(cls=manual.Group, context_settings={"obj": session}, rich_markup_mode=None, help=OVERVIEW)
     app.callback(invoke_without_command=True)(_sievit)
     found = list(_commands(stages, commands, further))
-    for task, name, command, text in [each for each in found if each[1] == alone] or found:
+    for task, name, load, text in [each for each in found if each[1] == alone] or found:
+        command = load()
+        text = inspect.getdoc(command) or "" if text is None else text
         app.command(name, cls=manual.Command, help=text, rich_help_panel=task)(command)
     return app
 
@@ -69,19 +73,31 @@ def build_app(
 def _commands(
     stages: Sequence[Stage],
     instead: Mapping[str, Callable[..., None]],
-    further: Mapping[str, Sequence[Callable[..., None]]],
-) -> Iterator[tuple[str, str, Callable[..., None], str]]:
-    """Task, name, function and manual of every command, in the order of the overview."""
+    further: Mapping[str, Mapping[str, Load]],
+) -> Iterator[tuple[str, str, Load, str | None]]:
+    """Task, name, what gives the function, and manual (None: the function's) of every command, in the order of the
+    overview.
+    """
     for command in (*cli_run.COMMANDS, cli_sweep.sweep):
-        yield "Run", command.__name__, command, inspect.getdoc(command) or ""
+        yield "Run", command.__name__, partial(_itself, command), None
     for stage in stages:
-        yield "Stages", stage.name, instead.get(stage.name) or cli_stage.stage_command(stage), stage.manual
+        own = (
+            partial(_itself, instead[stage.name]) if stage.name in instead else partial(cli_stage.stage_command, stage)
+        )
+        yield "Stages", stage.name, own, stage.manual
     for name, command in instead.items():
         if name not in {stage.name for stage in stages}:
-            yield "Stages", name, command, inspect.getdoc(command) or ""
-    for task, several in {**further, **cli_store.COMMANDS}.items():
+            yield "Stages", name, partial(_itself, command), None
+    for task, loads in further.items():
+        for name, load in loads.items():
+            yield task, name, load, None
+    for task, several in cli_store.COMMANDS.items():
         for command in several:
-            yield task, command.__name__, command, inspect.getdoc(command) or ""
+            yield task, command.__name__, partial(_itself, command), None
+
+
+def _itself(command: Callable[..., None]) -> Callable[..., None]:
+    return command
 
 
 def execute(
@@ -90,7 +106,7 @@ def execute(
     arguments: Sequence[str],
     *,
     commands: Mapping[str, Callable[..., None]] = {},
-    further: Mapping[str, Sequence[Callable[..., None]]] = {},
+    further: Mapping[str, Mapping[str, Load]] = {},
     team: Team | None = None,
 ) -> int:
     """Run one command line and return its exit code. The one place where errors become text."""

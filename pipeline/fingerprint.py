@@ -16,12 +16,12 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .diagnostics import nearest, suggest
 from .errors import InputError, SievitError
+from .host import version
 from .manifest import sha256_file, sha256_of
 
 if TYPE_CHECKING:
@@ -145,11 +145,10 @@ def _wrong(field: str, message: str, hint: str) -> InputError:
 
 
 def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
+    if (found := version(distribution)) is None:
         message = f"{distribution} is not installed, which the data set comes from"
-        raise _wrong("data.source", message, f"pip install {distribution}") from None
+        raise _wrong("data.source", message, f"pip install {distribution}")
+    return found
 
 
 def _tree(source: Path, field: str, memo: _Memo, progress: Progress | None) -> list[list[object]]:

@@ -12,13 +12,14 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from sievit.pipeline.cli import execute
+from sievit.pipeline.cli import Load, execute
 from sievit.pipeline.cli_stage import Asked, run_part, run_stage, with_stage_options
 from sievit.pipeline.console import results_only
 from sievit.pipeline.errors import Interrupted, SievitError, Terminated, UsageError
@@ -27,14 +28,9 @@ from sievit.pipeline.settings import LaunchConfig
 from sievit.pipeline.team import Team, follow
 
 from . import adopt, benchmark, export, finetune, matrix, prune, quantize, sensitivity, ticket, train
-from .compare import compare
 from .deploy.providers import Provider
-from .doctor import doctor
 from .importances import Importance, Judging
-from .init import init
 from .methods import InvalidInput
-from .pack import pack
-from .predict import predict
 
 if TYPE_CHECKING:
     from sievit.pipeline.stage import Config
@@ -179,7 +175,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "benchmark": with_stage_options(measure),
     "sensitivity": with_stage_options(measure_sensitivity),
 }
-FURTHER = {"Hand over": (pack, predict, compare), "Set up": (init, doctor)}
+
+
+def _later(name: str) -> Load:
+    """The command of the module of that name."""
+    return lambda: vars(import_module(f".{name}", __package__))[name]  # type: ignore[no-any-return]
+
+
+FURTHER = {
+    task: {name: _later(name) for name in names}
+    for task, names in {"Hand over": ("pack", "predict", "compare"), "Set up": ("init", "doctor")}.items()
+}
 
 
 def main() -> int:
@@ -207,7 +213,9 @@ def main() -> int:
 
 
 def _command(arguments: list[str], team: Team) -> int:
-    return execute(STAGES, (InvalidInput,), arguments, commands=COMMANDS, further=FURTHER, team=team)
+    code = execute(STAGES, (InvalidInput,), arguments, commands=COMMANDS, further=FURTHER, team=team)
+    gc.freeze()  # the interpreter looks for garbage once more when it ends
+    return code
 
 
 def _start(arguments: list[str], launch: LaunchConfig, device: str) -> int:

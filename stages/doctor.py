@@ -6,7 +6,6 @@ import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
@@ -120,6 +119,8 @@ def versions() -> Iterator[Finding]:
 
 def _requirements() -> dict[str, SpecifierSet]:
     """The versions that Sievit's own metadata allows, by name; empty where Sievit is not installed."""
+    from importlib import metadata
+
     from packaging.requirements import Requirement
 
     try:

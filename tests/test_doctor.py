@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,18 @@ def test_telemetry_is_off_before_a_library_can_read_that_it_is_on() -> None:
     assert done.stdout.split() == ["1", "True"], done.stderr
 
 
+def test_versions_are_those_that_python_itself_reads() -> None:
+    names = {str(each.metadata["Name"]) for each in metadata.distributions()}
+    assert len(names) > 50
+    assert {name: doctor.host.version(name) for name in names} == {name: metadata.version(name) for name in names}
+    assert doctor.host.version("Torch_Pruning") == metadata.version("torch-pruning")
+    assert doctor.host.version("there-is-no-such-distribution") is None
+
+
 def test_a_library_that_is_missing_or_too_old_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = dict.fromkeys(doctor.NEEDED, "99") | {"torch": "2.9.1", "timm": None}
     monkeypatch.setattr(doctor.host, "version", installed.get)
-    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["torch>=2.10", "timm>=1.0.26", 'pytest; extra=="x"'])
+    monkeypatch.setattr(metadata, "requires", lambda name: ["torch>=2.10", "timm>=1.0.26", 'pytest; extra=="x"'])
     wrong = {each.name: each for each in doctor.versions() if each.state == "wrong"}
     assert set(wrong) == {"torch", "timm"}
     assert "torch >=2.10" in wrong["torch"].means and wrong["torch"].do == "pip install 'torch>=2.10'"
