@@ -179,7 +179,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def _later(name: str) -> Load:
     """The command of the module of that name."""
-    return lambda: vars(import_module(f".{name}", __package__))[name]  # type: ignore[no-any-return]
+    return lambda: vars(import_module(f".{name}", __package__))[name]
 
 
 FURTHER = {
