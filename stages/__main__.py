@@ -35,7 +35,6 @@ from .methods import InvalidInput
 if TYPE_CHECKING:
     from sievit.pipeline.stage import Config
 
-gc.freeze()
 gc.enable()
 
 STAGES = (
@@ -193,6 +192,7 @@ def main() -> int:
 
     Of several processes that torchrun has started the first is the engine, and the others follow it.
     """
+    gc.freeze()
     arguments = sys.argv[1:]
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         return _command(arguments, Team(start=partial(_start, arguments)))
@@ -214,7 +214,8 @@ def main() -> int:
 
 def _command(arguments: list[str], team: Team) -> int:
     code = execute(STAGES, (InvalidInput,), arguments, commands=COMMANDS, further=FURTHER, team=team)
-    gc.freeze()  # the interpreter looks for garbage once more when it ends
+    if "torch" not in sys.modules:  # whose libraries want to be taken down in order
+        gc.freeze()  # the interpreter looks for garbage once more when it ends
     return code
 
 

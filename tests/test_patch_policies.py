@@ -72,7 +72,7 @@ def batches_of(splits: Splits, patches: PatchPolicy, augment: Augmentation = STI
         seen.append(batch)
         return torch.nn.functional.cross_entropy(net(batch.images, batch.kept), batch.targets)
 
-    settings = {"epochs": 2, "batch_size": 5, **recipe}
+    settings = {"epochs": 2, "batch_size": 6, **recipe}
     pool = Pool(splits.train, np.arange(len(splits.train)), patches)
     torch.manual_seed(0)
     fit(

@@ -90,7 +90,7 @@ def trained(images: Images, folder: Path, family: str = "deit", *, kill_at: int 
 
     def tick(count: int, values: object) -> None:
         nonlocal steps
-        steps += count
+        steps += count if values else 0  # a resumed run tells first what was done before
         if steps == kill_at:
             raise Killed
 

@@ -113,7 +113,7 @@ def test_rounds_that_were_killed_again_and_again_end_with_the_same_bits(
 
         def tick(steps: int, values: Any) -> None:
             nonlocal told
-            told += 1
+            told += bool(values)  # a resumed run tells first what was done before
             if told > 1:
                 raise Killed
 
