@@ -211,8 +211,16 @@ def test_two_nodes_meet_and_make_one_run(undisturbed: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "message", "place"),
     [
-        (["train.batch_size=15"], "15 images cannot be divided evenly among 2 processes", "train.batch_size=15"),
-        (["train.batch_size=1"], "more processes (2) than images in a batch (1)", "train.batch_size=1"),
+        (
+            ["train.mixup=0", "train.batch_size=15"],
+            "15 images cannot be divided evenly among 2 processes",
+            "train.batch_size=15",
+        ),
+        (
+            ["train.mixup=0", "train.batch_size=1"],
+            "more processes (2) than images in a batch (1)",
+            "train.batch_size=1",
+        ),
         (["train.batch_size=2"], "images are mixed in pairs, and 2 make 1 for 2 processes", "train.batch_size=2"),
         (["launch.sharding=fsdp2"], "stages.train.ema: looks at whole tensors, and fsdp2", "pipeline.yaml:7:56"),
         (["device=cuda"], "GPU", ""),
