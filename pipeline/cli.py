@@ -81,9 +81,8 @@ def _commands(
     for command in (*cli_run.COMMANDS, cli_sweep.sweep):
         yield "Run", command.__name__, partial(_itself, command), None
     for stage in stages:
-        own = (
-            partial(_itself, instead[stage.name]) if stage.name in instead else partial(cli_stage.stage_command, stage)
-        )
+        plain = partial(cli_stage.stage_command, stage)
+        own = partial(_itself, instead[stage.name]) if stage.name in instead else plain
         yield "Stages", stage.name, own, stage.manual
     for name, command in instead.items():
         if name not in {stage.name for stage in stages}:

@@ -18,6 +18,7 @@ import contextlib
 import difflib
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -340,8 +341,6 @@ class Store:
         """
         self.create()
         try:
-            import tempfile  # it brings the random generators, which reading needs none of
-
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -259,8 +260,6 @@ class _Helper:
     def _run(self, stage: Stage, config: Config, message: Document) -> None:
         cpu = host.cpu_seconds()
         host.reset_peak_memory()
-        import tempfile
-
         with tempfile.TemporaryDirectory(prefix="sievit-") as scratch:
             stage.run(self._context(config, message, Path(scratch)))
         spent = {"peak_memory_mb": host.peak_memory_mb(), "cpu_seconds": host.cpu_seconds() - cpu}

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import InvalidInput
+from .example_policies import share_count
 
 
 def select_examples(
@@ -48,7 +49,7 @@ def select_examples(
             "lower proxy.lr, or clip gradients (proxy.clip: 1.0)",
         )
     wanted = kept_count(total, keep)
-    skipped = int(skip_hardest * total + 1e-9) if keep < 1 else 0  # everything is kept: nothing is passed over
+    skipped = share_count(total, skip_hardest) if keep < 1 else 0  # everything is kept: nothing is passed over
     if total - skipped < wanted:
         raise InvalidInput(
             f"keep {keep} and skip_hardest {skip_hardest} ask for {wanted} of {total - skipped} examples",
