@@ -152,24 +152,32 @@ def plan(
     *,
     pipeline: options.Pipeline = DEFAULT_PIPELINE,
     set_: options.Set,
+    check: options.Check = False,
     store: options.StoreFolder = None,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Show what a run would do, and why; how long it will take and how much of the disk.
 
-    Both are what the newest artifact of the same stage took. Checkpoints of the stage at work come on top.
+    Both are what the newest artifact of the same stage took. Checkpoints of the stage at work come on top. With --check
+    the stages that would run also look at images, network, device and providers, as `run` has them do before the first
+    of them starts; that imports torch and takes some seconds.
 
         sievit plan --set prune.target.macs=0.4
+        sievit plan --check
     """
     from . import views
     from .expectations import earlier, free_bytes, too_large, took_by
     from .forecast import forecast
+    from .preflight import check_stages
     from .resolve import caveats
 
     session, place = session_of(context), store_of(store, pipeline)
     planned = session.plan(pipeline, set_)
     found = forecast(planned, place)
+    if check:
+        with results_only():
+            check_stages(planned, [each.node for each in found if each.state in TO_RUN], place, session.invalid_input)
     took = earlier(place) if any(each.state in TO_RUN for each in found) else {}
     stages = [_forecast(each, took_by(each.node, took)) for each in found]
     to_run = [each for each in stages if each["state"] in TO_RUN]
@@ -178,6 +186,7 @@ def plan(
         "pipeline": planned.spec.name,
         "store": str(place.root),
         "stages": stages,
+        "checked": check,
         "expected_seconds": _sum(each["expected_seconds"] for each in to_run),
         "expected_bytes": _sum(each["expected_bytes"] for each in to_run),
         "free_bytes": free,

@@ -50,6 +50,7 @@ Until = Annotated[
     str | None,
     typer.Option("--until", metavar="ENTRY", help="up to and including this stage", autocompletion=completion.entries),
 ]
+Check = Annotated[bool, typer.Option("--check", help="also look at images, network, device and providers, as run does")]
 Force = Annotated[bool, typer.Option("--force", help="run anew what is in the store already")]
 Wait = Annotated[
     float,

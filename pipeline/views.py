@@ -47,6 +47,7 @@ def plan(document: Document) -> RenderableType:
         for each in document["stages"]
     ]
     count = sum(each["state"] in {"run", "unknown"} for each in document["stages"])
+    unseen = count > 0 and not document["checked"]
     closing = f"{count} of {len(rows)} stages to run" if count else f"nothing to do: {len(rows)} stages cached"
     if count and document["expected_seconds"] is not None:
         closing += f", about {duration(document['expected_seconds'])}"
@@ -56,6 +57,7 @@ def plan(document: Document) -> RenderableType:
         table("arm", "stage", "state", "about", "why", rows=rows, right={"about"}, whole={"arm", "stage", "state"}),
         Text(""),
         line(closing),
+        *([line("images, network, device and providers not looked at: `sievit plan --check`")] if unseen else []),
         *(line(f"warning: {warning}", "bold yellow") for warning in document["warnings"]),
         *(line(f"note: {note}") for note in document["notes"]),
     )

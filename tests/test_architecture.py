@@ -40,7 +40,7 @@ OPTIONS: dict[str, set[str]] = {  # of every command, as a user writes them; "" 
         "--quiet",
         *OUTPUT,
     },
-    "plan": {"PIPELINE", "--set", "--store", *OUTPUT},
+    "plan": {"PIPELINE", "--set", "--check", "--store", *OUTPUT},
     "init": {"WHERE", "--data", "--model", "--target", "--device", "--yes", "--force", *OUTPUT},
     "doctor": {"--store", *OUTPUT},
     "schema": OUTPUT,

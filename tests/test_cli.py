@@ -21,7 +21,7 @@ from test_architecture import OPTIONS
 from sievit.pipeline import errors
 from sievit.pipeline.cli import execute
 from sievit.pipeline.manual import laid_out
-from sievit.pipeline.stage import Context, Stage
+from sievit.pipeline.stage import Context, Preflight, Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRIES = 17  # stages of PIPELINE: 6 in main, 4 in dense, 6 in random, and the benchmark of all
@@ -429,6 +429,25 @@ def test_a_plan_writes_nothing_and_a_run_keeps_to_it(sievit: Sievit, folder: Pat
     assert planned.keys() == ran.keys()
     for node, state in planned.items():
         assert (state == "cached") == (ran[node] == "cached"), node
+
+
+def test_a_checked_plan_refuses_what_a_run_would_refuse_and_a_quick_one_says_that_it_did_not_look(
+    sievit: Sievit, folder: Path
+) -> None:
+    def no_opset_20(seen: Preflight) -> None:
+        if seen.config.opset == 20:
+            raise BadInput("20 does not go")
+
+    picky = [dataclasses.replace(stage, preflight=no_opset_20) if stage.name == "export" else stage for stage in STAGES]
+    quick = sievit("plan", stages=picky)
+    assert quick.code == 0 and "not looked at: `sievit plan --check`" in quick.out
+    checked, run = sievit("plan", "--check", stages=picky), sievit("run", stages=picky)
+    assert checked.code == run.code == 3
+    assert checked.err == run.err and "20 does not go" in run.err
+    assert not (folder / "artifacts").exists()
+    good = sievit("plan", "--check")
+    assert good.code == 0 and "not looked at" not in good.out
+    assert sievit("plan", "--check", "--json").document["checked"] is True
 
 
 def test_a_plan_tells_the_field_that_changed_and_how_long_it_takes(sievit: Sievit) -> None:
