@@ -204,16 +204,18 @@ def idle(seen: Preflight) -> dict[str, str]:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a teacher that timm does not have, compiling without a compiler, token reduction that the network cannot
-    have, and hidden states that cannot be compared.
+    """Refuse a device that is not there, a teacher that timm does not have, compiling without a compiler, token
+    reduction that the network cannot have, and hidden states that cannot be compared.
     """
     from .methods import InvalidInput
+    from .vision.device import check_device
     from .vision.external import check_name
     from .vision.forward import check_compiler
     from .vision.teaching import compared
     from .vision.token_schedule import create
 
     config: FinetuneConfig = seen.config
+    check_device(seen.device)
     if config.compile:
         check_compiler(seen.device, seen.at("compile"))
     distill = config.distill

@@ -325,6 +325,13 @@ def _coherent(seen: Preflight) -> None:
         )
 
 
+def preflight(seen: Preflight) -> None:
+    """Refuse a device that is not there."""
+    from .vision.device import check_device
+
+    check_device(seen.device)
+
+
 def _keep(tickets: Any) -> str:
     """The fraction of the patches that a ticket stage keeps, as it was written."""
     if tickets.whole:
@@ -346,4 +353,5 @@ STAGE = Stage(
     across_arms=True,
     shares=True,
     coherent=_coherent,
+    preflight=preflight,
 )

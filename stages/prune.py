@@ -354,14 +354,16 @@ def idle(seen: Preflight) -> dict[str, str]:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a network that would be cut untrained, one without the importance that is asked for, a target that cannot
-    be timed here, and, as far as it is known, blocks that the network does not have.
+    """Refuse a device that is not there, a network that would be cut untrained, one without the importance that is
+    asked for, a target that cannot be timed here, and, as far as it is known, blocks that the network does not have.
     """
     from .vision.architecture import load_architecture
+    from .vision.device import check_device
     from .vision.forward import check_compiler
     from .vision.network import outline
 
     config: PruneConfig = seen.config
+    check_device(seen.device)
     if config.timed:
         check_serving(config.target, seen.at)
     if config.rounds is not None and config.rounds.recover.compile:

@@ -287,7 +287,12 @@ def not_reached(left: Sequence[Trial]) -> str:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a network that nothing has trained, and importance that nothing has handed on."""
+    """Refuse a device that is not there, a network that nothing has trained, and importance that nothing has handed
+    on.
+    """
+    from .vision.device import check_device
+
+    check_device(seen.device)
     entry = seen.entry.partition(":")[0]
     check_given(seen, seen.config.judging.importance, lambda path: f"stages.{entry}.{path}")
 

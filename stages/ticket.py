@@ -367,16 +367,18 @@ def idle(seen: Preflight) -> dict[str, str]:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse images that are not there, a network, a proxy or a selector that cannot be built, and blocks that they do
-    not have.
+    """Refuse images and a device that are not there, a network, a proxy or a selector that cannot be built, and blocks
+    that they do not have.
     """
     from .methods import InvalidInput
     from .vision.architecture import load_architecture
+    from .vision.device import check_device
     from .vision.forward import check_compiler
     from .vision.network import outline
     from .vision.selector import ticketed
     from .vision.sources import check_sources
 
+    check_device(seen.device)
     check_sources(seen.data.model_dump(), seen.base)
     config: TicketConfig = seen.config
     if config.proxy.compile and (config.scored or config.selected):

@@ -385,12 +385,14 @@ def idle(seen: Preflight) -> dict[str, str]:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse images that are not there, a network that cannot be built, patch tickets that it cannot take, and what
-    asks of it a head for patches, a class token, attention among all tokens or widths that are multiples of four.
+    """Refuse images and a device that are not there, a network that cannot be built, patch tickets that it cannot
+    take, and what asks of it a head for patches, a class token, attention among all tokens or widths that are multiples
+    of four.
     """
     from .methods import InvalidInput
     from .vision import demands
     from .vision.architecture import Architecture
+    from .vision.device import check_device
     from .vision.external import check_name
     from .vision.forward import check_compiler
     from .vision.model_block import outlined
@@ -399,6 +401,7 @@ def preflight(seen: Preflight) -> None:
     from .vision.token_schedule import create
 
     config: TrainConfig = seen.config
+    check_device(seen.device)
     if config.compile:
         check_compiler(seen.device, seen.at("compile"))
     network = outlined(seen.model, seen.data.image_size, _named(seen, "start"), seen.at("start"))

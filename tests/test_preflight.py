@@ -10,6 +10,7 @@ from typing import Any
 
 import fakes
 import pytest
+import torch
 from tiny_vision import image_folder
 
 from sievit.pipeline.errors import SievitError
@@ -311,6 +312,29 @@ invalid pipeline: timm has no trained weights of 'regnety_161'
    |                                 ^^^^^^^^^^^^^^^^^^
   help: did you mean regnety_160, regnety_016, regnetz_c16?"""
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    project = Project(tmp_path, VIT)
+    told = project.refused("device=cuda")
+    assert told.startswith(
+        "invalid pipeline: device is cuda, and torch sees no usable GPU here\n  --> --set device=cuda\n"
+    )
+    assert told.endswith("or set device: cpu") and told.count("invalid pipeline") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline.yaml"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if "device" in stage.uses and "host" not in stage.uses])
+def test_every_stage_that_computes_on_a_device_looks_for_it_first(stage: Stage) -> None:
+    """Stages that judge files take providers, which are looked for in another way."""
+    seen = Preflight(
+        config=None, data=None, model=None, seed=0, arm="main", entry=stage.name, base=Path(), device="cuda"
+    )  # fmt: skip
+    with pytest.raises(InvalidInput, match="torch sees no usable GPU here") as caught:
+        stage.preflight(seen)
+    assert caught.value.field == "device"
 
 
 def test_a_provider_that_is_not_installed_is_refused_before_training_begins(tmp_path: Path) -> None:

@@ -9,14 +9,20 @@ import torch
 from ..methods import InvalidInput
 
 
+def check_device(name: str) -> None:
+    """Raises: InvalidInput when the device, "cpu" or "cuda", is not usable: Sievit never falls back in silence."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput(
+            "device is cuda, and torch sees no usable GPU here",
+            f"check the driver for CUDA {torch.version.cuda}, or set device: cpu",
+            field="device",
+        )
+
+
 def open_device(name: str) -> torch.device:
-    """ "cpu" or "cuda". Raises: InvalidInput when the device is not usable: Sievit never falls back in silence."""
+    """ "cpu" or "cuda". Raises: InvalidInput as `check_device`."""
+    check_device(name)
     if name == "cuda":
-        if not torch.cuda.is_available():
-            raise InvalidInput(
-                "device: cuda was asked for, and torch sees no usable GPU here",
-                f"check the driver for CUDA {torch.version.cuda}, or set device: cpu",
-            )
         # cuBLAS is deterministic only with a fixed workspace.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
