@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .ranges import RangesConfig, quantizer_failed, recorded
+from .vision.notes import write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -168,7 +170,10 @@ class Forge:
             return divergence(self.expected[start:stop], self._scores(alone[group], start, stop))
 
         images = min(len(self._judge), self._config.calibration_images)
-        costs = rank(groups, cost, images, self._config.revert_seconds)
+        noted = self._ctx.work / f"sensitivity-{full.form.scheme}.json"
+        if not noted.is_file():  # a resumed run has other images in its time, and might leave other blocks float
+            write_whole(noted, rank(groups, cost, images, self._config.revert_seconds))
+        costs: dict[str, float] = json.loads(noted.read_text(encoding="utf-8"))
         self.sensitivity[str(full.form.scheme)] = costs
         tried: dict[int, Candidate] = {}
 

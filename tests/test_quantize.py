@@ -275,6 +275,28 @@ def test_the_half_block_that_spoils_the_answers_stays_float_and_it_alone(
 
 
 @pytest.mark.usefixtures("ready")
+def test_a_resumed_search_leaves_float_what_was_ranked_before_the_kill(
+    exported: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search has so many seconds, and what a second look would rank first need not be what the first one did."""
+    model = onnx.load(exported.file("model.onnx"))
+    name_nodes(model)
+    groups = list(dict.fromkeys(layer.group for layer in linear_layers(model)))
+    first = groups[len(groups) // 2]
+    culprits = {layer.node for layer in linear_layers(model) if layer.group == first}
+    spoil(monkeypatch, lambda form: culprits <= form.kept_float)
+    ranked: list[object] = []
+    monkeypatch.setattr(block_sensitivity, "rank", lambda *_: ranked.append(_) or dict.fromkeys(groups, 0.0))
+    ctx = context(tmp_path, exported, schemes=("static",), smooth_quant="off", min_speedup=None)
+    costs = dict.fromkeys([first, *groups], 0.25)
+    (ctx.work / "sensitivity-static.json").write_text(json.dumps(costs))
+    quantize.run(ctx)
+    assert ctx.metrics["left_float"] == [first]
+    assert ctx.metrics["sensitivity"]["static"] == costs
+    assert not ranked
+
+
+@pytest.mark.usefixtures("ready")
 @pytest.mark.parametrize(
     ("ratios", "product"),
     [

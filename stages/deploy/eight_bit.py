@@ -12,6 +12,7 @@ operator, and some of its layers left float. Each is a file, made once and kept 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from hashlib import sha256
@@ -146,7 +147,7 @@ class Workshop:
             return None
         partial = target.with_suffix(".partial")
         onnx.save(model, partial)
-        return partial.replace(target)
+        return _whole(partial, target)
 
     def _path(self, form: Form) -> Path:
         if form == Form(None):
@@ -169,7 +170,14 @@ class Workshop:
         command = {"do": do, "source": str((source or self._source).absolute()), "target": str(partial.absolute())}
         self._child = self._child or Child("quantizer", "quantizer", limited=False)
         self._child.ask(command | more, self._timeout_s)
-        return partial.replace(target)
+        return _whole(partial, target)
+
+
+def _whole(partial: Path, target: Path) -> Path:
+    """Give a file its name once it is on the disk: a resumed run takes what has the name for finished."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    return partial.replace(target)
 
 
 def _digest(names: Collection[str]) -> str:
