@@ -2,8 +2,8 @@
 
 In it: stage kind and code version, its config, the content digests of its inputs, and, each only where the stage says
 that it uses it, data, model, seed, device class and host. Not in it: paths, names of machines, times, running
-versions, the number of loader processes. The material is kept in the manifest, so that `explain` can name the field
-that made the difference.
+versions, the number of loader processes, how long is waited for a process that is silent. The material is kept in the
+manifest, so that `explain` can name the field that made the difference.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def material(
     found: dict[str, Any] = {
         "stage": stage.name,
         "code_version": stage.version,
-        "config": config.model_dump(mode="json", exclude=set(files)),
+        "config": config.model_dump(mode="json", exclude={*files, *config.WITHOUT_EFFECT}),
         "inputs": {role: artifact.digest for role, artifact in inputs.items()}
         | {role: [_labelled(one) for one in ones] for role, ones in many.items()},
         "packages": versions(stage.packages),

@@ -30,7 +30,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -51,6 +51,8 @@ OURS = ("model.onnx", "model.json")
 
 class AdoptConfig(Config):
     """Which file, and what goes with it."""
+
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"timeout"})
 
     file: Text = Field(description="the .onnx file; paths are meant from the folder of pipeline.yaml")
     weights: tuple[Text, ...] = Field(

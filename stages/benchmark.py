@@ -42,7 +42,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, geometric_mean
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -67,6 +67,8 @@ Scenario = Literal["single", "offline", "server"]
 
 class BenchmarkConfig(Config):
     """What is measured, and for how long."""
+
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"timeout"})
 
     providers: Annotated[tuple[Provider, ...], Field(min_length=1)] = Field(
         default=("cpu",), description="ONNX Runtime execution providers; the first one decides the gates"

@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 class QuantizeConfig(Config):
     """What INT8 may cost, and what it must bring."""
+
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"timeout"})
 
     schemes: Annotated[tuple[Literal["static", "dynamic", "weights"], ...], Field(min_length=1)] = Field(
         default=("static", "dynamic"),

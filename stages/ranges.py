@@ -10,7 +10,7 @@ writes   static.onnx: pairs of QuantizeLinear and DequantizeLinear, SmoothQuant'
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,8 @@ READS = (Reads("onnx", "onnx"), Reads("tickets", "tickets", optional=True))
 
 class RangesConfig(Config):
     """What the recorded form depends on; quantize's manual says what the settings mean."""
+
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"timeout"})
 
     images: int = Field(ge=1, description="calibration images; fewer if there are fewer")
     alpha: float | None = Field(description="strength of SmoothQuant; null: without")

@@ -15,7 +15,8 @@ from tiny_vision import ARGS, image_folder, network, swin
 from sievit.pipeline import keys
 from sievit.pipeline.settings import DataConfig, ModelConfig
 from sievit.pipeline.stage import Context
-from sievit.stages import candidates, proposals, prune
+from sievit.stages import candidates, proposals, prune, ranges
+from sievit.stages.__main__ import STAGES
 from sievit.stages.candidates import Serving
 from sievit.stages.methods import InvalidInput
 from sievit.stages.methods.allocation import Axis, Pressure, at_dial
@@ -87,6 +88,24 @@ def test_the_host_is_in_the_key_exactly_where_the_result_hangs_on_it(target: dic
         seed=0, device="cpu", host_fingerprint="abc",
     )  # fmt: skip
     assert found.get("host") == ("abc" if timed else None)
+
+
+def test_how_long_is_waited_for_a_process_is_in_no_key() -> None:
+    """A user who gives a quantizer more time wants what was made before the clock ran out."""
+    found = [stage for stage in (*STAGES, ranges.STAGE) if "timeout" in stage.config.model_fields]
+    assert {stage.name for stage in found} == {"adopt", "quantize", "benchmark", "ranges"}
+    for stage in found:
+        fields = {"file": "a.onnx", "images": 1, "alpha": None, "bits": 8}
+        given = {name: value for name, value in fields.items() if name in stage.config.model_fields}
+        first, second = (
+            keys.material(
+                stage, stage.config(**given, timeout=seconds), inputs={}, many={}, references={}, files={},
+                data=DataConfig(source="images"), data_fingerprint="", model=ModelConfig(name="x"),
+                weights_digest=None, seed=0, device="cpu", host_fingerprint="",
+            )
+            for seconds in (60.0, 90.0)
+        )  # fmt: skip
+        assert first == second and len(first["config"]) == len(stage.config.model_fields) - 1
 
 
 # ---- how far it can reach
