@@ -26,6 +26,7 @@ from sievit.pipeline.stage import Context
 from sievit.stages import train
 from sievit.stages.methods import InvalidInput
 from sievit.stages.methods.weight_masks import (
+    bend,
     cosine_fraction,
     cubic_keep,
     drop_and_grow,
@@ -576,6 +577,19 @@ def test_the_knee_is_the_last_level_before_accuracy_falls() -> None:
             assert knee((1.0, 0.5), (correct / images, (correct - images // 100) / images), 0.01) == 0.5
 
 
+def test_a_curve_bends_where_it_is_farthest_from_its_chord() -> None:
+    """Against the distance of each point from the line through the ends, by the formula for a point and a line."""
+    keeps, top1 = (1.0, 0.9, 0.7, 0.5, 0.4), (0.92, 0.93, 0.90, 0.60, 0.30)
+    x = np.array([(1.0 - keep) / 0.6 for keep in keeps])
+    y = np.array([(one - 0.30) / 0.62 for one in top1])
+    distance = np.abs((y[-1] - y[0]) * x - (x[-1] - x[0]) * y + x[-1] * y[0] - y[-1] * x[0])
+    assert bend(keeps, top1) == keeps[int(distance.argmax())] == 0.7
+    assert bend((1.0, 0.5), (0.9, 0.1)) is None, "two points are a straight line"
+    assert bend(keeps, (0.9,) * 5) is None
+    assert bend(keeps, (0.9, 0.3, 0.3, 0.3, 0.2)) is None, "a curve that falls at once has no bend to keep to"
+    assert bend(keeps, (0.5, 0.6, 0.7, 0.8, 0.9)) is None
+
+
 def test_a_sweep_takes_the_knee_of_what_it_records_and_books_its_cost(tmp_path: Path) -> None:
     write_tensors(tmp_path / "w.safetensors", network(classes=2).body.state_dict())
     settings = Essential(method="essential", levels=(0.9, 0.5, 0.001), steps=2, tolerance=0.05)
@@ -583,6 +597,7 @@ def test_a_sweep_takes_the_knee_of_what_it_records_and_books_its_cost(tmp_path: 
     record = ctx.metrics["masks"]
     tried = record["tried"]
     assert [row["keep"] for row in tried] == [1.0, 0.9, 0.5, 0.001]
+    assert record["bend"] == bend([row["keep"] for row in tried], [row["top1"] for row in tried])
     assert record["chosen"] == knee([row["keep"] for row in tried], [row["top1"] for row in tried], 0.05)
     assert record["density"]["global"] == pytest.approx(record["chosen"], abs=1e-5)
     assert ctx.ledger["scoring_macs"] == 4 * 2 * 8 * 3 * network(classes=2).architecture.macs()

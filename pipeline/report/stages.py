@@ -100,6 +100,8 @@ def _masks(masks: Mapping[str, Any]) -> list[str]:
     if tried:
         answers = ", ".join(f"{name} {percent(number(tried, name))}" for name in tried)
         said.append(f"On the calibration split: {answers}; taken: {text(masks, 'chosen')}.")
+    if number(masks, "bend") is not None:
+        said.append(f"Accuracy bends most at {percent(number(masks, 'bend'))} kept.")
     rates = [f"{percent(number(row, 'keep'))}: {percent(number(row, 'top1'))}" for row in listing(masks, "rates")]
     if rates:
         said.append(f"Weights kept after training, and top-1 on the test split: {', '.join(rates)}.")

@@ -147,3 +147,18 @@ def knee(keeps: Sequence[float], top1: Sequence[float], tolerance: float) -> flo
     while enough + 1 < len(keeps) and top1[0] - top1[enough + 1] <= tolerance + 1e-9:
         enough += 1
     return keeps[enough]
+
+
+def bend(keeps: Sequence[float], top1: Sequence[float]) -> float | None:
+    """The fraction at which accuracy bends most: farthest above the straight line from the first point to the last,
+    with both axes scaled to 1. keeps fall. None where no point is above it, or the last one has lost nothing.
+
+    Satopaa et al. 2011 (Kneedle) without smoothing. It depends on where the levels end, and `knee` does not: it is told
+    beside the choice and is not the choice.
+    """
+    lost, span = top1[0] - top1[-1], keeps[0] - keeps[-1]
+    if lost <= 0 or span <= 0:
+        return None
+    above = [(one - top1[-1]) / lost - (keep - keeps[-1]) / span for keep, one in zip(keeps, top1, strict=True)]
+    best = max(range(len(above)), key=above.__getitem__)
+    return keeps[best] if above[best] > 1e-9 else None

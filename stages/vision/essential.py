@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..methods.weight_masks import knee
+from ..methods.weight_masks import bend, knee
 from .mask_settings import Essential
 from .network import Network
 from .trials import Trials
@@ -17,13 +17,14 @@ from .trials import Trials
 
 @dataclass(frozen=True)
 class Tried:
-    """keeps: fractions kept, the dense network's 1 first; top1: of each on the calibration split. images, seconds: of
-    all their training.
+    """keeps: fractions kept, the dense network's 1 first; top1: of each on the calibration split. bend: where the curve
+    bends most, if it does. images, seconds: of all their training.
     """
 
     keeps: tuple[float, ...]
     top1: tuple[float, ...]
     chosen: float
+    bend: float | None
     images: int
     seconds: float
 
@@ -43,4 +44,5 @@ def sweep(network: Network, settings: Essential, trials: Trials) -> Tried:
             top1.append(trials.judge(fitted.network))
             images, seconds = images + fitted.images, seconds + fitted.seconds
             task.advance(1, top1=top1[-1])
-    return Tried(keeps, tuple(top1), knee(keeps, top1, settings.tolerance), images, seconds)
+    chosen = knee(keeps, top1, settings.tolerance)
+    return Tried(keeps, tuple(top1), chosen, bend(keeps, top1), images, seconds)

@@ -15,10 +15,10 @@ def pictures(settings: MaskSettings | None, record: Mapping[str, Any]) -> Iterat
         case Essential():
             yield Picture(
                 "essential",
-                sweep(*_columns(record["tried"]), record["chosen"], settings.tolerance),
+                sweep(*_columns(record["tried"]), record["chosen"], record["bend"], settings.tolerance),
                 "Weights kept against accuracy",
                 f"Each level cut at once and trained for {settings.steps} steps. Dashed: what may be lost; upright: "
-                "the level taken.",
+                "the level taken; dotted: where the curve bends most.",
             )
         case Soup() if record["rounds"]:
             yield Picture(
@@ -40,12 +40,16 @@ def _columns(rows: list[dict[str, float]]) -> tuple[list[float], list[float]]:
     return [row["keep"] for row in rows], [row["top1"] for row in rows]
 
 
-def sweep(keeps: Sequence[float], top1: Sequence[float], chosen: float, tolerance: float) -> str:
-    """Calibration top-1 by the fraction of the weights kept, the line that must not be crossed, and the choice."""
+def sweep(keeps: Sequence[float], top1: Sequence[float], chosen: float, bend: float | None, tolerance: float) -> str:
+    """Calibration top-1 by the fraction of the weights kept, the line that must not be crossed, the choice, and where
+    the curve bends most.
+    """
     figure, axes = axes_of(6, 3)
     axes.axhline(100 * (top1[0] - tolerance), color=FAINT, linestyle="--", linewidth=1)
     axes.plot([100 * keep for keep in keeps], [100 * one for one in top1], "o-", markersize=3, color=ACCENT)
     axes.axvline(100 * chosen, color=INK, linewidth=1)
+    if bend is not None:
+        axes.axvline(100 * bend, color=INK, linewidth=1, linestyle=":")
     axes.invert_xaxis()
     axes.set_xlabel("weights kept, %")
     axes.set_ylabel("top-1 on the calibration split, %")

@@ -68,7 +68,11 @@ class Connected(Settings):
     hardware: the whole map is computed and then covered.
     """
 
-    keep: float = Field(gt=0, lt=1, description="fraction of the kept patch tokens that each goes on attending to")
+    keep: float = Field(
+        gt=0,
+        lt=1,
+        description="fraction of the kept patch tokens that each goes on attending to, from the first step on",
+    )
     mode: Literal["paper", "corrected"] = Field(
         "corrected",
         description="paper: the released formula, in which covered keys can take most of the weight; corrected: "
