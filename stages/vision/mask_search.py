@@ -32,7 +32,7 @@ def find(settings: MaskSettings | None, network: Network, trials: Trials) -> Fou
     match settings:
         case Essential():
             tried = essential.sweep(network, settings, trials)
-            record = {"chosen": tried.chosen, "bend": tried.bend, "tried": tried.rows()}
+            record: dict[str, Any] = {"chosen": tried.chosen, "bend": tried.bend, "tried": tried.rows()}
             return Found(network, settings.at(tried.chosen), tried.images, tried.seconds, record)
         case Soup():
             cooked = soup.cook(network, settings, trials)
