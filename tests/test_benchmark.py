@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +317,16 @@ def test_heavy_operators_on_another_provider_are_an_error(tmp_path: Path) -> Non
 
 def subject(path: Path, name: str = "a") -> Subject:
     return Subject(name, path, "input", "float32", (3, 8, 8))
+
+
+def test_a_file_may_have_a_provider_of_its_own_and_one_that_is_absent_is_refused(tmp_path: Path) -> None:
+    here, setting = subject(tiny_onnx.linear(tmp_path / "a.onnx")), Setting("cpu", 1, 1, "host")
+    own = replace(here, provider="openvino")
+    assert latency.load_command("load", own, setting, "")["provider"] == "openvino"
+    assert latency.load_command("load", here, setting, "")["provider"] == "cpu"
+    if "OpenVINOExecutionProvider" not in ort.get_available_providers():
+        with pytest.raises(InvalidInput, match="provider openvino is not in the installed onnxruntime"):
+            latency.measure([here, own], [setting], QUICK, Listening())
 
 
 def test_variants_are_interleaved_in_random_order_with_the_baseline_twice(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,13 +46,20 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One file to time. image: channels, height, width; dtype of the input."""
+    """One file to time. image: channels, height, width; dtype of the input. provider: where it runs whatever the
+    setting says, so that providers can take turns in one run.
+    """
 
     name: str
     path: Path
     input: str
     dtype: str
     image: tuple[int, int, int]
+    provider: str | None = None
+
+    def on(self, setting: Setting) -> str:
+        """The provider that it runs on in a setting."""
+        return self.provider or setting.provider
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +126,7 @@ def measure(
     with a provider, ChildFailed when a worker crashes or hangs.
     """
     twin = subjects[0]
-    everyone = [*subjects, Subject(TWIN, twin.path, twin.input, twin.dtype, twin.image)]
+    everyone = [*subjects, replace(twin, name=TWIN)]
     results: Results = {(subject.name, setting): Measured() for subject in everyone for setting in settings}
     groups = sorted(
         {(s.provider, s.threads) for s in settings}, key=lambda g: [(s.provider, s.threads) for s in settings].index(g)
@@ -154,7 +161,7 @@ def _slot_seconds(plan: Plan) -> float:
 
 def _placement(subject: Subject, setting: Setting, cache: str, plan: Plan) -> dict[str, Any]:
     """Which provider ran which operators, from a process that ends before timing starts; also proof that it runs."""
-    with Child("worker", subject.name, limited=setting.provider not in GRAPHICS) as child:
+    with Child("worker", subject.name, limited=subject.on(setting) not in GRAPHICS) as child:
         return child.ask(load_command("place", subject, setting, cache), plan.timeout_s)
 
 
@@ -170,7 +177,9 @@ def _session(
     order = random.Random(f"{plan.seed}/{group[0]}/{session}")
     with ExitStack() as stack:
         children = {
-            subject.name: stack.enter_context(Child("worker", subject.name, limited=group[0].provider not in GRAPHICS))
+            subject.name: stack.enter_context(
+                Child("worker", subject.name, limited=subject.on(group[0]) not in GRAPHICS)
+            )
             for subject in order.sample(list(everyone), len(everyone))
         }
         for child in children.values():  # they import side by side, and are idle when the first one loads
@@ -223,7 +232,7 @@ def load_command(do: str, subject: Subject, setting: Setting, cache: str) -> dic
     return {
         "do": do,
         "path": str(subject.path.absolute()),
-        "provider": setting.provider,
+        "provider": subject.on(setting),
         "threads": setting.threads,
         "cores": measuring_cores(setting.threads),
         "input": {"name": subject.input, "dtype": subject.dtype},
