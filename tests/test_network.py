@@ -16,9 +16,29 @@ from tiny_vision import ARGS, FAMILIES, images, network
 from sievit.stages.methods import InvalidInput
 from sievit.stages.vision import families
 from sievit.stages.vision.architecture import load_architecture
-from sievit.stages.vision.network import create
+from sievit.stages.vision.network import create, outline
 from sievit.stages.vision.vit import adopt
 from sievit.stages.vision.weights import load_network, save_network
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("deit_tinny", "deit_tiny_patch16_224"),
+        ("DeiT-S", "deit_small_patch16_224"),
+        ("vit_small", "vit_small_patch16_224"),
+        ("vit-base-patch16-224", "vit_base_patch16_224"),
+        ("swin_tiny", "swin_tiny_patch4_window7_224"),
+        ("lvvit_small", "lvvit_s"),
+    ],
+)
+def test_a_name_without_its_sizes_is_answered_with_models_that_go_through(written: str, meant: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        outline(written, image_size=224, args={})
+    named = caught.value.hint.removeprefix("did you mean ").rstrip("?").split(", ")
+    assert meant in named
+    for name in named:
+        families.check_module(name, timm.model_entrypoint(name).__module__)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

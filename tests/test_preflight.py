@@ -310,7 +310,7 @@ invalid pipeline: timm has no trained weights of 'regnety_161'
    |
  6 |   finetune: {distill: {teacher: "timm:regnety_161"}, epochs: 1}
    |                                 ^^^^^^^^^^^^^^^^^^
-  help: did you mean regnety_160, regnety_016, regnetz_c16?"""
+  help: did you mean regnety_160, regnety_016, regnety_120?"""
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import InvalidInput
+from .families import nearest
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def check_name(text: str, field: str) -> None:
     """
     name = text.removeprefix("timm:")
     if ":" not in name and not timm.is_model_pretrained(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        close = nearest(name, timm.list_models(pretrained=True, include_tags=False))
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models(pretrained=True) names what there is"
         raise InvalidInput(f"timm has no trained weights of {name!r}", hint, field=field)
 

@@ -6,6 +6,11 @@ masked one, and its cost stated from the widths. A reason stands here for those 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
+import timm
+
 from ..methods import InvalidInput
 from .lvvit import LVViT
 
@@ -32,6 +37,33 @@ REASONS = {
     "and whose cost is not counted here",
     "swin_transformer_v2_cr": "it is another Swin V2 than swinv2_*, with its own blocks and attention",
 }
+
+
+def meant(name: str) -> str:
+    """The hint for a model name that timm does not have: those of the families here that come nearest."""
+    modules = [module.rpartition(".")[2] for module in (*VIT, *SWIN)]
+    close = nearest(name, [known for module in modules for known in timm.list_models(module=module)])
+    return f"did you mean {', '.join(close)}?" if close else WORKING
+
+
+def nearest(name: str, known: Sequence[str], most: int = 3) -> list[str]:
+    """Names that a user may have meant, the nearest first. timm's end in patch and image sizes, which people leave out
+    (deit_tiny), so that a name also counts by its beginning, a little less than by the whole.
+    """
+    matcher = difflib.SequenceMatcher(autojunk=False)
+    matcher.set_seq2(name.lower().replace("-", "_"))
+
+    def likeness(candidate: str) -> float:
+        matcher.set_seq1(candidate)
+        whole = matcher.ratio()
+        matcher.set_seq1(candidate[: len(name)])
+        return max(whole, matcher.ratio() - 0.05)
+
+    scores = {candidate: likeness(candidate) for candidate in known}
+    close = [candidate for candidate in known if scores[candidate] >= 0.7]
+    # Of equals those that begin alike for longer.
+    differs = {one: [a != b for a, b in zip(name, one, strict=False)] for one in close}
+    return sorted(close, key=lambda one: (-scores[one], differs[one], len(one)))[:most]
 
 
 def check_module(name: str, module: str) -> None:

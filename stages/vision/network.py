@@ -8,7 +8,6 @@ decided here, by the class of timm's network; which of timm's models belong to n
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -175,7 +174,7 @@ def _check_grid(image_size: int, patch: object) -> None:
 def _refused(name: str, args: dict[str, Any], error: Exception) -> InvalidInput:
     """What timm's refusal is about, as far as it can be told: the name, the family, or one of the arguments."""
     if "pretrained tag" in str(error) or (":" not in name and not timm.is_model(name)):
-        return InvalidInput(f"model.name: {error}", _nearest(name), field="model.name")
+        return InvalidInput(f"model.name: {error}", families.meant(name), field="model.name")
     module = None if ":" in name else timm.models.model_entrypoint(name).__module__
     if "pretrained weights exist" in str(error) and module is not None:
         return InvalidInput(
@@ -234,8 +233,3 @@ def _load_local(body: nn.Module, path: Path, classes: int | None) -> None:
                 raise _random_head(f"model.weights: {path}", answers, classes, "model.weights")
             loaded[name] = own[name]
     load_state(body, loaded, path)
-
-
-def _nearest(name: str) -> str:
-    close = difflib.get_close_matches(name, timm.list_models(), n=3)
-    return f"did you mean {', '.join(close)}?" if close else "timm.list_models() names what there is"
