@@ -14,7 +14,7 @@ from sievit.pipeline.errors import InputError, UsageError
 from sievit.pipeline.session import DEFAULT_PIPELINE, session_of
 
 from .methods import InvalidInput
-from .starter import DIGITS, PHOTO_MODEL, Wish, starter
+from .starter import DIGITS, PHOTO_MODEL, Model, Wish, starter
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -81,13 +81,15 @@ def init(
         )
     else:
         source, census = _looked_at(console, data or DIGITS, path.parent)
-    wish = Wish(source, model)
+    wish = Wish(source, None if model is None else _model(model))
     if ask:
         if model is None:
             small = _suits_own(wish, census)
             question = "timm model, taken pretrained" + ("; own: a small one for such small images" if small else "")
-            answer = _asked(console, question, "own" if small else PHOTO_MODEL, str)
-            wish = Wish(source, None if small and answer == "own" else answer)
+            usual = "own" if small else PHOTO_MODEL.name
+            wish = Wish(
+                source, _asked(console, question, usual, lambda text: None if small and text == "own" else _model(text))
+            )
         if wanted is None:
             usual = "macs=0.35" if wish.plain_digits else "macs=0.5"
             wanted = _asked(console, f"what must be left ({TARGETS})", usual, _target)
@@ -114,6 +116,17 @@ def _asked(console: Console, question: str, usual: str, parse: Callable[[str], A
 def _suits_own(wish: Wish, census: Census | None) -> bool:
     """Whether the starter would take a small network of its own."""
     return "pretrained: false" in starter("", wish, census)
+
+
+def _model(text: str) -> Model:
+    """What timm knows of a model. InvalidInput for one that it does not have, or of a family that does not go
+    through.
+    """
+    if text == PHOTO_MODEL.name:
+        return PHOTO_MODEL  # known without importing torch
+    from .vision.network import trained_size
+
+    return Model(text, *trained_size(text))
 
 
 def _target(text: str) -> Target:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .vision.census import Census
 
 DIGITS = "builtin:digits"
-PHOTO_MODEL = "deit_tiny_patch16_224"  # the usual first choice for photographs, taken pretrained
 SMALL_SIDES = (
     (48, 32),
     (96, 64),
@@ -84,13 +83,23 @@ gates: {accuracy_drop: $drop, speedup: $speedup}
 
 
 @dataclass(frozen=True, slots=True)
+class Model:
+    """A timm model. size: pixels a side of the images that it is for; trained: whether timm has trained weights."""
+
+    name: str
+    size: int
+    trained: bool
+
+
+PHOTO_MODEL = Model("deit_tiny_patch16_224", 224, True)  # the usual first choice for photographs
+
+
+@dataclass(frozen=True, slots=True)
 class Wish:
-    """What a pipeline is wanted for. source: as the data block names it; model: a timm name, taken pretrained, None for
-    what suits the images.
-    """
+    """What a pipeline is wanted for. source: as the data block names it; model: None for what suits the images."""
 
     source: str = DIGITS
-    model: str | None = None
+    model: Model | None = None
     target: Target | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -98,6 +107,11 @@ class Wish:
     def plain_digits(self) -> bool:
         """The project's own example, whose settings were tried."""
         return self.source == DIGITS and self.model is None
+
+    @property
+    def swin(self) -> bool:
+        """Whether a Swin is wished for, which ranks no patches and takes tickets in a way of its own."""
+        return self.model is not None and self.model.name.startswith("swin")
 
 
 def starter(name: str, wish: Wish, census: Census | None = None) -> str:
@@ -120,9 +134,9 @@ def starter(name: str, wish: Wish, census: Census | None = None) -> str:
         model=model,
         patches=0.75 if wish.plain_digits else 0.5,
         proxy=_proxy(wish, recipe),
-        pace=pace + (f"\n  # {PACKED}" if _is_swin(wish.model) else ""),
+        pace=pace + (f"\n  # {PACKED}" if wish.swin else ""),
         epochs=epochs,
-        packing=", patches: zero" if _is_swin(wish.model) else "",
+        packing=", patches: zero" if wish.swin else "",
         recipe=recipe,
         until=UNTIL[target.kind],
         target=f"{target.kind}: {target.asked:g}",
@@ -146,12 +160,12 @@ def _network(wish: Wish, census: Census | None) -> tuple[int, str, str]:
                 )
                 return size, _scratch(patch_size=size // 8, depth=6), why
     model = wish.model or PHOTO_MODEL
-    size = int(found[-1]) if (found := re.findall(r"_(\d{3})(?![0-9])", model.partition(".")[0])) else 224
     seen = f"; the images have {side} (median of the shorter sides)" if side is not None else ""
+    note = "" if model.trained else "  # timm has no trained weights of it: training begins at random"
     return (
-        size,
-        f"{{name: {json.dumps(model, ensure_ascii=False)}, pretrained: true}}",
-        f"what {model} was trained at{seen}",
+        model.size,
+        f"{{name: {json.dumps(model.name)}, pretrained: {json.dumps(model.trained)}}}{note}",
+        f"what {model.name} {'was trained at' if model.trained else 'is made for'}{seen}",
     )
 
 
@@ -162,7 +176,7 @@ def _times(size: int) -> int:
 def _scratch(*, patch_size: int, depth: int) -> str:
     """A small network for small images, to be trained from nothing."""
     args = f"{{patch_size: {patch_size}, embed_dim: 192, depth: {depth}, num_heads: 3}}"
-    return f"{{name: {PHOTO_MODEL}, pretrained: false, args: {args}}}"
+    return f"{{name: {PHOTO_MODEL.name}, pretrained: false, args: {args}}}"
 
 
 def _pace(wish: Wish, census: Census | None) -> tuple[int, int, str, str]:
@@ -189,7 +203,7 @@ def _pace(wish: Wish, census: Census | None) -> tuple[int, int, str, str]:
 
 def _proxy(wish: Wish, recipe: str) -> str:
     """The short runs that score images; a Swin ranks no patches, and another network's tickets are taken."""
-    ranker = [f"model: {{name: {PHOTO_MODEL}}}"] if _is_swin(wish.model) else []
+    ranker = [f"model: {{name: {PHOTO_MODEL.name}}}"] if wish.swin else []
     settings = [*ranker, *([f"epochs: 4{recipe}"] if recipe else [])]
     return f", proxy: {{{', '.join(settings)}}}" if settings else ""
 
@@ -233,10 +247,6 @@ def _plain(name: str) -> str:
     """A class's name in a comment: no line breaks, and short."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
     return text if len(text) <= 30 else f"{text[:29]}…"
-
-
-def _is_swin(model: str | None) -> bool:
-    return model is not None and model.startswith("swin")
 
 
 def slug(name: str) -> str:

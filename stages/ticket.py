@@ -374,6 +374,7 @@ def preflight(seen: Preflight) -> None:
     from .vision.architecture import load_architecture
     from .vision.device import check_device
     from .vision.forward import check_compiler
+    from .vision.model_block import outlined
     from .vision.network import outline
     from .vision.selector import ticketed
     from .vision.sources import check_sources
@@ -384,7 +385,7 @@ def preflight(seen: Preflight) -> None:
     if config.proxy.compile and (config.scored or config.selected):
         check_compiler(seen.device, seen.at("proxy.compile"))
     size = seen.data.image_size
-    own = outline(seen.model.name, image_size=size, args=seen.model.args)
+    own = outlined(seen.model, size, None, "model")
     proxy = own
     if (other := config.proxy.model) is not None:
         try:

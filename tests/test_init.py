@@ -58,7 +58,8 @@ def written(answer: Answer) -> Path:
         (320, (), 224, {"name": "deit_tiny_patch16_224", "pretrained": True}),
         (320, ("--model", "vit_base_patch16_384", "--target", "speedup=2.5", "--device", "cpu"), 384, {}),
         (320, ("--model", "swin_tiny_patch4_window7_224", "--target", "params=0.6"), 224, {}),
-        (320, ("--model", "lvvit_s", "--target", "size_mb=40"), 224, {}),
+        (320, ("--model", "lvvit_s", "--target", "size_mb=40"), 224, {"pretrained": False}),
+        (320, ("--model", "vit_small_patch14_dinov2"), 518, {"pretrained": True}),
         (64, ("--target", "latency_ms=3"), 64, {"pretrained": False}),
         (28, (), 32, {"pretrained": False}),
     ],
@@ -80,6 +81,19 @@ def test_what_is_written_for_a_folder_passes_every_check_before_a_run(
     assert prune.config.model_dump()["target"][kind] == float(value)
     if kind == "speedup":
         assert spec.gates.speedup == 2.5
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [("deit_tinny", "did you mean deit_tiny_patch16_224"), ("resnet18", "models that work"),
+     ("vit_small_patch16_224.own", "Invalid pretrained tag")],
+)  # fmt: skip
+def test_a_model_that_cannot_go_through_is_refused_and_nothing_is_written(
+    model: str, said: str, tmp_path: Path, sievit: Sievit
+) -> None:
+    answer = sievit("init", str(tmp_path), "--model", model)
+    assert answer.code == 3 and said in answer.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_starter_for_digits_is_the_projects_own_pipeline(tmp_path: Path, sievit: Sievit) -> None:

@@ -183,6 +183,13 @@ invalid pipeline: model.name: Unknown model (deit_tiney_patch16_224)
     )
 
 
+def test_trained_weights_that_timm_does_not_have_are_refused(tmp_path: Path) -> None:
+    text = VIT.replace("deit_tiny_patch16_224, args", "lvvit_t, pretrained: true, args")
+    told = Project(tmp_path, text).refused("model.args={}", "data.image_size=224")
+    assert told.startswith("invalid pipeline: model.pretrained: timm has no trained weights of lvvit_t\n")
+    assert "pipeline.yaml:2:36" in told and told.endswith("name a file of your own: model.weights")
+
+
 def test_an_argument_that_timm_does_not_know_is_named(tmp_path: Path) -> None:
     assert (
         Project(tmp_path, VIT).refused("model.args.depht=3")

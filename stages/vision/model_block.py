@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from ..methods import InvalidInput
 from .architecture import Architecture, SwinArchitecture, load_architecture
-from .network import Network, create, outline
+from .network import Network, check_trained, create, outline
 from .preprocessing import Preprocessing, check, choose, load
 from .weights import load_network
 
@@ -75,13 +75,15 @@ def go_on(
 def outlined(
     block: ModelBlock, image_size: int, start: tuple[Path, str] | None, at: str
 ) -> Architecture | SwinArchitecture:
-    """The architecture that training begins with, no weights read. start: folder and reference of a model artifact, in
-    place of the block's own network; at: where it is named in pipeline.yaml.
+    """The architecture that training begins with, no weights read or fetched. start: folder and reference of a model
+    artifact, in place of the block's own network; at: where it is named in pipeline.yaml.
 
     Raises: InvalidInput as network.create, and for an artifact of another network than the block's; its widths may have
     been cut.
     """
     if start is None:
+        if block.pretrained:
+            check_trained(block.name)
         return outline(block.name, image_size=image_size, args=block.args)
     folder, who = start
     architecture = load_architecture(folder / "architecture.json")

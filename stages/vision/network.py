@@ -83,6 +83,30 @@ def outline(name: str, *, image_size: int, args: Mapping[str, Any]) -> Architect
         return create(name, classes=2, image_size=image_size, args=dict(args)).architecture
 
 
+def check_trained(name: str) -> None:
+    """Raises: InvalidInput when timm has no trained weights of this model; whether they can be fetched is not tried."""
+    if ":" not in name and not timm.is_model_pretrained(name):
+        raise InvalidInput(
+            f"model.pretrained: timm has no trained weights of {name}",
+            "set pretrained: false, or name a file of your own: model.weights",
+            field="model.pretrained",
+        )
+
+
+def trained_size(name: str) -> tuple[int, bool]:
+    """(pixels a side of the images that a timm model is for, whether timm has trained weights of it). Raises:
+    InvalidInput as `create`.
+    """
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # a tag that is not known
+        hint = families.meant(name.partition(".")[0])
+        raise InvalidInput(f"model.name: {error}", hint, field="model.name") from error
+    size = 224 if config is None else int(config.input_size[-1])
+    outline(name, image_size=size, args={})
+    return size, ":" in name or timm.is_model_pretrained(name)
+
+
 @overload
 def rebuild(architecture: Architecture, *, drop_path: float = 0.0, device: str = "cpu") -> ViT: ...
 @overload
