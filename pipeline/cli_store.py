@@ -19,7 +19,7 @@ from .session import DEFAULT_PIPELINE, Session, require_arm, session_of, store_o
 if TYPE_CHECKING:
     from .collect import Removal
     from .forecast import Forecast
-    from .keys import Change
+    from .reasons import Reason
     from .stage import Stage
     from .store import Artifact, Store
 
@@ -141,14 +141,19 @@ def _verdict(found: Forecast) -> str:
             own = f", and differs from {found.compared_to} by itself:" if found.reasons else ""
             return f"{node} is not known before {found.waits_for} has run{own}"
         case _ if found.compared_to:
-            return f"{node} would run. It differs from {found.compared_to}:"
+            return f"{node} would run{_resuming(found)}. It differs from {found.compared_to}:"
         case _:
-            return f"{node} would run: there is no {found.node.stage.name} artifact yet"
+            return f"{node} would run{_resuming(found)}: there is no {found.node.stage.name} artifact yet"
+
+
+def _resuming(found: Forecast) -> str:
+    return f", and {found.resumes.says}" if found.resumes is not None else ""
 
 
 def explained_artifact(store: Store, ref: str) -> Document:
     """Why an artifact is another one than its predecessor."""
     from . import keys
+    from .reasons import in_words
 
     artifact = store.resolve(ref)
     older = [each for each in store.artifacts(artifact.kind_of_stage) if each.version < artifact.version]
@@ -156,15 +161,16 @@ def explained_artifact(store: Store, ref: str) -> Document:
     made = f"{artifact.ref} was made for {artifact.manifest['arm']}/{artifact.manifest['entry']}"
     if near is None:
         return {"ref": artifact.ref, "verdict": f"{made}: the first of its kind here", **_compared(None, ())}
+    reasons = in_words(near[1], near[0].manifest, artifact.manifest, store.cache)
     return {
         "ref": artifact.ref,
         "verdict": f"{made}. It differs from {near[0].ref}:",
-        **_compared(near[0].ref, tuple(near[1])),
+        **_compared(near[0].ref, reasons),
     }
 
 
-def _compared(ref: str | None, changes: tuple[Change, ...]) -> Document:
-    return {"compared_to": ref, "reasons": [each._asdict() for each in changes]}
+def _compared(ref: str | None, reasons: Sequence[Reason]) -> Document:
+    return {"compared_to": ref, "reasons": [each._asdict() for each in reasons]}
 
 
 def diff(

@@ -135,6 +135,10 @@ class Store:
         """The final folder of an artifact, whether it exists or not."""
         return self.root / stage / key
 
+    def work(self, stage: str, key: str) -> Path:
+        """The folder for checkpoints of an artifact that is not finished, whether it exists or not."""
+        return self.root / stage / f".work-{key}"
+
     # ---- reading
 
     def find(self, stage: str, key: str) -> Artifact | None:
@@ -285,7 +289,7 @@ class Store:
             commit.recover(self.folder(stage, key), self.disk)
             for left in parent.glob(f".tmp-{key}-*"):  # of a process that was killed: its lock is gone, so is it
                 commit.discard(left)
-            work = parent / f".work-{key}"
+            work = self.work(stage, key)
             work.mkdir(exist_ok=True)
             out = parent / f".tmp-{key}-{uuid.uuid4().hex}"
             out.mkdir()
