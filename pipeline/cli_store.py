@@ -307,6 +307,9 @@ def gc(
 ) -> None:
     """Remove what the newest run of no pipeline needs. Asks first.
 
+    Of the newest sweep of each pipeline the trials worth having stay too, and of the newest N with --keep-last N. The
+    page of a sweep says which of its runs were collected, and keeps their numbers.
+
     sievit gc --keep-last 2 --dry-run
     """
     from . import views_store
@@ -327,6 +330,10 @@ def gc(
         if not typer.confirm("remove these?", err=True):
             raise SievitError("nothing was removed", hint="--dry-run looks without asking, --yes removes without")
     done = planned if dry_run or not planned else sweep(dry_run=False)
+    if not dry_run and any(each.kind == "run" for each in done):
+        from .report.sweep_page import write_again
+
+        write_again(place)
     document = _collected(place, done, dry_run=dry_run) | {
         "artifacts": len(sound) + len(unreadable),
         "damaged_only": damaged,

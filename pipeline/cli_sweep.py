@@ -267,6 +267,10 @@ def _settings(settings: Mapping[str, Any], *, short: bool = False) -> str:
     return ", ".join(overrides(settings))
 
 
+def _run(trial: Document) -> str:
+    return f"{trial['run']}{' (collected)' if trial['collected'] else ''}"
+
+
 def draw(document: Document) -> RenderableType:
     """The front first, then the others, each with its settings and numbers."""
     from rich.console import Group
@@ -283,7 +287,7 @@ def draw(document: Document) -> RenderableType:
     rows = [
         (
             f"{'* ' if trial['front'] else '  '}{trial['number']}",
-            state(trial["state"]) if trial["state"] != "done" else line(str(trial["run"])),
+            state(trial["state"]) if trial["state"] != "done" else line(_run(trial)),
             *(estimate(trial, name) for name in objectives),
             _settings(trial["settings"], short=True) + (f"\n{trial['error']}" if trial["error"] else ""),
         )

@@ -501,3 +501,60 @@ def test_the_table_on_the_terminal_marks_the_front(folder: Path, capsys: pytest.
     marked = [line for line in out.splitlines() if line.startswith("* ")]
     assert len(marked) == 2 and marked[0].split()[1] == "0" and "89.0%" in marked[0]
     assert "max_drop=0.03" in out and max(map(len, out.splitlines()[:8])) <= 80
+
+
+# ---- what gc leaves of a sweep
+
+
+def collected(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """Names of the run folders that gc removes."""
+    assert execute(SWEPT, (BadInput,), ["gc", "--yes", "--json", *arguments]) == 0
+    removed = json.loads(capsys.readouterr().out)["removed"]
+    return [Path(each["path"]).name for each in removed if each["kind"] == "run"]
+
+
+def told_by(page: Path) -> dict[str, Any]:
+    """The trials as the sweep's page tells them: run -> whether it is a link, whether it is said to be collected."""
+    html = page.read_text(encoding="utf-8")
+    cells = re.findall(r"<td>(<a [^>]*>)?<code>([0-9a-f]{12})</code>(?:</a>)?(<small>collected</small>)?", html)
+    return {run: (bool(link), bool(gone)) for link, run, gone in cells}
+
+
+def test_gc_keeps_what_the_newest_sweep_found_worth_having_and_its_page_says_what_is_gone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, answer = sievit(capsys, *GRID, "--objective", "top1")
+    runs = [trial["run"] for trial in answer["trials"]]
+    front = [trial["run"] for trial in answer["trials"] if trial["front"]]
+    assert 0 < len(front) < 3
+    page, artifacts = Path(answer["report"]), folder / "artifacts"
+    assert told_by(page) == dict.fromkeys(runs, (True, False))
+    assert execute(SWEPT, (BadInput,), ["run", "--set", "quantize.max_drop=0.5", "--quiet"]) == 0
+    capsys.readouterr()
+    lost = [run for run in runs if run not in front]
+    assert set(collected(capsys)) == set(lost)
+    assert told_by(page) == {run: (run in front, run in lost) for run in runs}
+    assert page.with_suffix(".md").read_text(encoding="utf-8").count("(collected)") == len(lost)
+    assert "removed by <code>sievit gc</code>" in page.read_text(encoding="utf-8")
+    links = re.findall(r'href="(\.\.[^"]+)"', page.read_text(encoding="utf-8"))
+    assert len(links) == len(front) and all((page.parent / link).exists() for link in links)
+    assert len(list(artifacts.glob("quantize/*/manifest.json"))) == len(front) + 1
+    made = len(MADE)
+    assert front == runs[:1]
+    assert execute(SWEPT, (BadInput,), ["run", "--set", "quantize.max_drop=0.01", "--quiet"]) == 0
+    capsys.readouterr()
+    assert len(MADE) == made, "what is worth having has kept all that it was made of"
+    _, again = sievit(capsys, *GRID, "--objective", "top1")
+    assert [trial["collected"] for trial in again["trials"]] == [run in lost for run in runs]
+
+
+def test_gc_lets_go_of_an_older_sweep_when_there_is_a_newer_one_of_the_pipeline(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, older = sievit(capsys, *GRID[:1], "quantize.max_drop=0.01,0.02", "--objective", "top1")
+    _, newer = sievit(capsys, *GRID[:1], "quantize.max_drop=0.03,0.04", "--objective", "top1")
+    best = {name: {t["run"] for t in sweep["trials"] if t["front"]} for name, sweep in (("o", older), ("n", newer))}
+    assert not set(collected(capsys, "--keep-last", "2")) & (best["o"] | best["n"])
+    removed = set(collected(capsys))
+    assert best["o"] <= removed and not removed & best["n"]
+    assert set(told_by(Path(older["report"])).values()) == {(False, True)}
