@@ -381,6 +381,33 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     assert not MADE and not (folder / "artifacts").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "where", "under"),
+    [
+        (["--grid", "quantize.max_drop=0.01,2.0,0.02"], "--grid quantize.max_drop=0.01,2.0,0.02", "2.0"),
+        (["--grid", "quantize.max_drop= 2.0 , 0.01"], "--grid quantize.max_drop= 2.0 , 0.01", "2.0"),
+        (["--grid", "quantise.max_drop=0.01"], "--grid quantise.max_drop=0.01", "quantise"),
+        (["--grid", "train.weights=null,{method: l3, strength: 1}"], None, "l3"),
+        (["--grid", "benchmark.batch_sizes=[1, 8],[1, 0]"], None, "0]"),
+        (["--search", "quantize.max_drop=0.5..2.0:log"], "--search quantize.max_drop=0.5..2.0:log", "2.0"),
+        ([*GRID, "--grid", "name.first=a,b"], "--grid name.first=a,b", "first"),
+        ([*GRID, "--set", "quantize.max_drop=0.2"], "--grid quantize.max_drop=0.01,0.02,0.03", "max_drop"),
+    ],
+)
+def test_a_mistake_in_a_swept_value_is_shown_in_the_option_that_was_typed(
+    arguments: list[str], where: str | None, under: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute(SWEPT, (BadInput,), ["sweep", *arguments]) in (2, 3)
+    told = capsys.readouterr().err
+    if "--set" not in arguments:
+        assert "--set" not in told
+    lines = told.splitlines()
+    (at,) = [number for number, line in enumerate(lines) if line.startswith(f"  --> {where or ' '.join(arguments)}")]
+    carets = lines[at + 1]
+    pointed = lines[at][carets.index("^") :]
+    assert pointed.startswith(under), told
+
+
 def test_a_trial_that_takes_its_process_with_it_is_given_up_after_three(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
