@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 Ref = Annotated[
     str,
-    typer.Argument(metavar="REF", help="train, train@latest, train@7 or train@3fa9", autocompletion=completion.refs),
+    typer.Argument(
+        metavar="REF",
+        help="train, train@latest, train@7, train@3fa9, or main/train: of the newest whole run",
+        autocompletion=completion.refs,
+    ),
 ]
 
 
@@ -73,8 +77,9 @@ def show(
     sievit show finetune@latest --json
     """
     from . import views_store
+    from .references import resolve
 
-    artifact = written_store(store).resolve(ref)
+    artifact = resolve(ref, written_store(store))
     document = {"ref": artifact.ref, "path": str(artifact.root), **artifact.manifest}
     session_of(context).console.result(document, views_store.artifact)
 
@@ -85,7 +90,7 @@ def explain(
         str,
         typer.Argument(
             metavar="STAGE|REF",
-            help="a stage of the pipeline, or an artifact",
+            help="a stage of the pipeline, prune or random/prune; or an artifact, prune@2",
             autocompletion=completion.stages_and_refs,
         ),
     ],
@@ -106,10 +111,13 @@ def explain(
     from . import views_store
 
     session = session_of(context)
-    if "@" in what:
+    owner, slash, entry = what.rpartition("/")
+    if slash and arm is not None:
+        raise UsageError(f"--arm and {what} both name an arm", hint=f"leave out --arm {arm}, or write {entry}")
+    if "@" in entry:
         document = explained_artifact(store_of(store, pipeline), what)
     else:
-        document = _explained_stage(session, pipeline, set_, store_of(store, pipeline), what, arm or "main")
+        document = _explained_stage(session, pipeline, set_, store_of(store, pipeline), entry, owner or arm or "main")
     session.console.result(document, views_store.explanation)
 
 
@@ -154,8 +162,9 @@ def explained_artifact(store: Store, ref: str) -> Document:
     """Why an artifact is another one than its predecessor."""
     from . import keys
     from .reasons import in_words
+    from .references import resolve
 
-    artifact = store.resolve(ref)
+    artifact = resolve(ref, store)
     older = [each for each in store.artifacts(artifact.kind_of_stage) if each.version < artifact.version]
     near = keys.nearest(artifact.manifest["key_material"], older)
     made = f"{artifact.ref} was made for {artifact.manifest['arm']}/{artifact.manifest['entry']}"
@@ -176,7 +185,8 @@ def _compared(ref: str | None, reasons: Sequence[Reason]) -> Document:
 def diff(
     context: typer.Context,
     left: Annotated[
-        str, typer.Argument(metavar="LEFT", help="an artifact, as train@1", autocompletion=completion.refs)
+        str,
+        typer.Argument(metavar="LEFT", help="an artifact, as train@1 or dense/train", autocompletion=completion.refs),
     ],
     right: Annotated[str, typer.Argument(metavar="RIGHT", help="another one", autocompletion=completion.refs)],
     store: options.StoreFolder = None,
@@ -188,11 +198,13 @@ def diff(
     Two tickets: the overlap of the images that they keep, and of the patches.
 
     sievit diff ticket@1 ticket@2
+    sievit diff dense/train main/train
     """
     from . import views_store
+    from .references import resolve
 
     session, place = session_of(context), written_store(store)
-    document = compared(place.resolve(left), place.resolve(right), session.stages, place.verify)
+    document = compared(resolve(left, place), resolve(right, place), session.stages, place.verify)
     session.console.result(document, views_store.difference)
 
 
@@ -249,7 +261,10 @@ def verify(
     ref: Annotated[
         str | None,
         typer.Argument(
-            metavar="REF", help="one artifact; default: all", show_default=False, autocompletion=completion.refs
+            metavar="REF",
+            help="one artifact, as main/prune; default: all",
+            show_default=False,
+            autocompletion=completion.refs,
         ),
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="every artifact (the default without REF)")] = False,
@@ -262,12 +277,13 @@ def verify(
     Exit code 4 when something is damaged.
     """
     from . import views_store
+    from .references import resolve
 
     if ref is not None and all_:
         raise UsageError("REF and --all exclude each other", hint="without either, all are verified")
     session, place = session_of(context), written_store(store)
     began = time.monotonic()
-    checked, unreadable = ([place.resolve(ref)], []) if ref is not None else place.scan()
+    checked, unreadable = ([resolve(ref, place)], []) if ref is not None else place.scan()
     damaged = [
         {"ref": f"{path.parent.name}@{path.name}", "message": error.message, "where": error.where}
         for path, error in unreadable
