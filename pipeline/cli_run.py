@@ -183,7 +183,7 @@ def plan(
         "expected_seconds": _sum(each["expected_seconds"] for each in to_run),
         "expected_bytes": _sum(each["expected_bytes"] for each in to_run),
         "without_forecast": sum(each["expected_seconds"] is None for each in to_run),
-        "has_run": bool(artifacts.stages()),
+        "has_run": not artifacts.is_empty(),
         "free_bytes": free,
         "warnings": too_large(sum(each["expected_bytes"] or 0 for each in to_run), free, artifacts),
         "notes": caveats(planned),
@@ -225,6 +225,7 @@ def _resumption(each: Forecast) -> Document | None:
     return {
         "written": each.resumes.written,
         "reached": {"done": reached.done, "total": reached.total, "unit": reached.unit} if reached else None,
+        "holder": each.resumes.holder,
         "says": each.resumes.says,
     }
 

@@ -25,12 +25,13 @@ State = Literal["cached", "run", "shared", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class Resumption:
-    """The checkpoints that a stopped stage has left. written: the newest, ISO 8601, UTC; reached: None where it does
-    not say how far it is.
+    """The checkpoints of a stage that is not finished. written: the newest, ISO 8601, UTC; reached: None where it does
+    not say how far it is; holder: the process that is at work on it now, None of one that was stopped.
     """
 
     written: str
     reached: Reached | None
+    holder: str | None = None
 
     @property
     def left(self) -> float:
@@ -40,6 +41,8 @@ class Resumption:
     @property
     def says(self) -> str:
         """In words: resumes after epoch 7 of 14."""
+        if self.holder is not None:
+            return f"is being made: {self.holder}"
         if self.reached is None:
             return f"goes on from a checkpoint of {self.written[:16].replace('T', ' ')} UTC"
         done, unit, total = math.floor(self.reached.done), self.reached.unit, math.ceil(self.reached.total)
@@ -116,7 +119,8 @@ def resumption(stage: Stage, key: str, store: Store) -> Resumption | None:
     if not times:
         return None
     written = datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds")
-    return Resumption(written, stage.reached(work))
+    holder = store.at_work(stage.name, key)
+    return Resumption(written, stage.reached(work), str(holder) if holder is not None else None)
 
 
 def _own_changes(node: Node, facts: Facts, store: Store) -> tuple[str | None, tuple[Reason, ...]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -208,11 +210,25 @@ def test_an_empty_work_folder_is_no_checkpoint(stopped: Bench) -> None:
     assert resumes(stopped) is None
 
 
+def test_a_stage_that_another_process_makes_now_is_not_said_to_be_stopped(stopped: Bench) -> None:
+    (work,) = (stopped.store.root / "train").glob(".work-*")
+    lock = stopped.store.root / ".locks" / f"train-{work.name.removeprefix('.work-')}.lock"
+    with subprocess.Popen(["true"]) as child:
+        pass  # which has ended; the parent of this process lives
+    for pid, begins in ((child.pid, "goes on from"), (os.getppid(), f"is being made: process {os.getppid()} on ")):
+        lock.write_text(json.dumps({"pid": pid, "host": socket.gethostname(), "since": "2026-11-26T10:31:00"}))
+        assert (resumes(stopped) or "").startswith(begins)
+    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "2026-11-26T10:31:00"}))
+    assert (resumes(stopped) or "").startswith("goes on from"), "of another host nothing is known"
+
+
 # ---- how the command tells it
 
 
-def test_a_first_plan_says_that_nobody_knows_the_minutes(sievit: Sievit) -> None:
+def test_a_first_plan_says_that_nobody_knows_the_minutes(sievit: Sievit, folder: Path) -> None:
     assert "17 of 17 stages to run; no minutes: nothing has run here yet" in sievit("plan").out
+    (folder / "artifacts" / "train").mkdir(parents=True)
+    assert "nothing has run here yet" in sievit("plan").out, "a stage that was stopped at once has left a folder"
     sievit("ticket")
     told = sievit("plan", "--set", "ticket.examples.keep=0.3").out
     assert "no minutes: nothing like them has run here yet" in told
