@@ -61,6 +61,17 @@ def expected(found: Sequence[Forecast], plan: Plan, store: Store, facts: Facts) 
 
 
 @dataclass(frozen=True, slots=True)
+class _Asked:
+    """A node that will run: its settings as a manifest has them, and how large its inputs will be."""
+
+    node: Node
+    config: Mapping[str, Any]
+    data: Mapping[str, Any]
+    model: Mapping[str, Any]
+    sizes: Sizes
+
+
+@dataclass(frozen=True, slots=True)
 class _Like:
     """An artifact that tells what a node will take. same: of the same settings, but for durations; own: it was made for
     the very stage.
@@ -84,6 +95,9 @@ class _Judge:
     def __init__(self, plan: Plan, store: Store, facts: Facts) -> None:
         self.plan, self.store, self.facts = plan, store, facts
         self.made = {(one.kind_of_stage, one.key): one for one in store.artifacts()}
+        self.of_kind: dict[str, list[Artifact]] = {}
+        for one in self.made.values():
+            self.of_kind.setdefault(one.kind_of_stage, []).append(one)
         self.sizes: dict[Place, int | None] = {}  # of what the nodes will have left, as far as that is sure
 
     def all_of(self, found: Sequence[Forecast]) -> dict[Place, Expected]:
@@ -104,8 +118,11 @@ class _Judge:
 
     def _by_the_nearest(self, one: Forecast) -> tuple[Expected, int | None]:
         """(what it takes, the size of its result if that is sure)."""
-        sizes = self._inputs(one.node)
-        candidates = [like for artifact in self.made.values() if (like := self._like(one.node, artifact, sizes))]
+        node = one.node
+        config, data, model = (each.model_dump(mode="json") for each in (node.entry.config, node.data, node.model))
+        asked = _Asked(node, config, data, model, self._inputs(node))
+        of_kind = self.of_kind.get(node.stage.name, [])
+        candidates = [like for artifact in of_kind if (like := self._like(asked, artifact))]
         best = max(candidates, key=lambda like: like.rank, default=None)
         if best is None:
             return Expected(), None
@@ -115,17 +132,17 @@ class _Judge:
         told = Expected(float(manifest["seconds"]) * share, size, name, share, best.alike)
         return told, size if best.alike and best.same else None
 
-    def _like(self, node: Node, artifact: Artifact, sizes: Sizes) -> _Like | None:
-        """An artifact as far as it tells what a node will take; None where it tells nothing."""
-        then = artifact.manifest
-        if artifact.kind_of_stage != node.stage.name or not then.get("whole", True) or not self._fits(node, then):
+    def _like(self, asked: _Asked, artifact: Artifact) -> _Like | None:
+        """An artifact of the stage as far as it tells what a node will take; None where it tells nothing."""
+        then, node, sizes = artifact.manifest, asked.node, asked.sizes
+        if not then.get("whole", True) or not self._fits(asked, then):
             return None
         inputs, own = self._inputs_of(artifact), self._is_own(node, then)
         if {role: len(some) for role, some in inputs.items()} != {role: len(some) for role, some in sizes.items()}:
             return None
         alike = all(_near(_sum(inputs[role]), _sum(sizes[role])) for role in sizes)
         share, same = 1.0, True
-        for change in keys.changes(then["config"], node.entry.config.model_dump(mode="json")):
+        for change in keys.changes(then["config"], asked.config):
             if _covers(node.stage.costless(node.entry.config), change.field):
                 same = False
             elif change.field in node.stage.paced_by(node.entry.config) and change.old and change.new and share == 1:
@@ -134,18 +151,18 @@ class _Judge:
                 return None
         return _Like(artifact, share, alike, same, own) if alike or own else None
 
-    def _fits(self, node: Node, then: Mapping[str, Any]) -> bool:
+    def _fits(self, asked: _Asked, then: Mapping[str, Any]) -> bool:
         """Whether host, processes, images and network are of the same kind, as far as the stage uses them."""
-        uses, there = node.stage.uses, then.get("host") or {}
+        node, uses, there = asked.node, asked.node.stage.uses, then.get("host") or {}
         if then.get("device") != self.facts.device:
             return False
         if any(there.get(name) != host.facts()[name] for name in _OF_THE_HOST):
             return False
         if node.stage.shares and (then.get("processes") or {}).get("count", 1) != self.plan.spec.launch.total:
             return False
-        if "data" in uses and not (_equal("data", then, node) and self._as_many_images(node, then)):
+        if "data" in uses and not (_equal("data", then, asked.data) and self._as_many_images(node, then)):
             return False
-        return "model" not in uses or _equal("model", then, node)
+        return "model" not in uses or _equal("model", then, asked.model)
 
     def _as_many_images(self, node: Node, then: Mapping[str, Any]) -> bool:
         old, new = then["key_material"]["data"]["fingerprint"], self.facts.data(node)
@@ -184,8 +201,7 @@ class _Judge:
         return size_of(artifact) if artifact is not None else None
 
 
-def _equal(block: str, then: Mapping[str, Any], node: Node) -> bool:
-    now = getattr(node, block).model_dump(mode="json")
+def _equal(block: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     old = then.get(block) or {}
     return all(old.get(name) == value for name, value in now.items() if name not in _NO_MATTER[block])
 
