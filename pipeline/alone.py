@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import records
 from .errors import InputError, UsageError
+from .references import resolve
 from .resolve import Inputs, Place, add, gather, place
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _with_edges(node: Node, edges: Sequence[Edge]) -> Node:
 def _override(inputs: Inputs, plan: Plan, node: Node, store: Store, role: str, text: str, reads: Reads | None) -> None:
     many = reads is not None and reads.many
     for ref in text.split(",") if many else [text]:
-        artifact = store.resolve(ref.strip())
+        artifact = resolve(ref.strip(), store)
         writes = artifact.manifest.get("writes")
         if reads is not None and writes != reads.kind:
             raise InputError(

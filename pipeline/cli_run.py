@@ -16,13 +16,11 @@ from .errors import SievitError, UsageError
 from .session import DEFAULT_PIPELINE, Session, session_of, store_of
 
 if TYPE_CHECKING:
-    from .expectations import Took
+    from .expectations import Expected
     from .forecast import Forecast
     from .plan import Plan
     from .records import RunRecord
     from .store import Store
-
-TO_RUN = ("run", "unknown")  # states of a forecast
 
 
 def run(
@@ -159,50 +157,59 @@ def plan(
 ) -> None:
     """Show what a run would do, and why; how long it will take and how much of the disk.
 
-    Both are what the newest artifact of the same stage took. Checkpoints of the stage at work come on top. With --check
-    the stages that would run also look at images, network, device and providers, as `run` has them do before the first
-    of them starts; that imports torch and takes some seconds.
+    Both are told by the most alike stage that has run here: of the same settings but for seeds and names of arms, on
+    inputs as large, its time scaled where epochs or steps alone are others. Where there is none, the stage took as much
+    before, on other inputs, or nobody knows, and the sum says of how many. A stage that was stopped counts what is left
+    of it, where its checkpoint tells. Checkpoints of the stage at work come on top of the bytes.
+
+    With --check the stages that would run also look at images, network, device and providers, as `run` has them do
+    before the first of them starts; that imports torch and takes some seconds.
 
         sievit plan --set prune.target.macs=0.4
         sievit plan --check
     """
     from . import views
-    from .expectations import earlier, free_bytes, too_large, took_by
+    from .expectations import TO_RUN, Expected, expected, free_bytes, too_large
     from .forecast import forecast
     from .preflight import check_stages
-    from .resolve import caveats
+    from .resolve import Facts, caveats, place
 
-    session, place = session_of(context), store_of(store, pipeline)
+    session, artifacts = session_of(context), store_of(store, pipeline)
     planned = session.plan(pipeline, set_)
-    found = forecast(planned, place)
+    facts = Facts(planned, artifacts)
+    found = forecast(planned, artifacts, facts=facts)
     if check:
+        to_make = [each.node for each in found if each.state in TO_RUN]
         with results_only():
-            check_stages(planned, [each.node for each in found if each.state in TO_RUN], place, session.invalid_input)
-    took = earlier(place) if any(each.state in TO_RUN for each in found) else {}
-    stages = [_forecast(each, took_by(each.node, took)) for each in found]
+            check_stages(planned, to_make, artifacts, session.invalid_input)
+    takes = expected(found, planned, artifacts, facts)
+    stages = [_forecast(each, takes.get(place(each.node), Expected())) for each in found]
     to_run = [each for each in stages if each["state"] in TO_RUN]
-    free = free_bytes(place.root)
+    free = free_bytes(artifacts.root)
     document = {
         "pipeline": planned.spec.name,
-        "store": str(place.root),
+        "store": str(artifacts.root),
         "stages": stages,
         "checked": check,
         "expected_seconds": _sum(each["expected_seconds"] for each in to_run),
         "expected_bytes": _sum(each["expected_bytes"] for each in to_run),
+        "without_forecast": sum(each["expected_seconds"] is None for each in to_run),
+        "has_run": not artifacts.is_empty(),
         "free_bytes": free,
-        "warnings": too_large(sum(each["expected_bytes"] or 0 for each in to_run), free, place),
+        "warnings": too_large(sum(each["expected_bytes"] or 0 for each in to_run), free, artifacts),
         "notes": caveats(planned),
     }
     session.console.result(document, views.plan)
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
-    """None as soon as one of them is not known."""
+    """Of those that are known; None when none of them is."""
     found = list(values)
-    return None if None in found else round(sum(each for each in found if each is not None), 3)
+    known = [each for each in found if each is not None]
+    return round(sum(known), 3) if known or not found else None
 
 
-def _forecast(each: Forecast, took: Took) -> Document:
+def _forecast(each: Forecast, takes: Expected) -> Document:
     node = each.node
     return {
         "arm": node.arm,
@@ -215,8 +222,22 @@ def _forecast(each: Forecast, took: Took) -> Document:
         "compared_to": each.compared_to,
         "shared_with": each.shared_with,
         "waits_for": each.waits_for,
-        "expected_seconds": took.seconds,
-        "expected_bytes": took.bytes,
+        "resumes": _resumption(each),
+        "expected_seconds": takes.seconds,
+        "expected_bytes": takes.bytes,
+        "expected_says": takes.says,
+    }
+
+
+def _resumption(each: Forecast) -> Document | None:
+    if each.resumes is None:
+        return None
+    reached = each.resumes.reached
+    return {
+        "written": each.resumes.written,
+        "reached": {"done": reached.done, "total": reached.total, "unit": reached.unit} if reached else None,
+        "holder": each.resumes.holder,
+        "says": each.resumes.says,
     }
 
 

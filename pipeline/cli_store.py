@@ -19,13 +19,17 @@ from .session import DEFAULT_PIPELINE, Session, require_arm, session_of, store_o
 if TYPE_CHECKING:
     from .collect import Removal
     from .forecast import Forecast
-    from .keys import Change
+    from .reasons import Reason
     from .stage import Stage
     from .store import Artifact, Store
 
 Ref = Annotated[
     str,
-    typer.Argument(metavar="REF", help="train, train@latest, train@7 or train@3fa9", autocompletion=completion.refs),
+    typer.Argument(
+        metavar="REF",
+        help="train, train@latest, train@7, train@3fa9, or main/train: of the newest whole run",
+        autocompletion=completion.refs,
+    ),
 ]
 
 
@@ -73,8 +77,9 @@ def show(
     sievit show finetune@latest --json
     """
     from . import views_store
+    from .references import resolve
 
-    artifact = written_store(store).resolve(ref)
+    artifact = resolve(ref, written_store(store))
     document = {"ref": artifact.ref, "path": str(artifact.root), **artifact.manifest}
     session_of(context).console.result(document, views_store.artifact)
 
@@ -85,7 +90,7 @@ def explain(
         str,
         typer.Argument(
             metavar="STAGE|REF",
-            help="a stage of the pipeline, or an artifact",
+            help="a stage of the pipeline, prune or random/prune; or an artifact, prune@2",
             autocompletion=completion.stages_and_refs,
         ),
     ],
@@ -106,10 +111,13 @@ def explain(
     from . import views_store
 
     session = session_of(context)
-    if "@" in what:
+    owner, slash, entry = what.rpartition("/")
+    if slash and arm is not None:
+        raise UsageError(f"--arm and {what} both name an arm", hint=f"leave out --arm {arm}, or write {entry}")
+    if "@" in entry:
         document = explained_artifact(store_of(store, pipeline), what)
     else:
-        document = _explained_stage(session, pipeline, set_, store_of(store, pipeline), what, arm or "main")
+        document = _explained_stage(session, pipeline, set_, store_of(store, pipeline), entry, owner or arm or "main")
     session.console.result(document, views_store.explanation)
 
 
@@ -141,36 +149,44 @@ def _verdict(found: Forecast) -> str:
             own = f", and differs from {found.compared_to} by itself:" if found.reasons else ""
             return f"{node} is not known before {found.waits_for} has run{own}"
         case _ if found.compared_to:
-            return f"{node} would run. It differs from {found.compared_to}:"
+            return f"{node} would run{_resuming(found)}. It differs from {found.compared_to}:"
         case _:
-            return f"{node} would run: there is no {found.node.stage.name} artifact yet"
+            return f"{node} would run{_resuming(found)}: there is no {found.node.stage.name} artifact yet"
+
+
+def _resuming(found: Forecast) -> str:
+    return f", and {found.resumes.says}" if found.resumes is not None else ""
 
 
 def explained_artifact(store: Store, ref: str) -> Document:
     """Why an artifact is another one than its predecessor."""
     from . import keys
+    from .reasons import in_words
+    from .references import resolve
 
-    artifact = store.resolve(ref)
+    artifact = resolve(ref, store)
     older = [each for each in store.artifacts(artifact.kind_of_stage) if each.version < artifact.version]
     near = keys.nearest(artifact.manifest["key_material"], older)
     made = f"{artifact.ref} was made for {artifact.manifest['arm']}/{artifact.manifest['entry']}"
     if near is None:
         return {"ref": artifact.ref, "verdict": f"{made}: the first of its kind here", **_compared(None, ())}
+    reasons = in_words(near[1], near[0].manifest, artifact.manifest, store.cache)
     return {
         "ref": artifact.ref,
         "verdict": f"{made}. It differs from {near[0].ref}:",
-        **_compared(near[0].ref, tuple(near[1])),
+        **_compared(near[0].ref, reasons),
     }
 
 
-def _compared(ref: str | None, changes: tuple[Change, ...]) -> Document:
-    return {"compared_to": ref, "reasons": [each._asdict() for each in changes]}
+def _compared(ref: str | None, reasons: Sequence[Reason]) -> Document:
+    return {"compared_to": ref, "reasons": [each._asdict() for each in reasons]}
 
 
 def diff(
     context: typer.Context,
     left: Annotated[
-        str, typer.Argument(metavar="LEFT", help="an artifact, as train@1", autocompletion=completion.refs)
+        str,
+        typer.Argument(metavar="LEFT", help="an artifact, as train@1 or dense/train", autocompletion=completion.refs),
     ],
     right: Annotated[str, typer.Argument(metavar="RIGHT", help="another one", autocompletion=completion.refs)],
     store: options.StoreFolder = None,
@@ -182,11 +198,13 @@ def diff(
     Two tickets: the overlap of the images that they keep, and of the patches.
 
     sievit diff ticket@1 ticket@2
+    sievit diff dense/train main/train
     """
     from . import views_store
+    from .references import resolve
 
     session, place = session_of(context), written_store(store)
-    document = compared(place.resolve(left), place.resolve(right), session.stages, place.verify)
+    document = compared(resolve(left, place), resolve(right, place), session.stages, place.verify)
     session.console.result(document, views_store.difference)
 
 
@@ -243,7 +261,10 @@ def verify(
     ref: Annotated[
         str | None,
         typer.Argument(
-            metavar="REF", help="one artifact; default: all", show_default=False, autocompletion=completion.refs
+            metavar="REF",
+            help="one artifact, as main/prune; default: all",
+            show_default=False,
+            autocompletion=completion.refs,
         ),
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="every artifact (the default without REF)")] = False,
@@ -256,12 +277,13 @@ def verify(
     Exit code 4 when something is damaged.
     """
     from . import views_store
+    from .references import resolve
 
     if ref is not None and all_:
         raise UsageError("REF and --all exclude each other", hint="without either, all are verified")
     session, place = session_of(context), written_store(store)
     began = time.monotonic()
-    checked, unreadable = ([place.resolve(ref)], []) if ref is not None else place.scan()
+    checked, unreadable = ([resolve(ref, place)], []) if ref is not None else place.scan()
     damaged = [
         {"ref": f"{path.parent.name}@{path.name}", "message": error.message, "where": error.where}
         for path, error in unreadable
@@ -301,6 +323,9 @@ def gc(
 ) -> None:
     """Remove what the newest run of no pipeline needs. Asks first.
 
+    Of the newest sweep of each pipeline the trials worth having stay too, and of the newest N with --keep-last N. The
+    page of a sweep says which of its runs were collected, and keeps their numbers.
+
     sievit gc --keep-last 2 --dry-run
     """
     from . import views_store
@@ -321,6 +346,10 @@ def gc(
         if not typer.confirm("remove these?", err=True):
             raise SievitError("nothing was removed", hint="--dry-run looks without asking, --yes removes without")
     done = planned if dry_run or not planned else sweep(dry_run=False)
+    if not dry_run and any(each.kind == "run" for each in done):
+        from .report.sweep_page import write_again
+
+        write_again(place)
     document = _collected(place, done, dry_run=dry_run) | {
         "artifacts": len(sound) + len(unreadable),
         "damaged_only": damaged,

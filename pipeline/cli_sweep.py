@@ -202,14 +202,15 @@ def _require_measurement(plan: Plan) -> None:
 
 
 def _check(session: Session, pipeline: Path, overrides: list[str], space: Mapping[str, Tried]) -> None:
-    """Plan every value once, the other fields at their first. What only a combination contradicts fails as a trial."""
-    from . import search_space
+    """Plan every value once, the other fields at their first. What only a combination contradicts fails as a trial.
 
-    first = {field: tried.ends[0] for field, tried in space.items()}
-    session.plan(pipeline, [*overrides, *search_space.overrides(first)])
+    A mistake is shown in the option that was typed, under the value that is wrong.
+    """
+    first = {field: tried.places[0] for field, tried in space.items()}
+    session.plan(pipeline, [*overrides, *first.values()])
     for field, tried in space.items():
-        for value in tried.ends[1:]:
-            session.plan(pipeline, [*overrides, *search_space.overrides({**first, field: value})])
+        for place in tried.places[1:]:
+            session.plan(pipeline, [*overrides, *{**first, field: place}.values()])
 
 
 def _attempt(
@@ -267,6 +268,10 @@ def _settings(settings: Mapping[str, Any], *, short: bool = False) -> str:
     return ", ".join(overrides(settings))
 
 
+def _run(trial: Document) -> str:
+    return f"{trial['run']}{' (collected)' if trial['collected'] else ''}"
+
+
 def draw(document: Document) -> RenderableType:
     """The front first, then the others, each with its settings and numbers."""
     from rich.console import Group
@@ -283,7 +288,7 @@ def draw(document: Document) -> RenderableType:
     rows = [
         (
             f"{'* ' if trial['front'] else '  '}{trial['number']}",
-            state(trial["state"]) if trial["state"] != "done" else line(str(trial["run"])),
+            state(trial["state"]) if trial["state"] != "done" else line(_run(trial)),
             *(estimate(trial, name) for name in objectives),
             _settings(trial["settings"], short=True) + (f"\n{trial['error']}" if trial["error"] else ""),
         )

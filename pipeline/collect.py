@@ -1,7 +1,8 @@
 """Garbage collection: what nobody needs any more, and what is damaged.
 
 An artifact stays as long as a run that stays names it, an artifact that stays was made from it, or it is among the
-newest of its stage. Nothing is removed while a run uses the store.
+newest of its stage. Of a sweep the trials worth having stay, which is what it was made for. Nothing is removed while a
+run uses the store.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import commit, records
 from . import manifest as manifests
 from .errors import IntegrityError
+from .sweep import reported
 
 if TYPE_CHECKING:
     from .records import RunRecord
@@ -43,8 +45,9 @@ def collect(
     """Remove what can go, or with `dry_run` only say what would.
 
     Always:       what killed processes left of artifacts that they were writing.
-    keep_last:    of each pipeline all runs before the newest so many whole ones, with their reports; then the artifacts
-                  that no run names, all but the newest so many of each stage. None keeps runs and artifacts.
+    keep_last:    of each pipeline all runs before the newest so many whole ones, with their reports, but for what its
+                  newest so many sweeps found worth having; then the artifacts that no run names, all but the newest so
+                  many of each stage. None keeps runs and artifacts.
     damaged:      artifacts that do not hold against their manifest. Reads every file of the store.
     checkpoints:  work folders of stages that were stopped; they can then not be resumed.
 
@@ -123,13 +126,26 @@ def _old_runs(store: Store, keep_last: int) -> list[RunRecord]:
     stays too: it may be gone on with."""
     whole: dict[tuple[str, str], int] = {}
     old: list[RunRecord] = []
+    worth_having = _worth_having(store, keep_last)
     for run in reversed(records.all_runs(store)):
         pipeline = (run.pipeline, run.path)
         if whole.get(pipeline, 0) >= keep_last:
-            old.append(run)
+            old += [run] if run.id not in worth_having else []
         elif all(node.key is not None for node in run.nodes):
             whole[pipeline] = whole.get(pipeline, 0) + 1
     return old
+
+
+def _worth_having(store: Store, keep_last: int) -> set[str]:
+    """The runs on the fronts of the newest `keep_last` sweeps of each pipeline."""
+    counted: dict[tuple[str, str], int] = {}
+    runs: set[str] = set()
+    for _, told in reversed(reported(store)):
+        pipeline = (told["pipeline"], told["path"])
+        counted[pipeline] = counted.get(pipeline, 0) + 1
+        if counted[pipeline] <= keep_last:
+            runs.update(trial["run"] for trial in told["trials"] if trial["front"])
+    return runs
 
 
 def _unused(store: Store, keep_last: int, old_runs: Collection[str]) -> list[Removal]:

@@ -49,7 +49,7 @@ def stages(context: typer.Context) -> list[str]:
 
 
 def refs(context: typer.Context, incomplete: str) -> list[str]:
-    """Artifacts: stages, and the versions of the one that is meant, newest first."""
+    """Artifacts: stages, and the versions of the one that is meant, newest first; behind an arm its stages."""
     return _quietly(lambda: list(_refs(_store(context), incomplete)))
 
 
@@ -100,6 +100,10 @@ def _file(context: typer.Context) -> Node:
 
 
 def _refs(store: Store, incomplete: str) -> Iterator[str]:
+    from .references import places
+
+    if incomplete:
+        yield from (name for name in places(store) if name.startswith(incomplete))
     meant = [name for name in store.stages() if name.startswith(incomplete.partition("@")[0])]
     if "@" not in incomplete:
         yield from meant

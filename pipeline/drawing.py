@@ -89,16 +89,3 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat.update(flatten(value, f"{prefix}.{name}" if prefix else str(name)))
     return flat
-
-
-def changed(change: Document) -> str:
-    """`target.macs: 0.5 -> 0.4`; digests only as far as a person compares them."""
-    old, new = (_short(change[side]) for side in ("old", "new"))
-    return f"{change['field'].removeprefix('config.')}: {old} -> {new}"
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else shown(value)
-    if len(text) == 64 and not set(text) - set("0123456789abcdef"):
-        return text[:12]
-    return text if len(text) <= WIDEST else f"{text[: WIDEST - 1]}…"

@@ -114,6 +114,7 @@ def execute(
         given = Inputs({one: inputs.single[one] for one in reads if one in inputs.single})
         artifact, cached = obtain(replace(node, stage=stage, entry=entry, inputs=(), model=model or node.model), given)
         parts.single[role] = artifact
+        found_done.append(cached)
         setting.team.there(artifact, made=not cached)
         return Part(artifact, made=not cached)
 
@@ -135,6 +136,7 @@ def execute(
         part=part,
         sharding=launch.sharding,
     )
+    found_done = [any(draft.work.iterdir())]  # of the work: by an attempt before, or a part that was there
     started, clock, cpu = records.now(), time.monotonic(), host.cpu_seconds()
     host.reset_peak_memory()
     with readable(node, setting, draft):
@@ -172,6 +174,7 @@ def execute(
                 "command": setting.command_line,
                 "started": started,
                 "seconds": round(time.monotonic() - clock, 3),
+                "whole": not any(found_done),  # whether the seconds are those of all its work
                 "cpu_seconds": took["cpu_seconds"],
                 "peak_memory_mb": own["peak_memory_mb"],
                 "energy_cpu_j": joules.get("cpu"),

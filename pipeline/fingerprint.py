@@ -64,6 +64,10 @@ _NAMED = sorted([f"builtin:{name}" for name in BUILTIN] + [f"torch/{name}" for n
 # A file changed within the clock tick of its hashing could change again unnoticed, so such a hash is not remembered.
 _SETTLED_NS = 2 * 10**9
 
+# What changed since is told file by file for a source of at most so many; of a larger one, that something did.
+_LISTED = 100_000
+_DIGITS = 16
+
 _Stamp = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode
 
 
@@ -96,7 +100,53 @@ def fingerprint(data: DataConfig, base: Path, memo_path: Path, progress: Progres
     finally:
         memo.save()  # after Ctrl-C too: what was hashed need not be hashed again
     files = sum(len(part) for part in parts.values())
-    return f"{label}sha256:{sha256_of(parts)} of {files} file{'s' if files > 1 else ''}"
+    text = f"{label}sha256:{sha256_of(parts)} of {files} file{'s' if files > 1 else ''}"
+    if files <= _LISTED:
+        _keep_contents(text, parts, memo_path.parent)
+    return text
+
+
+def contents(text: str, cache: Path) -> dict[str, str] | None:
+    """Name -> the beginning of its SHA-256, of every file that a fingerprint is of; None where it was not kept, or was
+    deleted. Names of a test split of its own begin with `data.test/`.
+    """
+    try:
+        stored = json.loads(_listing(text, cache).read_bytes())
+        return {str(name): str(digest) for name, digest in stored.items()}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def _keep_contents(text: str, parts: dict[str, list[list[object]]], cache: Path) -> None:
+    """Keep what a fingerprint is of, to tell later what has changed since. It may be lost at any time."""
+    path = _listing(text, cache)
+    if path.exists():
+        return
+    names = {
+        f"{'data.test/' if part == 'test' else ''}{name}": str(digest)[:_DIGITS]
+        for part, rows in parts.items()
+        for name, _, digest in rows
+    }
+    _write(path, json.dumps(names))
+
+
+def _listing(text: str, cache: Path) -> Path:
+    return cache / "data" / f"{sha256_of(text)[:_DIGITS]}.json"
+
+
+def _write(path: Path, text: str) -> None:
+    """Write if the disk lets us: what is lost is found out again."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
+    with suppress(OSError, SievitError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        temporary.replace(path)
+
+
+def count(text: str) -> int | None:
+    """How many files a fingerprint is of; None for a source that counts by its name."""
+    found = re.search(r" of (\d+) files?$", text)
+    return int(found[1]) if found else None
 
 
 def _absolute(base: Path, text: str) -> Path:
@@ -278,11 +328,7 @@ class _Memo:
         """Keep the memo if the disk lets us; without it the next look is slower and just as right."""
         if not self.changed:
             return
-        temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.new")
-        with suppress(OSError, SievitError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self.entries), encoding="utf-8", errors="surrogateescape")
-            temporary.replace(self.path)
+        _write(self.path, json.dumps(self.entries))
 
 
 def _stamp(info: os.stat_result) -> _Stamp:

@@ -86,8 +86,8 @@ def version(distribution: str) -> str | None:
 
 
 def libraries() -> dict[str, str]:
-    """Installed versions of the packages that the numbers come from."""
-    return {name: found for name in LIBRARIES if (found := version(name)) is not None}
+    """Installed versions of the packages that the numbers and the times come from."""
+    return {name: found for name in (*LIBRARIES, *RUNTIMES) if (found := version(name)) is not None}
 
 
 def device(wanted: str) -> str:

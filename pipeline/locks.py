@@ -116,3 +116,19 @@ def read_holder(path: Path) -> Holder | None:
         return Holder(int(fields["pid"]), str(fields["host"]), str(fields["since"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def at_work(path: Path) -> Holder | None:
+    """The other process of this host that signed a lock last and still lives. The lock itself is not tried: whoever
+    wants it in that moment would be refused.
+    """
+    holder = read_holder(path)
+    if holder is None or holder.host != socket.gethostname() or holder.pid == os.getpid():
+        return None
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass  # it is another user's, and lives
+    return holder

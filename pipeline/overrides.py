@@ -1,7 +1,7 @@
 """`--set prune.target.macs=0.4`: fields of pipeline.yaml set from the command line, before anything is validated.
 
 The value is YAML under the same strict rules as the file. What is set keeps its place in the option, so that a mistake
-in it is shown in the option and not in a file that does not hold it.
+in it is shown in the option and not in a file that does not hold it: --set, or the --grid and --search of a sweep.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ class Override:
     value: Node
 
 
-def apply(root: Node, options: Sequence[str]) -> Node:
-    """The root with each `path=value` set; a mapping replaces, it is not merged. The root itself is not changed."""
+def apply(root: Node, options: Sequence[str | Source]) -> Node:
+    """The root with each `path=value` set; a mapping replaces, it is not merged. The root itself is not changed.
+
+    A text is that of a --set; the source of another option is called by its own name in what is said of it.
+    """
     done: list[Override] = []
-    for text in options:
-        override = _parsed(text, root)
+    for option in options:
+        source = option if isinstance(option, Source) else Source(f"--set {option}", option, inline=True)
+        override = _parsed(source, root)
         for other in done:
             short = min(len(other.path), len(override.path))
             if other.path[:short] == override.path[:short]:
@@ -56,12 +60,14 @@ def merge(base: Node, over: Node) -> Node:
     return Node(values, over.span, {**base.keys, **over.keys})
 
 
-def _parsed(text: str, root: Node) -> Override:
-    source = Source(f"--set {text}", text, inline=True)
+def _parsed(source: Source, root: Node) -> Override:
+    text = source.text
     field, equals, _ = text.partition("=")
     whole = Span(source, 1, 1, len(field))
     if not equals or not field.strip():
-        raise _usage("an override is field=value", source, whole, "for example --set prune.target.macs=0.4")
+        raise _usage(
+            "an override is field=value", source, whole, f"for example {_option(source)} prune.target.macs=0.4"
+        )
     if "\n" in text or "\r" in text:
         raise _usage("an override is one line", source, whole, "write lists and mappings as [a, b] and {a: 1}")
     node = read(source, len(field) + 1)
@@ -102,7 +108,8 @@ def _path(field: str, source: Source, root: Node) -> tuple[tuple[str, ...], tupl
         name = field[at:].split(".")[0]
         span = Span(source, 1, at + 1, len(name))
         if not name.strip():
-            raise _usage("a part of the field's path is empty", source, span, "for example --set prune.target.macs=0.4")
+            example = f"for example {_option(source)} prune.target.macs=0.4"
+            raise _usage("a part of the field's path is empty", source, span, example)
         parts.append((name, span))
         at += len(name) + 1
     return tuple(name for name, _ in parts), tuple(span for _, span in parts)
@@ -121,10 +128,15 @@ def _set(node: Node, override: Override, depth: int) -> Node:
     if node.value is not None and not isinstance(node.value, dict):
         kind = "a list is set as a whole" if isinstance(node.value, tuple) else "it has no fields to set"
         done = ".".join(override.path[:depth]).removeprefix("stages.")
-        raise located(f"'{done}' is {describe(node)}; {kind}", span, f"write --set '{done}=...'")
+        raise located(f"'{done}' is {describe(node)}; {kind}", span, f"write {_option(span.source)} '{done}=...'")
     inner = node.mapping.get(name, Node(None, span))
     keys = node.keys if isinstance(node.value, dict) else {}
     return Node({**node.mapping, name: _set(inner, override, depth + 1)}, node.span, {**keys, name: span})
+
+
+def _option(source: Source) -> str:
+    """--set"""
+    return source.name.partition(" ")[0]
 
 
 def _usage(message: str, source: Source, span: Span, hint: str) -> UsageError:

@@ -19,7 +19,7 @@ from . import keys, records
 from .alone import inputs_alone
 from .errors import InputError, Interrupted, SievitError, Terminated, UsageError
 from .execute import Setting, Stop, execute, stoppable
-from .expectations import earlier, took_by
+from .expectations import TO_RUN, expected
 from .forecast import forecast
 from .manifest import sha256_of
 from .preflight import check_stages
@@ -30,6 +30,7 @@ from .team import Team
 from .track import Tracking
 
 if TYPE_CHECKING:
+    from .forecast import Forecast
     from .plan import Node, Plan
     from .progress import Display
     from .store import Artifact, Store
@@ -77,16 +78,18 @@ def run(
     with stoppable():
         facts = Facts(plan, store, manner.progress)
         asked = {place(node) for node in chosen}
-        to_run = _will_run(plan, store, facts, asked, manner.force)
+        found = forecast(plan, store, force=manner.force, facts=facts)
+        to_run = _will_run(found, asked)
         check_stages(plan, to_run, store, manner.invalid_input)
-        took = earlier(store) if to_run else {}
-        expected = {place(node): took_by(node, took).seconds for node in to_run}
+        takes = expected(found, plan, store, facts) if to_run else {}
+        places = [place(node) for node in chosen]
+        seconds = {place(node): takes[place(node)].seconds for node in to_run}
         for note in caveats(plan):
             manner.progress.note(note)
         with store.in_use():
             pass_ = _Pass(plan, store, facts, manner)
             pass_.record.touched = asked
-            with pass_.recorded(), manner.progress.run([place(node) for node in chosen], expected):
+            with pass_.recorded(), manner.progress.run(places, seconds):
                 pass_.go_through(chosen, may_make=wanted if only else None, keep_going=keep_going)
     return pass_.record
 
@@ -103,14 +106,14 @@ def ahead(
     """The nodes that `run` would make, checked as it checks them."""
     _, chosen = select(plan, until=until, only=only, arms=arms)
     asked = {place(node) for node in chosen}
-    nodes = _will_run(plan, store, Facts(plan, store, manner.progress), asked, manner.force)
+    found = forecast(plan, store, force=manner.force, facts=Facts(plan, store, manner.progress))
+    nodes = _will_run(found, asked)
     check_stages(plan, nodes, store, manner.invalid_input)
     return nodes
 
 
-def _will_run(plan: Plan, store: Store, facts: Facts, asked: Collection[Place], force: bool) -> list[Node]:
-    found = forecast(plan, store, force=force, facts=facts)
-    return [one.node for one in found if one.state in ("run", "unknown") and place(one.node) in asked]
+def _will_run(found: Sequence[Forecast], asked: Collection[Place]) -> list[Node]:
+    return [one.node for one in found if one.state in TO_RUN and place(one.node) in asked]
 
 
 def run_stage(

@@ -1,7 +1,7 @@
 """What a sweep tries: `--grid prune.target.macs=0.3,0.5` and `--search finetune.lr=1e-4..1e-2:log` as values of fields.
 
 A value is YAML under the strict rules of `--set`, so whatever a field can be set to can be swept: numbers, names, null,
-{mappings}, [lists]. Values stand between commas.
+{mappings}, [lists]. Values stand between commas, and each keeps its place in the option, where a mistake is shown.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .diagnostics import Source, printable
 from .document import read
@@ -26,9 +26,10 @@ _WHOLE = re.compile(r"[-+]?\d+")
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """Values one by one, in the order written."""
+    """Values one by one, in the order written. places: of `ends`, as --set would be given them."""
 
     values: tuple[JSON, ...]
+    places: tuple[Source, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def ends(self) -> tuple[JSON, ...]:
@@ -41,11 +42,14 @@ class Choices:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """All numbers from low to high, both included: whole ones when both ends are. log: every octave is as likely."""
+    """All numbers from low to high, both included: whole ones when both ends are. log: every octave is as likely.
+    places: of `ends`.
+    """
 
     low: float
     high: float
     log: bool = False
+    places: tuple[Source, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def whole(self) -> bool:
@@ -94,18 +98,22 @@ def overrides(settings: Mapping[str, JSON]) -> list[str]:
 def _fields(options: Sequence[str], option: str) -> dict[str, Tried]:
     found: dict[str, Tried] = {}
     for text in options:
-        field, equals, values = text.partition("=")
-        if not (field.strip() and equals and values.strip()):
+        name, equals, values = text.partition("=")
+        if not (name.strip() and equals and values.strip()):
             example = "prune.target.macs=0.3,0.5" if option == "--grid" else "finetune.lr=1e-4..1e-2:log"
             raise _usage("a swept field is FIELD=VALUES", f"{option} {text}", f"for example {option} {example}")
-        if field in found:
-            raise _usage(f"{field} is swept twice", f"{option} {text}", "give all its values in one option")
-        found[field] = _range(values, f"{option} {text}") or _choices(values, f"{option} {text}")
+        if name in found:
+            raise _usage(f"{name} is swept twice", f"{option} {text}", "give all its values in one option")
+        if "\n" in text or "\r" in text:
+            raise _usage(
+                "a swept field is one line", f"{option} {text}", "write lists and mappings as [a, b] and {a: 1}"
+            )
+        found[name] = _range(text, f"{option} {text}") or _choices(text, f"{option} {text}")
     return found
 
 
 def _range(text: str, where: str) -> Range | None:
-    match = _RANGE.fullmatch(text.strip())
+    match = _RANGE.fullmatch(text.rstrip(), _begin(text))
     if match is None:
         return None
     whole = all(_WHOLE.fullmatch(end) for end in match.group(1, 2))
@@ -114,12 +122,13 @@ def _range(text: str, where: str) -> Range | None:
         raise _usage("a range goes from the lower number to the higher", where, "for example 1e-4..1e-2")
     if match[3] and low <= 0:
         raise _usage("a logarithmic range is above 0", where, "leave :log out, or begin above 0")
-    return Range(low, high, match[3] is not None)
+    places = tuple(_alone(text, where, *match.span(end)) for end in (1, 2))
+    return Range(low, high, match[3] is not None, places)
 
 
 def _choices(text: str, where: str) -> Choices:
     try:
-        node = read(Source(where, f"[{text}]", inline=True), 0)
+        node = read(Source(where, f"[{text[_begin(text) :]}]", inline=True), 0)
     except SpecError as error:  # its caret would point into brackets that nobody wrote
         raise _usage(error.message, where, error.hint or "values stand between commas") from None
     items = node.items if node is not None else ()
@@ -128,7 +137,27 @@ def _choices(text: str, where: str) -> Choices:
     values = tuple(item.plain() for item in items)
     if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
         raise _usage("a value stands twice", where, "remove one of the two")
-    return Choices(values)
+    starts = [_begin(text) + item.span.column - 2 for item in items]  # columns count from 1, behind the bracket
+    ends = [_end(text, start) for start in starts[1:]] + [len(text)]
+    places = tuple(_alone(text, where, *span) for span in zip(starts, ends, strict=True))
+    return Choices(values, places)
+
+
+def _begin(text: str) -> int:
+    """Where the values begin, blanks before them left out."""
+    at = text.index("=") + 1
+    return len(text) - len(text[at:].lstrip())
+
+
+def _end(text: str, following: int) -> int:
+    """Where a value ends, given where the next one begins."""
+    return len(text[:following].rstrip().removesuffix(","))
+
+
+def _alone(text: str, where: str, start: int, end: int) -> Source:
+    """The option with one of its values alone in it, where it was written."""
+    at = text.index("=") + 1
+    return Source(where, (text[:at] + " " * (start - at) + text[start:end]).ljust(len(text)), inline=True)
 
 
 def _usage(message: str, where: str, hint: str) -> UsageError:

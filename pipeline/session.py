@@ -15,7 +15,7 @@ from .errors import InputError, UsageError
 from .team import Elsewhere, Team
 
 if TYPE_CHECKING:
-    from .diagnostics import Span
+    from .diagnostics import Source, Span
     from .plan import Plan
     from .progress import Display
     from .spec import PipelineSpec
@@ -37,7 +37,7 @@ class Session:
     console: Console
     team: Team = field(default_factory=Team)
 
-    def plan(self, pipeline: Path, overrides: Sequence[str] = ()) -> Plan:
+    def plan(self, pipeline: Path, overrides: Sequence[str | Source] = ()) -> Plan:
         """The validated plan of a pipeline file. SpecError when it or an override is wrong; nothing is written."""
         from .plan import make_plan
         from .preflight import check_settings

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .diagnostics import Problems, Span, located, nearest, suggest
+from .diagnostics import Problems, Source, Span, located, nearest, suggest
 from .document import EXAMPLE, Node, contents, describe, parse
 from .errors import SpecError
 from .overrides import apply, merge
@@ -128,7 +128,7 @@ class PipelineSpec:
     root: Node = field(repr=False, compare=False)
 
 
-def load_pipeline(path: Path, stages: Sequence[Stage], overrides: Sequence[str] = ()) -> PipelineSpec:
+def load_pipeline(path: Path, stages: Sequence[Stage], overrides: Sequence[str | Source] = ()) -> PipelineSpec:
     """Read, override and check a pipeline. Raises SpecError, or UsageError for an override that is none."""
     root = parse(contents(path), str(path))
     text = root.span.source.text

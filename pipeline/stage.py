@@ -6,7 +6,7 @@ what it `reads`, computes the key, and calls `Stage.run(context)` only when no a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +83,25 @@ class Preflight:
         return f"stages.{self.entry}.{path}"
 
 
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """How far the checkpoint of a stopped stage is: `done` of `total` of its units of work."""
+
+    done: float
+    total: float
+    unit: str = "epoch"
+
+    @property
+    def left(self) -> float:
+        """The share of the work that is left."""
+        return max(0.0, 1 - self.done / self.total) if self.total > 0 else 1.0
+
+
+def _untold(work: Path) -> Reached | None:
+    """For stages whose checkpoints do not say how far they are."""
+    return None
+
+
 def _nothing_to_check(seen: Preflight) -> None:
     """For stages whose settings cannot be wrong in any way that their config does not refuse by itself."""
 
@@ -126,6 +145,13 @@ class Stage:
     # before the first of them does and before anything is written; it may import torch. What it raises may carry
     # `field`, a path in pipeline.yaml such as "model.name" or preflight.at("tokens.blocks"): the user sees the line.
     preflight: Callable[[Preflight], None] = _nothing_to_check
+    # Settings without a bearing on how long it takes, as dotted paths; one that is named covers those below it. What it
+    # will take is told by a run with others.
+    costless: Callable[[Any], Collection[str]] = lambda config: ()
+    # Settings that its time is in proportion to while all else stays: ("epochs",).
+    paced_by: Callable[[Any], Collection[str]] = lambda config: ()
+    # How far the checkpoint in its work folder is; None: there is none, or it does not say. It imports no torch.
+    reached: Callable[[Path], Reached | None] = _untold
     # What two of its artifacts have in common beyond their settings, for `sievit diff`: name -> number or text.
     compare: Callable[[Artifact, Artifact], Mapping[str, JSON]] | None = None
 

@@ -135,6 +135,14 @@ class Store:
         """The final folder of an artifact, whether it exists or not."""
         return self.root / stage / key
 
+    def work(self, stage: str, key: str) -> Path:
+        """The folder for checkpoints of an artifact that is not finished, whether it exists or not."""
+        return self.root / stage / f".work-{key}"
+
+    def at_work(self, stage: str, key: str) -> locks.Holder | None:
+        """The other process of this host that makes an artifact now."""
+        return locks.at_work(self.root / ".locks" / f"{stage}-{key}.lock")
+
     # ---- reading
 
     def find(self, stage: str, key: str) -> Artifact | None:
@@ -181,6 +189,10 @@ class Store:
         return sorted(
             p.name for p in self.root.iterdir() if p.is_dir() and p.name != "runs" and _NAME.fullmatch(p.name)
         )
+
+    def is_empty(self) -> bool:
+        """Whether nothing has been finished in it. No manifest is read."""
+        return not any(any((self.root / stage).glob(f"*/{manifests.NAME}")) for stage in self.stages())
 
     def artifacts(self, stage: str | None = None) -> list[Artifact]:
         """All readable artifacts, of one stage kind or of all, by stage and version. `unreadable` lists the others."""
@@ -285,7 +297,7 @@ class Store:
             commit.recover(self.folder(stage, key), self.disk)
             for left in parent.glob(f".tmp-{key}-*"):  # of a process that was killed: its lock is gone, so is it
                 commit.discard(left)
-            work = parent / f".work-{key}"
+            work = self.work(stage, key)
             work.mkdir(exist_ok=True)
             out = parent / f".tmp-{key}-{uuid.uuid4().hex}"
             out.mkdir()

@@ -27,6 +27,7 @@ from .stage import JSON
 from .store import Store
 from .study import Study
 
+REPORTED = "report.json"  # in a sweep's folder, beside its pages: what they tell
 MOST_ATTEMPTS = 3  # how often a trial that takes its process with it is begun
 TrialState = Literal["waiting", "running", "done", "failed"]
 
@@ -231,6 +232,23 @@ class Sweep:
             return Trial(**manifests.read_json(self._path(number), f"trial {number}"))
         except (FileNotFoundError, IntegrityError, TypeError):
             return None
+
+
+def reported(store: Store) -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, what its pages tell) of every sweep, the one that was worked on last at the end. What cannot be read is
+    left out.
+    """
+    found = []
+    for path in store.runs.glob(f"sweep-*/{REPORTED}"):
+        try:
+            found.append((path.parent, manifests.read_json(path, REPORTED)))
+        except (FileNotFoundError, IntegrityError):
+            continue
+    return sorted(found, key=lambda each: (_worked_on(each[1]), each[0].name))
+
+
+def _worked_on(document: Mapping[str, Any]) -> str:
+    return max([str(document["started"]), *(str(trial["finished"] or "") for trial in document["trials"])])
 
 
 class _Grid:

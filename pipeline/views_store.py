@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from .console import Document
-from .drawing import aligned, changed, fields, line, table, two_lines, whole_path
+from .drawing import aligned, fields, line, table, two_lines, whole_path
 from .report.numbers import duration, size
 
 PLACE = 15  # columns of arm/entry
@@ -73,7 +73,7 @@ def _inputs(value: Any) -> str:
 
 def explanation(document: Document) -> RenderableType:
     parts: list[RenderableType] = [line(document["verdict"], "bold")]
-    parts += [line(f"  {changed(each)}") for each in document["reasons"]]
+    parts += [line(f"  {each['says']}") for each in document["reasons"]]
     return Group(*parts)
 
 

@@ -34,14 +34,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
+from sievit.pipeline.stage import Config, Context, Preflight, Reached, Reads, Stage
 
+from .vision.how_far import epochs
 from .vision.mask_settings import Hold
-from .vision.recipe import Recipe, StopEarly, check_processes, check_stop, looks_at_whole_tensors
+from .vision.recipe import COSTLESS, Recipe, StopEarly, check_processes, check_stop, looks_at_whole_tensors
 from .vision.teaching_settings import Distill, check_features
 from .vision.token_settings import Tokens
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from .vision.architecture import Architecture, SwinArchitecture
@@ -264,6 +267,11 @@ def _references(config: FinetuneConfig) -> dict[str, str]:
     return {} if config.distill is None else {"teacher": config.distill.teacher}
 
 
+def _reached(work: Path) -> Reached | None:
+    found = epochs(work / "training.safetensors")
+    return None if found is None else Reached(*found)
+
+
 STAGE = Stage(
     name="finetune",
     version=9,
@@ -275,6 +283,10 @@ STAGE = Stage(
     packages=("torch", "timm", "numpy"),
     uses=frozenset({"data", "seed", "device"}),
     shares=True,
+    # Where a training may end early, its time is in no proportion, and every setting bears on it.
+    costless=lambda config: () if config.stop_early else COSTLESS,
+    paced_by=lambda config: () if config.stop_early else ("epochs", "steps"),
+    reached=_reached,
     references=_references,
     coherent=coherent,
     idle=idle,

@@ -2,7 +2,7 @@
 
     model.onnx, folder/       a file, or the model.onnx of a folder
     main, random              the last file of that arm in the newest run that has made the files of all its arms
-    quantize@3, export        an artifact, as every command names one
+    quantize@3, main/export   an artifact, as every command names one
     5f3a91, 5f3a91/dense      a run by the beginning of its id: its main arm, or another
 
 A file is looked up in the store by its SHA-256, so that a copy is known as what it is.
@@ -47,7 +47,7 @@ def find(asked: str, store: Store, stages: Sequence[Stage]) -> Product:
 
     Raises: InputError when it means nothing, IntegrityError when the artifact is damaged.
     """
-    from sievit.pipeline import records
+    from sievit.pipeline import records, references
     from sievit.pipeline.diagnostics import suggest
 
     path = Path(asked).expanduser()
@@ -59,15 +59,16 @@ def find(asked: str, store: Store, stages: Sequence[Stage]) -> Product:
     if artifact is None and path.exists():
         what = f"holds no {MODEL}" if path.is_dir() else "is not an .onnx file"
         raise InputError(f"{path} {what}", hint="give an .onnx file, or a folder that `sievit pack` made")
-    if artifact is None and "@" not in asked and asked not in store.stages():
+    known = [*store.stages(), *references.places(store)]
+    if artifact is None and "@" not in asked and asked not in known:
         newest = _delivered(store, stages) or records.newest(store)
-        names = [*(_arms(newest) if newest else ()), *store.stages()]
+        names = [*(_arms(newest) if newest else ()), *known]
         raise InputError(
             f"{asked!r} is no arm, run, artifact or .onnx file",
             where=str(store.root),
             hint=suggest(asked, names, kind="names") if names else "the store is empty: `sievit run` fills it",
         )
-    artifact = artifact or store.resolve(asked)
+    artifact = artifact or references.resolve(asked, store)
     if (holds := artifact.manifest.get("writes")) != "onnx":
         raise InputError(
             f"{artifact.ref} holds {holds}, not an ONNX file",
@@ -108,13 +109,12 @@ def _delivered(store: Store, stages: Sequence[Stage]) -> RunRecord | None:
     """The newest run that has made the files of all its arms. One that failed, or a single stage, does not take the
     place of what stands; and two arms are of one run, or a comparison would be of two settings.
     """
-    from sievit.pipeline import records
+    from sievit.pipeline.references import newest_run_with
 
-    for record in reversed(records.all_runs(store)):
-        last = [nodes[-1] for arm in _arms(record) if (nodes := _exporting(record, arm, stages))]
-        if last and all(node.finished is not None and store.find(node.stage, node.key or "") for node in last):
-            return record
-    return None
+    def last(record: RunRecord) -> list[NodeRecord]:
+        return [nodes[-1] for arm in _arms(record) if (nodes := _exporting(record, arm, stages))]
+
+    return newest_run_with(store, last)
 
 
 def _exporting(record: RunRecord, arm: str, stages: Sequence[Stage]) -> list[NodeRecord]:
@@ -130,6 +130,7 @@ def _arms(record: RunRecord) -> list[str]:
 def _shipped(record: RunRecord, arm: str, store: Store, stages: Sequence[Stage]) -> Artifact:
     """The artifact of the arm's last stage that writes an ONNX file: one that is unfinished is not passed over."""
     from sievit.pipeline.diagnostics import suggest
+    from sievit.pipeline.references import made
 
     if arm not in _arms(record):
         raise InputError(f"run {record.id} has no arm {arm!r}", hint=suggest(arm, _arms(record), kind="arms"))
@@ -137,7 +138,7 @@ def _shipped(record: RunRecord, arm: str, store: Store, stages: Sequence[Stage])
     if not of_arm:
         raise InputError(f"arm {arm!r} of run {record.id} exports no ONNX file", hint="give it an export stage")
     last = of_arm[-1]
-    artifact = store.find(last.stage, last.key) if last.key is not None and last.finished is not None else None
+    artifact = made(last, store)
     if artifact is None:
         raise InputError(
             f"stage {last.entry!r} of arm {arm!r} has made no file in run {record.id}",

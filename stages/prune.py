@@ -412,6 +412,8 @@ STAGE = Stage(
     manual=__doc__,
     packages=("torch", "timm", "torch-pruning"),
     uses=frozenset({"data", "model", "seed", "device"}),
+    # What is counted costs nothing to reach: importance takes the time, and in rounds the trainings.
+    costless=lambda config: () if config.rounds else ("target.macs", "target.params"),
     timed=lambda config: config.timed,
     coherent=coherent,
     idle=idle,

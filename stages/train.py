@@ -87,13 +87,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sievit.pipeline.stage import Config, Context, Preflight, Reads, Stage
+from sievit.pipeline.stage import Config, Context, Preflight, Reached, Reads, Stage
 
 from .vision.example_settings import ExamplePolicy, check_examples
+from .vision.how_far import epochs
 from .vision.loss_settings import Penalty, TokenLabels, check_losses
 from .vision.mask_settings import MaskSettings, check_budget, check_masks, check_room, check_start, idle_masks
 from .vision.patch_settings import check_cutmix
-from .vision.recipe import Recipe, StopEarly, check_compile, check_processes, check_stop, looks_at_whole_tensors
+from .vision.recipe import (
+    COSTLESS,
+    Recipe,
+    StopEarly,
+    check_compile,
+    check_processes,
+    check_stop,
+    looks_at_whole_tensors,
+)
 from .vision.token_settings import Connected, Tokens, check_connected
 
 if TYPE_CHECKING:
@@ -455,6 +464,11 @@ def _references(config: TrainConfig) -> dict[str, str]:
     return {role: text for role, text in named.items() if text is not None}
 
 
+def _reached(work: Path) -> Reached | None:
+    found = epochs(work / "training.safetensors")
+    return None if found is None else Reached(*found)
+
+
 STAGE = Stage(
     name="train",
     version=12,
@@ -466,6 +480,10 @@ STAGE = Stage(
     packages=("torch", "timm", "numpy", "nncf"),
     uses=frozenset({"data", "model", "seed", "device"}),
     shares=True,
+    # Where a training may end early, its time is in no proportion, and every setting bears on it.
+    costless=lambda config: () if config.stop_early else (*COSTLESS, "weights.strength"),
+    paced_by=lambda config: () if config.stop_early else ("epochs", "steps"),
+    reached=_reached,
     references=_references,
     coherent=coherent,
     idle=idle,

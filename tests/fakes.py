@@ -167,8 +167,11 @@ TRAIN = Stage(
     "model",
     "Train.",
     uses=frozenset({"data", "model", "device", "seed"}),
+    paced_by=lambda config: ("epochs", "steps"),
 )
-PRUNE = Stage("prune", 1, PruneConfig, _write, (MODEL, TICKETS), "model", "Cut.")
+PRUNE = Stage(
+    "prune", 1, PruneConfig, _write, (MODEL, TICKETS), "model", "Cut.", costless=lambda config: ("target.macs",)
+)
 FINETUNE = Stage("finetune", 1, FinetuneConfig, _write, (MODEL, TICKETS), "model", "Recover.", references=_distilled)
 EXPORT = Stage("export", 1, ExportConfig, _write, (MODEL,), "onnx", "Write ONNX.", uses=frozenset())
 QUANTIZE = Stage("quantize", 1, QuantizeConfig, _write, (ONNX, TICKETS), "onnx", "Quantize.")

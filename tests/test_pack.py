@@ -51,7 +51,7 @@ def test_what_the_main_arm_ships_is_packed_unless_something_else_is_named(
     copied = classifier(tmp_path / "elsewhere", seed=5)
     for model, original in [
         ([], main), (["dense"], dense), (["export@1"], dense), (["export"], dense), (["5f3a"], main),
-        (["5f3a91/dense"], dense), ([str(copied)], copied),
+        (["5f3a91/dense"], dense), (["main/quantize"], main), (["dense/export"], dense), ([str(copied)], copied),
     ]:  # fmt: skip
         folder = tmp_path / f"pack-{'-'.join(model).replace('/', '-')}"
         document = sievit("pack", *model, "--output", str(folder), "--json").document

@@ -381,6 +381,33 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     assert not MADE and not (folder / "artifacts").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "where", "under"),
+    [
+        (["--grid", "quantize.max_drop=0.01,2.0,0.02"], "--grid quantize.max_drop=0.01,2.0,0.02", "2.0"),
+        (["--grid", "quantize.max_drop= 2.0 , 0.01"], "--grid quantize.max_drop= 2.0 , 0.01", "2.0"),
+        (["--grid", "quantise.max_drop=0.01"], "--grid quantise.max_drop=0.01", "quantise"),
+        (["--grid", "train.weights=null,{method: l3, strength: 1}"], None, "l3"),
+        (["--grid", "benchmark.batch_sizes=[1, 8],[1, 0]"], None, "0]"),
+        (["--search", "quantize.max_drop=0.5..2.0:log"], "--search quantize.max_drop=0.5..2.0:log", "2.0"),
+        ([*GRID, "--grid", "name.first=a,b"], "--grid name.first=a,b", "first"),
+        ([*GRID, "--set", "quantize.max_drop=0.2"], "--grid quantize.max_drop=0.01,0.02,0.03", "max_drop"),
+    ],
+)
+def test_a_mistake_in_a_swept_value_is_shown_in_the_option_that_was_typed(
+    arguments: list[str], where: str | None, under: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute(SWEPT, (BadInput,), ["sweep", *arguments]) in (2, 3)
+    told = capsys.readouterr().err
+    if "--set" not in arguments:
+        assert "--set" not in told
+    lines = told.splitlines()
+    (at,) = [number for number, line in enumerate(lines) if line.startswith(f"  --> {where or ' '.join(arguments)}")]
+    carets = lines[at + 1]
+    pointed = lines[at][carets.index("^") :]
+    assert pointed.startswith(under), told
+
+
 def test_a_trial_that_takes_its_process_with_it_is_given_up_after_three(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -501,3 +528,60 @@ def test_the_table_on_the_terminal_marks_the_front(folder: Path, capsys: pytest.
     marked = [line for line in out.splitlines() if line.startswith("* ")]
     assert len(marked) == 2 and marked[0].split()[1] == "0" and "89.0%" in marked[0]
     assert "max_drop=0.03" in out and max(map(len, out.splitlines()[:8])) <= 80
+
+
+# ---- what gc leaves of a sweep
+
+
+def collected(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """Names of the run folders that gc removes."""
+    assert execute(SWEPT, (BadInput,), ["gc", "--yes", "--json", *arguments]) == 0
+    removed = json.loads(capsys.readouterr().out)["removed"]
+    return [Path(each["path"]).name for each in removed if each["kind"] == "run"]
+
+
+def told_by(page: Path) -> dict[str, Any]:
+    """The trials as the sweep's page tells them: run -> whether it is a link, whether it is said to be collected."""
+    html = page.read_text(encoding="utf-8")
+    cells = re.findall(r"<td>(<a [^>]*>)?<code>([0-9a-f]{12})</code>(?:</a>)?(<small>collected</small>)?", html)
+    return {run: (bool(link), bool(gone)) for link, run, gone in cells}
+
+
+def test_gc_keeps_what_the_newest_sweep_found_worth_having_and_its_page_says_what_is_gone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, answer = sievit(capsys, *GRID, "--objective", "top1")
+    runs = [trial["run"] for trial in answer["trials"]]
+    front = [trial["run"] for trial in answer["trials"] if trial["front"]]
+    assert 0 < len(front) < 3
+    page, artifacts = Path(answer["report"]), folder / "artifacts"
+    assert told_by(page) == dict.fromkeys(runs, (True, False))
+    assert execute(SWEPT, (BadInput,), ["run", "--set", "quantize.max_drop=0.5", "--quiet"]) == 0
+    capsys.readouterr()
+    lost = [run for run in runs if run not in front]
+    assert set(collected(capsys)) == set(lost)
+    assert told_by(page) == {run: (run in front, run in lost) for run in runs}
+    assert page.with_suffix(".md").read_text(encoding="utf-8").count("(collected)") == len(lost)
+    assert "removed by <code>sievit gc</code>" in page.read_text(encoding="utf-8")
+    links = re.findall(r'href="(\.\.[^"]+)"', page.read_text(encoding="utf-8"))
+    assert len(links) == len(front) and all((page.parent / link).exists() for link in links)
+    assert len(list(artifacts.glob("quantize/*/manifest.json"))) == len(front) + 1
+    made = len(MADE)
+    assert front == runs[:1]
+    assert execute(SWEPT, (BadInput,), ["run", "--set", "quantize.max_drop=0.01", "--quiet"]) == 0
+    capsys.readouterr()
+    assert len(MADE) == made, "what is worth having has kept all that it was made of"
+    _, again = sievit(capsys, *GRID, "--objective", "top1")
+    assert [trial["collected"] for trial in again["trials"]] == [run in lost for run in runs]
+
+
+def test_gc_lets_go_of_an_older_sweep_when_there_is_a_newer_one_of_the_pipeline(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, older = sievit(capsys, *GRID[:1], "quantize.max_drop=0.01,0.02", "--objective", "top1")
+    _, newer = sievit(capsys, *GRID[:1], "quantize.max_drop=0.03,0.04", "--objective", "top1")
+    best = {name: {t["run"] for t in sweep["trials"] if t["front"]} for name, sweep in (("o", older), ("n", newer))}
+    assert not set(collected(capsys, "--keep-last", "2")) & (best["o"] | best["n"])
+    removed = set(collected(capsys))
+    assert best["o"] <= removed and not removed & best["n"]
+    assert set(told_by(Path(older["report"])).values()) == {(False, True)}

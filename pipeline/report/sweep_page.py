@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..commit import Disk
+from ..manifest import as_text
 from ..objectives import HIGHER, Estimate, front
 from ..search_space import overrides
+from ..sweep import REPORTED, reported
 from . import numbers
 from .numbers import Format, interval
 from .pictures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Scale, frame
@@ -42,7 +44,7 @@ def document_of(sweep: Sweep) -> dict[str, Any]:
     estimates = [{name: Estimate(**found) for name, found in trial.values.items()} for trial in done]
     best = {trial.number for trial, on_it in zip(done, front(estimates), strict=True) if on_it}
     objectives = sweep.question.objectives
-    return {
+    document = {
         "sweep": sweep.id,
         "started": sweep.started,
         **sweep.question.as_json(),
@@ -50,6 +52,16 @@ def document_of(sweep: Sweep) -> dict[str, Any]:
         "front_says": _front_sentence(objectives, len(done) - len(best)),
         "trials": [{**asdict(trial), "front": trial.number in best} for trial in trials],
     }
+    return _with_collected(document, sweep.store)
+
+
+def _with_collected(document: Mapping[str, Any], store: Store) -> dict[str, Any]:
+    """The document with a mark at every trial whose run gc has removed."""
+    trials = [
+        {**trial, "collected": trial["run"] is not None and not (store.runs / trial["run"]).is_dir()}
+        for trial in document["trials"]
+    ]
+    return {**document, "trials": trials}
 
 
 def _state(trials: Sequence[Any], grid: bool, asked: int) -> str:
@@ -76,11 +88,21 @@ def _front_sentence(objectives: Sequence[str], others: int) -> str:
 
 
 def write(document: Mapping[str, Any], folder: Path, store: Store) -> tuple[Path, Path]:
-    """Write report.html and report.md into the sweep's folder, each complete or not at all; both paths."""
-    pages = {"report.html": _html(document, folder, store), "report.md": _markdown(document)}
-    for name, page in pages.items():
-        Disk().replace(folder / name, page.encode())
+    """Write report.html and report.md into the sweep's folder, and what they tell as JSON, each complete or not at all;
+    the paths of both pages.
+    """
+    pages = {"report.html": _html(document, folder, store).encode(), "report.md": _markdown(document).encode()}
+    for name, page in {**pages, REPORTED: as_text(document)}.items():
+        Disk().replace(folder / name, page)
     return folder / "report.html", folder / "report.md"
+
+
+def write_again(store: Store) -> None:
+    """The pages of the sweeps that do not say yet which of their runs gc has removed."""
+    for folder, told in reported(store):
+        now = _with_collected(told, store)
+        if now != told:
+            write(now, folder, store)
 
 
 def _html(document: Mapping[str, Any], folder: Path, store: Store) -> str:
@@ -99,7 +121,7 @@ def _html(document: Mapping[str, Any], folder: Path, store: Store) -> str:
 
 
 def _links(document: Mapping[str, Any], folder: Path, store: Store) -> dict[str, str]:
-    """Run -> the way to its report; gc may have removed it."""
+    """Run -> the way to its report."""
     runs = {trial["run"] for trial in document["trials"] if trial["run"] is not None}
     pages = {run: store.runs / run / "report.html" for run in runs}
     return {run: os.path.relpath(page, folder) for run, page in pages.items() if page.exists()}

@@ -18,6 +18,9 @@ RAND_SECTION = re.compile(
 )
 RAND_SECTIONS = "m9 n2 p0.5 mstd0.5 mmax10 inc1"  # examples, for messages
 
+# Settings of a Recipe that cost nothing, neither time nor memory, whatever they are.
+COSTLESS = ("lr", "min_lr", "schedule", "layer_decay", "weight_decay", "warmup", "smoothing")
+
 Optimizer = Literal["adamw", "sgd", "nadamw", "lion", "radam", "rmsprop", "adafactor", "muon", "adopt"]
 
 
