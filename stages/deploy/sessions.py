@@ -7,12 +7,17 @@ error.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import re
+import shlex
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +29,11 @@ from .isa import usable_cores
 # name in pipeline.yaml -> (ONNX Runtime's name, those it hands over to, the distribution to install)
 PROVIDERS = {
     "cpu": ("CPUExecutionProvider", (), "onnxruntime"),
-    "cuda": ("CUDAExecutionProvider", ("CPUExecutionProvider",), "onnxruntime-gpu"),
+    "cuda": ("CUDAExecutionProvider", ("CPUExecutionProvider",), "onnxruntime-gpu[cuda,cudnn]"),
     "tensorrt": (
         "TensorrtExecutionProvider",
         ("CUDAExecutionProvider", "CPUExecutionProvider"),
-        "onnxruntime-gpu and tensorrt",
+        "onnxruntime-gpu[cuda,cudnn] and tensorrt-cu13>=10,<11",
     ),
     "openvino": ("OpenVINOExecutionProvider", ("CPUExecutionProvider",), "onnxruntime-openvino"),
 }
@@ -46,7 +51,8 @@ HEAVY = frozenset(
             "MatMulIntegerToFloat",
             "DynamicQuantizeMatMul",
         ),
-        *("QLinearMatMul", "QGemm", "Conv", "FusedConv", "QLinearConv", "ConvInteger"),
+        *("QLinearMatMul", "QGemm", "Conv", "FusedConv", "QLinearConv", "ConvInteger", "MatMulNBits", "Einsum"),
+        *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"),
         *("Attention", "QAttention", "MultiHeadAttention", "Softmax", "LayerNormalization", "SkipLayerNormalization"),
         *("Gelu", "BiasGelu", "FastGelu"),
     }
@@ -69,7 +75,7 @@ def require_provider(name: str) -> str:
     wanted, _, package = PROVIDERS[name]
     available = ort.get_available_providers()
     if wanted not in available:
-        hint = f"pip install {package.replace(' and ', ' ')}"
+        hint = "pip install " + " ".join(shlex.quote(part) for part in package.split(" and "))
         if package != "onnxruntime":
             hint = f"pip uninstall onnxruntime, then {hint} (one of the onnxruntime packages at a time)"
         raise InvalidInput(
@@ -111,8 +117,8 @@ def open_session(
 ) -> ort.InferenceSession:
     """A session that runs on `provider` or raises InvalidInput.
 
-    threads: of one operator. shapes: input name -> shape that TensorRT builds its engine for; cache: folder for that
-    engine. profile: prefix of a profile file, which `placement` reads.
+    threads: of one operator. shapes: input name -> shape that TensorRT builds its engine for; cache: folder for the
+    engines of many files and shapes. profile: prefix of a profile file, which `placement` reads.
     """
     wanted = require_provider(provider)
     options = ort.SessionOptions()
@@ -125,31 +131,30 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    if provider in GRAPHICS and hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
-            ort.preload_dlls()  # CUDA and cuDNN from the nvidia wheels, when they are not on the library path
     os.environ.pop("ORT_LOAD_CONFIG_FROM_MODEL", None)  # it would hand the session's settings to the model
+    heard: list[str] = []
     try:
-        # enable_fallback=0: otherwise a failure prints to stdout and the session silently runs elsewhere.
-        session = ort.InferenceSession(
-            str(path),
-            options,
-            providers=_chain(provider, threads, shapes, cache),
-            enable_fallback=0,
-            read_config_from_model=0,  # a model must not set the threads of its own benchmark
-        )
+        with _listening(heard) if provider != "cpu" else contextlib.nullcontext():
+            _preload(provider)
+            # enable_fallback=0: otherwise a failure prints to stdout and the session silently runs elsewhere.
+            session = ort.InferenceSession(
+                str(path),
+                options,
+                providers=_chain(provider, path, threads, shapes, cache),
+                enable_fallback=0,
+                read_config_from_model=0,  # a model must not set the threads of its own benchmark
+            )
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        raise InvalidInput(
-            f"{path.name} does not load with provider {provider}: {_first_line(error)}",
-            "export it again, or update onnxruntime"
-            if provider == "cpu"
-            else f"check the drivers and libraries that {provider} needs",
-        ) from error
+        if provider == "cpu":
+            told, hint = _first_line(str(error)) or type(error).__name__, "export it again, or update onnxruntime"
+        else:
+            told, hint = _why(heard, str(error)), f"check the drivers and libraries that {provider} needs"
+        raise InvalidInput(f"{path.name} does not load with provider {provider}: {told}", hint) from error
     if session.get_providers()[0] != wanted:
+        elsewhere = ", ".join(entry.removesuffix("ExecutionProvider") for entry in session.get_providers())
         raise InvalidInput(
-            f"provider {provider} did not start: the session runs on "
-            + ", ".join(entry.removesuffix("ExecutionProvider") for entry in session.get_providers()),
-            f"check driver, CUDA and cuDNN versions against onnxruntime {ort.__version__} (its log is above)",
+            f"provider {provider} did not start ({_why(heard)}); the session would run on {elsewhere}",
+            f"check the driver and the libraries that onnxruntime {ort.__version__} needs for {provider}",
         )
     session.disable_fallback()
     return session
@@ -196,22 +201,82 @@ def node_times(profile: Path) -> list[tuple[str, str, float]]:
     ]
 
 
+def _preload(provider: str) -> None:
+    """Libraries from wheels, which are not on the library path."""
+    if provider in GRAPHICS and hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
+            ort.preload_dlls()  # CUDA and cuDNN, from the nvidia wheels
+    if provider == "tensorrt":
+        with contextlib.suppress(ImportError):  # the library may also come from the system
+            importlib.import_module("tensorrt")
+
+
+@contextlib.contextmanager
+def _listening(heard: list[str]) -> Iterator[None]:
+    """What native code writes to stderr meanwhile goes into `heard`, and to stderr: ONNX Runtime says there, and
+    nowhere else, why a provider does not start.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        own = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(own, 2)
+            os.close(own)
+            file.seek(0)
+            text = file.read().decode(errors="replace")
+            sys.stderr.write(text)
+            heard += [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in text.splitlines()]
+
+
+def _why(heard: Sequence[str], said: str = "") -> str:
+    """Why a provider does not start: the libraries that were not found, else what it said first."""
+    missing = re.findall(r"([\w.+-]+\.so[\w.]*): cannot open shared object file", "\n".join([*heard, said]))
+    if missing:
+        return f"not found: {', '.join(dict.fromkeys(missing))}"
+    told = _first_line("\n".join([said, *(line for line in heard if "onnxruntime" in line.lower())]))
+    return re.sub(r"^\S*onnxruntime_src\S* ", "", told) or "it does not say why"
+
+
 def _chain(
-    provider: str, threads: int, shapes: Mapping[str, Sequence[int]] | None, cache: Path | None
+    provider: str, path: Path, threads: int, shapes: Mapping[str, Sequence[int]] | None, cache: Path | None
 ) -> list[str | tuple[str, dict[str, Any]]]:
     wanted, others, _ = PROVIDERS[provider]
     options: dict[str, Any] = {}
     if provider == "openvino":
         options = {"device_type": "CPU", "num_of_threads": str(threads)}
     if provider == "tensorrt":
+        options = _precisions(path)
         if cache is not None:  # building takes minutes, and each session is a new process
-            options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
-            options |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": str(cache)}
+            # An engine's own name tells neither weights nor shapes: files of one architecture would share one.
+            name = sha256(f"{path.absolute()} {path.stat().st_mtime_ns} {shapes}".encode()).hexdigest()[:16]
+            engines = cache / name
+            engines.mkdir(parents=True, exist_ok=True)
+            options |= {"trt_engine_cache_enable": "True", "trt_engine_cache_path": str(engines)}
+            options |= {"trt_timing_cache_enable": "True", "trt_timing_cache_path": str(cache)}
         if shapes is not None:
             exact = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
             options |= {f"trt_profile_{end}_shapes": exact for end in ("min", "opt", "max")}
     return [(wanted, options) if options else wanted, *others]
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _precisions(path: Path) -> dict[str, str]:
+    """What TensorRT must be allowed to compute in, by what the file holds: it takes 8-bit pairs and half precision only
+    where these are switched on. onnx is imported here, in a process whose memory is the card's.
+    """
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    found = {}
+    if any(node.op_type == "QuantizeLinear" for node in graph.node):
+        found["trt_int8_enable"] = "True"
+    if any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer):
+        found["trt_fp16_enable"] = "True"
+    return found
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip()[:300] for line in text.splitlines() if line.strip()), "")
