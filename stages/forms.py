@@ -79,11 +79,18 @@ class Forge:
         from .deploy.quantized_graph import linear_layers, name_nodes
         from .vision.dataset import load_split
 
-        self.bits: Literal[7, 8] = weight_bits() if config.weight_bits == "auto" else config.weight_bits
+        bits, provider = config.weight_bits, config.provider
+        self.bits: Literal[7, 8] = weight_bits(provider) if bits == "auto" else bits
         self.sensitivity: dict[str, dict[str, float]] = {}
         self._ctx, self._config, self._source = ctx, config, source
         self._judge = load_split(ctx.data.model_dump(), ctx.base, "calibration")
-        asked = partial(RangesConfig, images=config.calibration_images, bits=self.bits, timeout=config.timeout)
+        asked = partial(
+            RangesConfig,
+            images=config.calibration_images,
+            bits=self.bits,
+            symmetric=provider == "tensorrt",
+            timeout=config.timeout,
+        )
         self._workshop: Workshop = Workshop(
             source.path,
             ctx.work,

@@ -35,6 +35,7 @@ class RangesConfig(Config):
     images: int = Field(ge=1, description="calibration images; fewer if there are fewer")
     alpha: float | None = Field(description="strength of SmoothQuant; null: without")
     bits: Literal[7, 8] = Field(description="bits of the weights")
+    symmetric: bool = Field(description="zero points of activations are 0")
     timeout: float = Field(gt=0, description="seconds after which the quantizer is ended")
 
 
@@ -50,7 +51,8 @@ def run(ctx: Context) -> None:
     source, shown = ctx.inputs["onnx"].file("model.onnx"), ctx.work / "calibration.npy"
     np.save(shown, pixels, allow_pickle=False)
     try:
-        record_ranges(source, ctx.out / FILE, shown, config.alpha, config.bits, config.timeout)
+        bits, symmetric = config.bits, config.symmetric
+        record_ranges(source, ctx.out / FILE, shown, config.alpha, bits, config.timeout, symmetric=symmetric)
     except ChildFailed as error:
         raise quantizer_failed(error, source) from error
     ctx.metrics |= {"images": len(pixels), "calibrated_on": origin}
@@ -104,7 +106,7 @@ def balanced(labels: NDArray[np.int64], members: NDArray[np.int64], count: int, 
 
 STAGE = Stage(
     name="ranges",
-    version=1,  # raise quantize's with it: its key does not cover this code
+    version=2,  # raise quantize's with it: its key does not cover this code
     config=RangesConfig,
     run=run,
     reads=READS,

@@ -4,6 +4,7 @@ layers that were made float again exactly.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -22,8 +23,8 @@ from tiny_vision import images, swin
 from sievit.stages.deploy import eight_bit
 from sievit.stages.deploy.attention_fusion import fuse_attention, fuse_projection
 from sievit.stages.deploy.block_sensitivity import divergence, fewest, rank
-from sievit.stages.deploy.eight_bit import Form, Workshop, ranges_on, weight_bits
-from sievit.stages.deploy.quantized_graph import describe, linear_layers, name_nodes
+from sievit.stages.deploy.eight_bit import Form, Workshop, ranges_on, record_ranges, weight_bits
+from sievit.stages.deploy.quantized_graph import describe, linear_layers, make_unsigned, name_nodes
 from sievit.stages.vision.onnx_export import export
 
 Array = NDArray[np.float32]
@@ -99,7 +100,7 @@ class Made:
     """The forms of one file whose calibration images are normal noise in bytes."""
 
     def __init__(self, path: Path, folder: Path, bits: int = 8) -> None:
-        pixels = folder / "pixels.npy"
+        self.pixels = pixels = folder / "pixels.npy"
         np.save(pixels, tiny_onnx.pictures(8, size=32))
         tiny_onnx.sidecar(path, classes=5, preprocessing=tiny_onnx.PREPROCESSING | {"size": 32})
         self.source = path
@@ -151,6 +152,33 @@ def test_attention_as_one_operator_changes_no_8_bit_answer(form: Form, made: Mad
     np.testing.assert_allclose(answers(fused), answers(made.file(form)), atol=0.02)
 
 
+def test_unsigned_activations_give_the_very_answers_of_signed_ones(made: Made) -> None:
+    """Both kinds of zero points, and weights, which stay signed. Exact sums, so that not a bit may differ."""
+    signed = onnx.load(made.workshop._ranges(None))
+    unsigned = onnx.ModelProto.FromString(signed.SerializeToString())
+    assert make_unsigned(unsigned) == count(signed, "QuantizeLinear") > 0
+    onnx.checker.check_model(unsigned, full_check=True)
+    np.testing.assert_array_equal(answers(unsigned, 9), answers(signed, 9))
+    kinds = Counter(tensor.data_type for tensor in unsigned.graph.initializer if tensor.name.endswith("_unsigned"))
+    assert set(kinds) == {onnx.TensorProto.UINT8}
+    assert [t for t in unsigned.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2]
+    assert make_unsigned(unsigned) == 0, "there is nothing left to change"
+
+
+def test_a_symmetric_form_has_no_zero_points_and_stays_signed(made: Made, tmp_path: Path) -> None:
+    """TensorRT takes no others."""
+    path = record_ranges(made.source, tmp_path / "s.onnx", made.pixels, None, 8, 300.0, symmetric=True)
+    model = onnx.load(path)
+    before = model.SerializeToString()
+    assert make_unsigned(model) == 0 and model.SerializeToString() == before
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    pairs = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    points = [constants[node.input[2]] for node in pairs if len(node.input) == 3]
+    assert len(points) >= 2 * len(made.layers) and {point.dtype for point in points} == {np.dtype(np.int8)}
+    assert not any(point.any() for point in points)
+    assert describe(model)["quantized_nodes"] == len(made.layers)
+
+
 @pytest.mark.parametrize("form", [f for f in FORMS if f.attention != "fused"], ids=Form.text)
 def test_layers_that_are_made_float_again_compute_what_they_did(form: Form, made: Made) -> None:
     """All of them: the float file's answers. All but one: that layer alone is rounded, and its error is smaller than
@@ -198,6 +226,7 @@ def test_weights_take_seven_bits_where_sums_of_products_saturate(
 ) -> None:
     monkeypatch.setattr(eight_bit, "instruction_sets", lambda: list(flags))
     assert weight_bits() == bits
+    assert weight_bits("cuda") == weight_bits("tensorrt") == 8
 
 
 def test_divergence_is_scipys() -> None:

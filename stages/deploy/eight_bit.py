@@ -24,7 +24,8 @@ import onnx
 from .attention_fusion import fuse_attention, fuse_projection
 from .child import Child
 from .isa import instruction_sets
-from .quantized_graph import fold_scales, name_nodes, unquantize
+from .quantized_graph import fold_scales, make_unsigned, name_nodes, unquantize
+from .sessions import GRAPHICS
 
 Scheme = Literal["static", "dynamic", "weights", "half"]  # half: FP16, which export makes
 Attention = Literal["plain", "fused", "whole"]
@@ -56,15 +57,26 @@ class Form:
         return ", ".join(words)
 
 
-def record_ranges(source: Path, target: Path, pixels: Path, alpha: float | None, bits: int, timeout_s: float) -> Path:
+def record_ranges(
+    source: Path,
+    target: Path,
+    pixels: Path,
+    alpha: float | None,
+    bits: int,
+    timeout_s: float,
+    *,
+    symmetric: bool = False,
+) -> Path:
     """Write `target`, the static form as nncf leaves it, from ranges that it records on images; returns its path.
 
     pixels: .npy of uint8 [n, size, size, 3]. alpha: SmoothQuant's strength, None: without. bits: of the weights.
-    Raises: ChildFailed when the quantizer crashes, takes longer than timeout_s or refuses the graph.
+    symmetric: zero points of activations are 0. Raises: ChildFailed when the quantizer crashes, takes longer than
+    timeout_s or refuses the graph.
     """
     files = {"source": str(source.absolute()), "target": str(target.absolute()), "pixels": str(pixels.absolute())}
     with Child("quantizer", "quantizer", limited=False) as child:
-        child.ask({"do": "static", **files, "alpha": alpha, "bits": bits}, timeout_s)
+        command = {"do": "static", **files, "alpha": alpha, "bits": bits, "symmetric": symmetric}
+        child.ask(command, timeout_s)
     return target
 
 
@@ -78,8 +90,10 @@ def ranges_on(pixels: Path, source: Path, folder: Path, bits: int, timeout_s: fl
     return ranges
 
 
-def weight_bits() -> Literal[7, 8]:
+def weight_bits(provider: str = "cpu") -> Literal[7, 8]:
     """8, or 7 on a processor that adds products of 8-bit numbers in pairs of 16 bits, where they saturate."""
+    if provider in GRAPHICS:
+        return 8
     have = set(instruction_sets())
     return 8 if have & DOT_PRODUCTS or not have & {"avx2", "avx512f"} else 7
 
@@ -124,6 +138,7 @@ class Workshop:
                 model, done = onnx.load(self._ranges(form.alpha)), True
                 unquantize(model, self._named_source(), form.kept_float)
                 fold_scales(model)
+                make_unsigned(model)
             case "dynamic":
                 base, kept = self._source, set(form.kept_float)
                 if form.attention == "whole":

@@ -27,12 +27,13 @@ from .quantized_graph import is_linear_layer, multiplies, name_nodes
 from .sidecar import read_sidecar
 
 
-def static(source: Path, target: Path, pixels: Path, alpha: float | None, bits: int) -> None:
+def static(source: Path, target: Path, pixels: Path, alpha: float | None, bits: int, symmetric: bool) -> None:
     """Write `target`, the INT8 twin of `source` with pairs of QuantizeLinear and DequantizeLinear, SmoothQuant's
     factors not folded yet. The same arguments give the same bytes.
 
     pixels: .npy of uint8 [n, size, size, 3], the calibration images, shown one at a time. alpha: SmoothQuant's strength
     (0 moves no range from activations to weights, 1 all of it); None leaves it out. bits: of the weights, 7 or 8.
+    symmetric: zero points of activations are 0, the one form that TensorRT takes.
     """
     nncf = _nncf()
     sidecar = read_sidecar(source)
@@ -47,6 +48,7 @@ def static(source: Path, target: Path, pixels: Path, alpha: float | None, bits: 
         model,
         dataset,
         subset_size=len(images),
+        preset=nncf.QuantizationPreset.PERFORMANCE if symmetric else nncf.QuantizationPreset.MIXED,
         model_type=nncf.ModelType.TRANSFORMER,
         ignored_scope=nncf.IgnoredScope(names=_kept_float(model)),
         advanced_parameters=nncf.AdvancedQuantizationParameters(
@@ -143,7 +145,8 @@ def main() -> None:
             source, target = Path(command["source"]), Path(command["target"])
             match command["do"]:
                 case "static":
-                    static(source, target, Path(command["pixels"]), command["alpha"], command["bits"])
+                    pixels, symmetric = Path(command["pixels"]), command["symmetric"]
+                    static(source, target, pixels, command["alpha"], command["bits"], symmetric)
                 case "dynamic":
                     dynamic(source, target, command["bits"], command["kept_float"])
                 case "weights":
