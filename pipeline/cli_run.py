@@ -99,6 +99,7 @@ def _outcome(session: Session, record: RunRecord, plan: Plan, store: Store, seco
         "matrix": measured.get("matrix"),
         "scenarios": measured.get("scenarios", []),
         "torch": measured.get("torch", []),
+        "unmeasured": measured.get("unmeasured", []),
         "noise_floor": measured.get("noise_floor"),
         "disturbed": measured.get("disturbed", False),
         "host": measured.get("host"),

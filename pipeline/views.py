@@ -172,6 +172,10 @@ def measurement(document: Document) -> RenderableType:
         parts += [*([Text("")] if parts else []), line(f"{host}, {title}" if host else title, "bold"), _measured(rows)]
     images = next((row["test_images"] for row in document["rows"] if row.get("test_images")), None)
     parts.append(line(f"below: 95% intervals{f'; top-1 of {images} test images' if images else ''}", "dim"))
+    parts += [
+        line(f"not measured on {one['provider']}: {one['file']}: {one['reason']}", "yellow")
+        for one in document.get("unmeasured", ())
+    ]
     floor = (document.get("noise_floor") or {}).get("percent")
     if floor is not None:
         parts.append(line(f"noise floor: {floor:.1f}% between equal files", "dim"))

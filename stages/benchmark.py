@@ -39,7 +39,8 @@ writes   samples.npz (every timed call), spread.json (its percentiles), rows.jso
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from .deploy.predict import Accuracy
     from .deploy.variants import Variant
 
+RunBy = Callable[["Variant", "Setting"], bool]  # whether a file runs in a setting
 Scenario = Literal["single", "offline", "server"]
 
 
@@ -137,23 +139,31 @@ def run(ctx: Context) -> None:
     require_batches(variants, config.batch_sizes)
     baseline = _baseline(variants)
     images = load_split(ctx.data.model_dump(), ctx.base, "test")
-    accuracies, answered = _accuracies(variants, images, config, ctx.progress)
+    _check_classes(variants, images.classes)
     plan = Plan(config.seconds, config.sessions, config.warm_up, ctx.seed, config.timeout)
-    metrics, results = _timed(variants, baseline, settings, plan, ctx.progress)
-    for row, variant in zip(metrics["rows"], [v for _ in settings for v in variants], strict=True):
-        found = accuracies[variant.bundle.sha256, row["provider"]]
+    metrics, results, run_by = _timed(variants, baseline, settings, plan, ctx.progress)
+    for variant in variants:
+        if variant.final and not run_by(variant, settings[0]):
+            (reason,) = [one["reason"] for one in metrics["unmeasured"] if one["file"] == variant.name]
+            raise InvalidInput(
+                f"{variant.name} is what the arm ships, and {settings[0].provider} decides: {reason}",
+                f"set quantize.provider: {settings[0].provider} too, or name another provider first",
+            )
+    accuracies, answered = _accuracies(variants, images, settings, run_by, ctx.progress)
+    for row in metrics["rows"]:
+        found = accuracies[row["sha256"], row["provider"]]
         row |= {"top1": found.top1, "top1_low": found.low, "top1_high": found.high, "test_images": found.images}
     metrics["test_images"] = len(images)
     metrics["over_seeds"] = over_seeds(metrics["rows"])
-    metrics["gates"] = _gates(metrics["rows"], variants, baseline)
+    metrics["gates"] = _gates(metrics["rows"], settings[0], baseline)
     metrics["flips"] = keep_flips(ctx.out, pairs_of(variants, baseline), images, answered)
     shown = [baseline, *(variant for variant in variants if variant.final and variant is not baseline)]
     metrics["scenarios"] = []
     if "offline" in config.scenarios:
-        metrics["scenarios"] += offline_rows(shown, settings, config.offline_batch, plan, ctx.progress)
+        metrics["scenarios"] += offline_rows(shown, settings, config.offline_batch, plan, ctx.progress, run_by)
     if "server" in config.scenarios and config.server_p99_ms is not None:
         bound, seconds = config.server_p99_ms, config.server_seconds
-        metrics["scenarios"] += server_rows(shown, settings, bound, seconds, plan, ctx.progress)
+        metrics["scenarios"] += server_rows(shown, settings, bound, seconds, plan, ctx.progress, run_by)
     if config.torch is not None:
         metrics["torch"] = _torch(ctx, config.torch, settings, plan)
     if config.attribution:
@@ -191,7 +201,7 @@ def benchmark_files(
         variants.append(Variant("", label, False, open_bundle(Path(path), sidecar_required=False)))
     require_batches(variants, batch_sizes)
     plan = Plan(seconds=seconds)
-    metrics, _ = _timed(variants, variants[0], settings, plan, progress, told_early=True)
+    metrics, _, _ = _timed(variants, variants[0], settings, plan, progress, told_early=True)
     metrics["attribution"] = attributed(variants, settings, metrics["rows"], plan, progress)
     return metrics
 
@@ -246,30 +256,33 @@ def _baseline(variants: Sequence[Variant]) -> Variant:
     return next((v for v in variants if v.arm == "main" and v.precision == "fp32"), variants[0])
 
 
+def _check_classes(variants: Sequence[Variant], classes: Sequence[str]) -> None:
+    for variant in variants:
+        sidecar = variant.bundle.sidecar
+        if sidecar is not None and len(sidecar.classes) != len(classes):
+            raise InvalidInput(
+                f"{variant.bundle.path} tells {len(sidecar.classes)} classes apart, the test split has {len(classes)}",
+                "measure it on the data it was trained for",
+            )
+
+
 def _accuracies(
-    variants: Sequence[Variant], images: Any, config: BenchmarkConfig, progress: Progress
+    variants: Sequence[Variant], images: Any, settings: Sequence[Setting], run_by: RunBy, progress: Progress
 ) -> tuple[dict[tuple[str, str], Accuracy], dict[str, NDArray[np.int64]]]:
-    """Top-1 of each distinct file on the test split, with each provider: (sha256, provider) -> accuracy. And what each
-    answers with the first provider: sha256 -> class of each image.
+    """Top-1 of each distinct file on the test split, with each provider that runs it: (sha256, provider) -> accuracy.
+    And what each answers with the first of them: sha256 -> class of each image.
     """
     import numpy as np
 
     from .deploy.isa import usable_cores
     from .deploy.predict import accuracy, answers, scores
 
-    files = {variant.bundle.sha256: variant.bundle for variant in variants}
     found: dict[tuple[str, str], Accuracy] = {}
     answered: dict[str, NDArray[np.int64]] = {}
-    for provider in config.providers:
+    for provider, setting in {one.provider: one for one in reversed(settings)}.items():
+        files = {one.bundle.sha256: one.bundle for one in variants if run_by(one, setting)}
         with progress.task(f"accuracy ({provider})", len(files) * len(images)) as task:
             for digest, bundle in files.items():
-                sidecar = bundle.sidecar
-                if sidecar is not None and len(sidecar.classes) != len(images.classes):
-                    raise InvalidInput(
-                        f"{bundle.path} tells {len(sidecar.classes)} classes apart, the test split has "
-                        f"{len(images.classes)}",
-                        "measure it on the data it was trained for",
-                    )
                 scored = scores(
                     bundle.path,
                     lambda start, stop: images.pixels(np.arange(start, stop)),
@@ -291,8 +304,10 @@ def _timed(
     progress: Progress | None,
     *,
     told_early: bool = False,
-) -> tuple[dict[str, Any], Results]:
-    """Latency rows of all variants (settings outermost), noise floor, host facts, and what the host did meanwhile.
+) -> tuple[dict[str, Any], Results, RunBy]:
+    """Latency rows of all variants (settings outermost), noise floor, host facts, and what the host did meanwhile; the
+    raw results; and whether a file runs in a setting. One that a provider does not run has no rows there, and is told
+    under `unmeasured`, unless it is the baseline.
 
     told_early: each file's median in each setting is noted as soon as a session has it.
     """
@@ -305,30 +320,45 @@ def _timed(
     early = first_medians(progress, plan.sessions)
     files = {v.bundle.sha256: v.subject(settings[0].batch) for v in [baseline, *variants]}
     subjects = list(files.values())
-    before = watch()
+    before, refused = watch(), dict[tuple[str, str], str]()
+    tell = early if told_early else lambda seen: None
     try:
-        results = measure(subjects, settings, plan, progress, after_session=early if told_early else lambda seen: None)
+        results = measure(subjects, settings, plan, progress, after_session=tell, refused=refused)
     except ChildFailed as error:
         raise SievitError(str(error), hint="see the log; measure the other files without this one") from error
+    for (name, provider), reason in refused.items():
+        progress.warn(f"{name} is not measured on {provider}: {reason}")
+
+    def run_by(variant: Variant, setting: Setting) -> bool:
+        return (files[variant.bundle.sha256].name, setting) in results
+
     state = host_state(before, results, settings, progress)
     floors = noise_floors(results, subjects[0].name, settings)
     rows = [
         v.whole() | latency_row(files[v.bundle.sha256], setting, results, subjects[0].name, floors[setting])
         for setting in settings
         for v in variants
+        if run_by(v, setting)
     ]
     found = peaks(rows, settings, plan, progress)
     for row in rows:
         row |= share(row, found)
-    return {
+    metrics = {
         "rows": rows,
+        "unmeasured": [
+            {"file": v.name, "provider": provider, "reason": reason}
+            for (name, provider), reason in refused.items()
+            for v in variants
+            if files[v.bundle.sha256].name == name
+        ],
         "peaks": [one.as_json() for one in found],
         "baseline": {"arm": baseline.arm, "entry": baseline.entry, "variant": baseline.precision},
         "noise_floor": floors[settings[0]].as_json(),
         "noise_floors": [floor.as_json() for floor in floors.values()],
         "protocol": {"seconds": plan.seconds, "sessions": plan.sessions, "warm_up_s": plan.warm_up_s},
         **state,
-    }, results
+    }
+    return metrics, results, run_by
 
 
 def _torch(ctx: Context, asked: TorchReference, settings: Sequence[Setting], plan: Plan) -> list[dict[str, Any]]:
@@ -348,15 +378,15 @@ def _references(config: BenchmarkConfig) -> dict[str, str]:
     return {f"torch {number}": name for number, name in enumerate(names)}
 
 
-def _gates(rows: Sequence[dict[str, Any]], variants: Sequence[Variant], baseline: Variant) -> dict[str, float]:
-    """Main arm's final files against the dense arm's, in the first setting; {} without a dense arm.
+def _gates(rows: Sequence[dict[str, Any]], setting: Setting, baseline: Variant) -> dict[str, float]:
+    """Main arm's final files against the dense arm's, in one setting; {} without a dense arm.
 
     Under several seeds: the mean of the accuracy lost, each seed against its own dense file, and the geometric mean of
     the speed-ups. One bad seed does not miss a gate, and one good one does not pass it.
     """
     if baseline.family != "dense" or not baseline.final:
         return {}
-    first = rows[: len(variants)]
+    first = [row for row in rows if all(row[name] == value for name, value in asdict(setting).items())]
     shipped, dense = ([row for row in first if row["final"] and row["family"] == name] for name in ("main", "dense"))
     if not shipped:
         return {}

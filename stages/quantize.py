@@ -201,18 +201,29 @@ def _decide(
     if config.min_speedup is None or not candidates:
         return None, "; ".join(dict.fromkeys(against)), {}
     speeds = _speeds(ctx, config, source, candidates)
-    fastest = max(lesser, key=lambda made: speeds[made.form.text()].ratio, default=None)
-    if fastest is not None:
-        speed, kind = speeds[fastest.form.text()], "FP16"
-        if fastest.form.eight_bit:
-            kind = f"INT8 ({fastest.form.text()})"
+    if not speeds:
+        against.append(f"{config.provider} runs none of the forms")
+
+    def bound(made: Candidate) -> float:
+        return config.min_speedup if made.form.scheme and config.min_speedup is not None else 1.0
+
+    def ratio(made: Candidate) -> float:
+        return speeds[made.form.text()].ratio
+
+    # What is not shown to be faster is no match for what is, however high its number.
+    timed = [made for made in candidates if made.form.text() in speeds]  # the others are not run by the provider
+    lesser = [made for made in lesser if made in timed]
+    faster = [made for made in timed if _is_faster(speeds[made.form.text()], bound(made))]
+    best = max(faster, key=ratio, default=None)
+    shown = max([made for made in lesser if made in faster] or lesser, key=ratio, default=None)
+    if shown is not None:
+        speed = speeds[shown.form.text()]
+        kind = f"INT8 ({shown.form.text()})" if shown.form.eight_bit else "FP16"
         against = [f"{kind} is {_said(speed)}"]
-        if not _is_faster(speed, config.min_speedup):
-            bound = f"more than {config.min_speedup:g} and beyond the noise of {100 * (speed.noise - 1):.1f} % is asked"
-            against, fastest = [f"{against[0]}; {bound}"], None
-    other = [made for made in candidates if made.form.scheme is None and _is_faster(speeds[made.form.text()], 1.0)]
-    best = max([*other, fastest] if fastest else other, key=lambda made: speeds[made.form.text()].ratio, default=None)
-    if best is not None and best is not fastest:
+        if shown not in faster:
+            noise = f"beyond the noise of {100 * (speed.noise - 1):.1f} %"
+            against = [f"{against[0]}; more than {config.min_speedup:g} and {noise} is asked"]
+    if best is not None and best.form.scheme is None:
         against.append(f"float with attention as one operator is {_said(speeds[best.form.text()])}")
     return best, "; ".join(dict.fromkeys(against)), speeds
 
@@ -271,15 +282,18 @@ def _speeds(ctx: Context, config: QuantizeConfig, source: Bundle, candidates: Se
     files = {"fp32": source} | {made.form.text(): open_bundle(made.path) for made in candidates}
     subjects = [Subject(n, b.path, b.signature.input, b.signature.dtype, image) for n, b in files.items()]
     before, plan = watch(), Plan(seconds=config.seconds, seed=ctx.seed, placed=False)
+    refused: dict[tuple[str, str], str] = {}
     try:
-        results = measure(subjects, settings, plan, ctx.progress)
+        results = measure(subjects, settings, plan, ctx.progress, refused=refused)
     except ChildFailed as error:
         raise SievitError(str(error), where=str(source.path), hint="`sievit doctor` tells what works here") from error
     ctx.metrics |= host_state(before, results, settings, ctx.progress)
     first = results["fp32", settings[0]].slots
     noise = noise_factor(first, results[TWIN, settings[0]].slots)
+    for (name, _), reason in refused.items():
+        ctx.progress.warn(f"{name} is left out: {reason}")
     found = {}
-    for name in list(files)[1:]:
+    for name in [name for name in list(files)[1:] if (name, settings[0]) in results]:
         ratio = ratio_interval(first, results[name, settings[0]].slots)
         found[name] = Speed(ratio.value, ratio.low, ratio.high, noise)
     return found
@@ -308,7 +322,7 @@ def preflight(seen: Preflight) -> None:
 
 STAGE = Stage(
     name="quantize",
-    version=4,
+    version=5,
     config=QuantizeConfig,
     run=run,
     reads=READS,

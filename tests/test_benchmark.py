@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,17 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import psutil
 import pytest
 import tiny_onnx
 from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
 
+from sievit.pipeline import views
 from sievit.pipeline.errors import SievitError
 from sievit.pipeline.settings import DataConfig, ModelConfig
 from sievit.pipeline.stage import Context, Labelled
 from sievit.stages.benchmark import BenchmarkConfig, benchmark_files, run
-from sievit.stages.deploy import child, isa, latency, sessions, worker
+from sievit.stages.deploy import child, isa, latency, predict, sessions, worker
 from sievit.stages.deploy.child import Child, ChildFailed
 from sievit.stages.deploy.comparison import first_medians, host_state, watch
 from sievit.stages.deploy.latency import TWIN, Measured, Plan, Setting, Subject
@@ -290,7 +295,7 @@ def test_an_absent_provider_is_refused_and_says_what_to_install(tmp_path: Path, 
         pytest.skip(f"{provider} is installed here")
     with pytest.raises(InvalidInput, match=f"provider {provider} is not in the installed onnxruntime") as error:
         benchmark_files([tiny_onnx.linear(tmp_path / "a.onnx")], providers=(provider,))
-    assert "pip install onnxruntime-" in error.value.hint
+    assert re.search(r"pip install '?onnxruntime-(gpu|openvino)", error.value.hint)
 
 
 def test_more_threads_than_cores_are_refused(tmp_path: Path) -> None:
@@ -327,6 +332,115 @@ def test_a_file_may_have_a_provider_of_its_own_and_one_that_is_absent_is_refused
     if "OpenVINOExecutionProvider" not in ort.get_available_providers():
         with pytest.raises(InvalidInput, match="provider openvino is not in the installed onnxruntime"):
             latency.measure([here, own], [setting], QUICK, Listening())
+
+
+def test_a_file_that_a_further_provider_does_not_run_loses_its_rows_there_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO is the CPU's own provider in disguise here, which refuses one file."""
+    dense, main = made(tmp_path / "dense", seed=2), made(tmp_path / "quantize", seed=1)
+    made(tmp_path / "quantize", seed=3, precision="int8", name="int8")
+    many = [
+        Labelled("main", "quantize", main, True, 0),  # type: ignore[arg-type]
+        Labelled("dense", "export", dense, True, 0),  # type: ignore[arg-type]
+    ]
+    place = latency._placement
+
+    def picky(subject: Subject, setting: Setting, cache: str, plan: Plan) -> dict[str, Any]:
+        if subject.name in refused and setting.provider == "openvino":
+            raise InvalidInput("2 QAttention ran on another provider")
+        return place(subject, setting, cache, plan)
+
+    monkeypatch.setattr(latency, "_placement", picky)
+    monkeypatch.setattr(latency, "require_serving", lambda *_: None)
+    monkeypatch.setattr(Subject, "on", lambda *_: "cpu")
+    monkeypatch.setattr(predict, "open_session", lambda path, provider, threads: sessions.open_session(path))
+    refused = ["main/quantize/int8"]
+    asked: dict[str, Any] = {"providers": ("cpu", "openvino"), "batch_sizes": (1,), "seconds": 0.05}
+    ctx = context(tmp_path, many, scenarios=("single", "offline"), offline_batch=1, **asked)
+    run(ctx)
+    rows = {(row["arm"], row["variant"], row["provider"]) for row in ctx.metrics["rows"]}
+    every = {("main", "fp32"), ("main", "int8"), ("dense", "fp32")}
+    assert rows == {(*one, provider) for one in every for provider in ("cpu", "openvino")} - {
+        ("main", "int8", "openvino")
+    }
+    assert all(row["top1"] is not None for row in ctx.metrics["rows"])
+    reason = "2 QAttention ran on another provider"
+    assert ctx.metrics["unmeasured"] == [{"file": refused[0], "provider": "openvino", "reason": reason}]
+    assert f"{refused[0]} is not measured on openvino: {reason}" in ctx.progress.warnings  # type: ignore[attr-defined]
+    assert {one["provider"] for one in ctx.metrics["scenarios"]} == {"cpu", "openvino"}
+    assert ctx.metrics["gates"].keys() == {"accuracy_drop", "speedup"}
+    assert "openvino" in measurement_of(ctx.metrics) and reason in measurement_of(ctx.metrics)
+
+    for file, providers in (("dense/export/fp32", ("cpu", "openvino")), ("main/quantize/fp32", ("openvino", "cpu"))):
+        refused[:] = [file]
+        again = tmp_path / providers[0]
+        again.mkdir()
+        with pytest.raises(InvalidInput, match="2 QAttention ran on another provider"):
+            run(context(again, many, **(asked | {"providers": providers})))
+
+
+def measurement_of(metrics: dict[str, Any]) -> str:
+    """What a terminal shows of it."""
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(views.measurement(metrics))
+    return console.export_text()
+
+
+def test_tensorrt_is_asked_in_its_own_words_and_no_two_files_share_an_engine(tmp_path: Path) -> None:
+    paths = [tiny_onnx.linear(tmp_path / f"{name}.onnx", seed=seed) for seed, name in enumerate("ab")]
+    cache = tmp_path / "engines"
+    kept = set()
+    for path in paths:
+        for batch in (1, 8):
+            (name, options), *others = sessions._chain("tensorrt", path, 1, {"input": (batch, 3, 8, 8)}, cache)
+            assert name == "TensorrtExecutionProvider"
+            assert others == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+            assert options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "True"
+            for end in ("min", "opt", "max"):
+                assert options[f"trt_profile_{end}_shapes"] == f"input:{batch}x3x8x8"
+            assert not options.keys() & {"trt_int8_enable", "trt_fp16_enable"}, "the file is float"
+            assert Path(options["trt_engine_cache_path"]).is_dir()
+            kept.add(options["trt_engine_cache_path"])
+    assert len(kept) == 4
+    again = sessions._chain("tensorrt", paths[0], 1, {"input": (8, 3, 8, 8)}, cache)[0][1]
+    assert again["trt_engine_cache_path"] in kept, "the second process of a file finds what the first one built"
+
+
+@pytest.mark.parametrize(
+    ("kind", "allowed"), [(TensorProto.INT8, {"trt_int8_enable"}), (TensorProto.FLOAT16, {"trt_fp16_enable"})]
+)
+def test_tensorrt_may_compute_in_what_the_file_holds(kind: int, allowed: set[str], tmp_path: Path) -> None:
+    ends = [helper.make_tensor_value_info(end, TensorProto.FLOAT, [1]) for end in "xy"]
+    constants = [numpy_helper.from_array(np.float32(1), "s"), numpy_helper.from_array(np.int8(0), "z")]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    if kind == TensorProto.FLOAT16:
+        constants = [numpy_helper.from_array(np.float16(2), "h")]
+        nodes = [helper.make_node("Cast", ["x"], ["c"], to=kind), helper.make_node("Mul", ["c", "h"], ["m"])]
+        nodes += [helper.make_node("Cast", ["m"], ["y"], to=TensorProto.FLOAT)]
+    model = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], constants))
+    onnx.save(model, tmp_path / "m.onnx")
+    options = sessions._chain("tensorrt", tmp_path / "m.onnx", 1, None, None)[0][1]
+    assert options == dict.fromkeys(allowed, "True")
+
+
+def test_why_a_provider_does_not_start_is_what_it_wrote_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    heard: list[str] = []
+    lines = [
+        "Failed to load libcublasLt.so.13: libcublasLt.so.13: cannot open shared object file: No such file or directory",
+        "\x1b[1;31m[E:onnxruntime:Default] with error: libcudnn.so.9: cannot open shared object file: No such file\x1b[m",
+    ]
+    with sessions._listening(heard):
+        os.write(2, "\n".join(lines).encode())  # native code does not go through sys.stderr
+    assert sessions._why(heard) == "not found: libcublasLt.so.13, libcudnn.so.9"
+    assert "libcudnn.so.9" in capfd.readouterr().err, "a log still has it"
+    heard = ["[E:onnxruntime:Default, x.cc:1 f] CUDA failure 35: CUDA driver version is insufficient"]
+    assert sessions._why(heard) == heard[0]
+    assert sessions._why([], "/onnxruntime_src/x.cc:729 no TensorRT") == "no TensorRT"
+    assert sessions._why([]) == "it does not say why"
 
 
 def test_variants_are_interleaved_in_random_order_with_the_baseline_twice(tmp_path: Path) -> None:

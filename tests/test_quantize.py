@@ -355,6 +355,27 @@ def test_float_with_attention_as_one_operator_competes_with_int8(
     assert (f"attention as one operator is {fused:.2f} times" in reason) == (product == FUSED)
 
 
+def test_what_is_not_shown_to_be_faster_does_not_stand_before_what_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy = Accuracy(9, 10, 0.9, 0.8, 1.0)
+    graph = {"astray": {}, "quantized_nodes": 3, "weight_only_nodes": 0}
+    vague, sure = (Candidate(Path("x"), Form(scheme), graph, accuracy) for scheme in ("dynamic", "static"))
+    speeds = {"dynamic": quantize.Speed(1.50, 0.95, 2.30, 1.05), "static": quantize.Speed(1.48, 1.44, 1.52, 1.05)}
+    monkeypatch.setattr(quantize, "_speeds", lambda *_: speeds)
+
+    def decided(*candidates: Candidate) -> tuple[Candidate | None, str]:
+        made = list(candidates)
+        return quantize._decide(None, quantize.QuantizeConfig(), None, made, made, accuracy)[:2]  # type: ignore[arg-type]
+
+    best, reason = decided(sure, vague)
+    assert best is sure and reason == "INT8 (static) is 1.48 times as fast as float here (1.44 to 1.52)"
+    best, reason = decided(vague)
+    assert best is None and "more than 1 and beyond the noise of 5.0 % is asked" in reason
+    other = Candidate(Path("x"), Form("static", "fused"), graph, accuracy)
+    assert decided(sure, other)[0] is sure, "a form that the provider does not run has no speed"
+    monkeypatch.setattr(quantize, "_speeds", lambda *_: {})
+    assert decided(sure) == (None, "cpu runs none of the forms")
+
+
 def test_a_loss_of_just_what_is_allowed_is_allowed() -> None:
     """0.93 - 0.92 is more than 0.01 to a computer."""
     graph = {"astray": {}, "quantized_nodes": 4, "weight_only_nodes": 0}
@@ -411,9 +432,9 @@ def test_ranges_are_recorded_once_for_every_quantize_of_a_file_that_asks_alike(
     recorded: list[Any] = []
     real = eight_bit.record_ranges
 
-    def counted(source: Path, target: Path, pixels: Path, alpha: float | None, *more: Any) -> Path:
+    def counted(source: Path, target: Path, pixels: Path, alpha: float | None, *more: Any, **named: Any) -> Path:
         recorded.append((alpha, len(np.load(pixels))))
-        return real(source, target, pixels, alpha, *more)
+        return real(source, target, pixels, alpha, *more, **named)
 
     monkeypatch.setattr(eight_bit, "record_ranges", counted)
     asked: dict[str, Any] = {"schemes": ("static",), "min_speedup": None, "smooth_quant": "off", "revert_seconds": 0}

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..methods import InvalidInput
 from .child import Child
 from .isa import measuring_cores
 from .sessions import GRAPHICS, require_serving
@@ -119,11 +120,14 @@ def measure(
     progress: Progress,
     *,
     after_session: Callable[[Results], None] = lambda so_far: None,
+    refused: dict[tuple[str, str], str] | None = None,
 ) -> Results:
     """Time all subjects in all settings. The first subject is the baseline; its A/A twin is in the results as `TWIN`.
 
-    after_session: told of all that is known whenever a session has ended. Raises InvalidInput when a file does not run
-    with a provider, ChildFailed when a worker crashes or hangs.
+    after_session: told of all that is known whenever a session has ended. refused: filled with why a provider does not
+    run a file, (name, provider) -> reason, whose settings are then missing in the results; the baseline must run
+    everywhere, and every file on the CPU. None: all must.
+    Raises InvalidInput when a file does not run with a provider, ChildFailed when a worker crashes or hangs.
     """
     twin = subjects[0]
     everyone = [*subjects, replace(twin, name=TWIN)]
@@ -136,14 +140,25 @@ def measure(
     with tempfile.TemporaryDirectory() as cache, progress.task("latency", steps) as task:
         for provider, threads in groups:
             group = [s for s in settings if (s.provider, s.threads) == (provider, threads)]
+            able = list(everyone)
             for subject in subjects if provider in asked else ():
-                found = _placement(subject, group[0], cache, plan)
+                try:
+                    found = _placement(subject, group[0], cache, plan)
+                except InvalidInput as error:
+                    if refused is None or subject is twin or provider == "cpu":
+                        raise
+                    refused[subject.name, provider] = str(error)
+                    able.remove(subject)
+                    for setting in group:
+                        del results[subject.name, setting]
+                    task.advance(1 + plan.sessions * len(group))
+                    continue
                 for setting in group:
                     results[subject.name, setting].nodes = found["nodes"]
                     results[subject.name, setting].kernels = found["kernels"]
                 task.advance()
             for session in range(plan.sessions):
-                for _ in _session(everyone, group, session, plan, cache, results):
+                for _ in _session(able, group, session, plan, cache, results):
                     task.advance()
                 after_session(results)
     return results

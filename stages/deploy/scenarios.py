@@ -77,12 +77,17 @@ class Server:
 
 
 def offline_rows(
-    variants: Sequence[Variant], settings: Sequence[Setting], limit: int, plan: Plan, progress: Progress
+    variants: Sequence[Variant],
+    settings: Sequence[Setting],
+    limit: int,
+    plan: Plan,
+    progress: Progress,
+    runs: Callable[[Variant, Setting], bool] = lambda variant, setting: True,
 ) -> list[dict[str, Any]]:
-    """A row for each file, provider, thread count and place of the data."""
+    """A row for each file, provider, thread count and place of the data, where it runs."""
     rows: list[dict[str, Any]] = []
-    chosen = distinct(variants)
     for setting in _places(settings):
+        chosen = [variant for variant in distinct(variants) if runs(variant, setting)]
         subjects = [variant.subject(setting.batch) for variant in chosen]
         fixed = {s.name: batch for s, v in zip(subjects, chosen, strict=True) if (batch := v.fixed_batch) is not None}
         found = offline(subjects, setting, limit, fixed, plan, progress)
@@ -97,6 +102,7 @@ def server_rows(
     seconds: float,
     plan: Plan,
     progress: Progress,
+    runs: Callable[[Variant, Setting], bool] = lambda variant, setting: True,
 ) -> list[dict[str, Any]]:
     """The same; a file that takes larger batches only has no row, which is noted."""
     rows: list[dict[str, Any]] = []
@@ -105,7 +111,7 @@ def server_rows(
         if variant.fixed_batch not in (None, 1):
             progress.note(f"{variant.name} takes batches of {variant.fixed_batch} only: no server scenario")
     for setting in _places(settings):
-        for variant in (variant for variant in chosen if variant.fixed_batch in (None, 1)):
+        for variant in (one for one in chosen if one.fixed_batch in (None, 1) and runs(one, setting)):
             found = server(variant.subject(setting.batch), setting, bound_ms, seconds, plan, progress)
             rows.append(variant.short() | _at(setting) | found.as_json(bound_ms))
     return rows
