@@ -27,7 +27,8 @@ multiply-add) over those of a large matrix product in ONNX Runtime, float for fl
 
 `flips` lays every final file beside the dense one, image by image: which test images it loses and wins, by pairs of
 classes, with McNemar's p. 24 images of the main arm are kept as pictures of at most 96 pixels a side, half of them
-lost, half won, at even distances through the test split.
+lost, half won, at even distances through the test split. `between_arms` lays the final files of every two arms beside
+each other: by how much one is right more often, and whether that is chance (McNemar's test, over seeds a paired t).
 
 reads    the onnx files of all arms, the test split; the networks that `torch` names
 writes   samples.npz (every timed call), spread.json (its percentiles), rows.json, flips.json and flips/
@@ -122,6 +123,7 @@ class BenchmarkConfig(Config):
 def run(ctx: Context) -> None:
     """Measure all files; see the module's docstring."""
     from .deploy.attribution import attributed
+    from .deploy.between_arms import between_arms
     from .deploy.flips import keep_flips, pairs_of
     from .deploy.latency import Plan, settings_of
     from .deploy.over_seeds import over_seeds
@@ -143,6 +145,7 @@ def run(ctx: Context) -> None:
         row |= {"top1": found.top1, "top1_low": found.low, "top1_high": found.high, "test_images": found.images}
     metrics["test_images"] = len(images)
     metrics["over_seeds"] = over_seeds(metrics["rows"])
+    metrics["between_arms"] = between_arms(variants, images.labels, answered)
     metrics["gates"] = _gates(metrics["rows"], variants, baseline)
     metrics["flips"] = keep_flips(ctx.out, pairs_of(variants, baseline), images, answered)
     shown = [baseline, *(variant for variant in variants if variant.final and variant is not baseline)]
@@ -403,7 +406,7 @@ def preflight(seen: Preflight) -> None:
 
 STAGE = Stage(
     name="benchmark",
-    version=7,
+    version=8,
     config=BenchmarkConfig,
     run=run,
     reads=(Reads("files", "onnx", many=True),),

@@ -1,0 +1,163 @@
+"""Whether what an arm chose was worth choosing: every arm beside its random control, in a sentence.
+
+A control is known by its settings and never by its name: the same stages with the same settings, data, model and seed,
+but that something is drawn by lot which the other arm chooses by a method. An arm that differs in anything else as well
+is another arm and no control: what it shows may come from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any, Literal
+
+from .numbers import count, p_equals, percent, points
+from .reading import dig, listing, mapping, number, objects, text
+
+BY_LOT = ("random", "random_fixed")
+CHOOSING = ("method", "importance")  # fields that say how something is chosen
+APART = ("arm", "inputs", "config")  # of a node: compared otherwise than for being the very same
+Outcome = Literal["better", "worse", "not decided", "not tested"]
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """An arm, its control, and the fields that are drawn by lot in the control, dotted, its stage first."""
+
+    arm: str
+    control: str
+    fields: tuple[str, ...]
+
+    @property
+    def chosen(self) -> str:
+        """What lots take the place of: examples and patches."""
+        names = list(dict.fromkeys(_noun(field) for field in self.fields))
+        return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """An arm against its control on the same test images: what came of it, in a word and in a sentence."""
+
+    of: Control
+    outcome: Outcome
+    sentence: str
+
+
+def controls(record: Mapping[str, Any], across: Collection[tuple[str, str]]) -> tuple[Control, ...]:
+    """Every arm with its controls, those of main first. across: (arm, entry) of stages that stand once for all arms."""
+    arms: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for node in objects(record, "spec", "nodes"):
+        arm, entry = text(node, "arm"), text(node, "entry")
+        if "@" not in arm and (arm, entry) not in across:  # further seeds have the same settings
+            arms.setdefault(arm, {})[entry] = node
+    pairs = [(one, other, _by_lot(arms[one], arms[other])) for one, other in permutations(arms, 2)]
+    found = [Control(one, other, fields) for one, other, fields in pairs if fields]
+    return tuple(sorted(found, key=lambda pair: pair.arm != "main"))
+
+
+def contest(control: Control, metrics: Mapping[str, Any]) -> Contest:
+    """What the benchmark's test of the two says, and no more. metrics: of the benchmark, {} without one."""
+    who = "It" if control.arm == "main" else f"Arm {control.arm}"
+    it = who if control.arm != "main" else "it"
+    other = f"its random control, arm {control.control} (the same, but {control.chosen} by lot)"
+    line = _line(metrics, control)
+    gap = number(line, "difference")
+    if gap is None:
+        reason = "no test of the two on the same images was recorded"
+        return Contest(control, "not tested", f"Whether {it} beats {other}, is not decided: {reason}.")
+    size, how = points(abs(gap)), f"({_how(line)})"
+    match text(line, "verdict"):
+        case "better":
+            return Contest(control, "better", f"{who} beats {other}, by {size} of top-1 {how}.")
+        case "worse":
+            return Contest(control, "worse", f"{who} is worse than {other}, by {size} of top-1 {how}.")
+    way = "more" if gap > 0 else "less"
+    apart = f"{size} {way}" if round(100 * gap, 1) else "as much"
+    return Contest(control, "not decided", f"Whether {it} beats {other}, is not decided: its top-1 is {apart} {how}.")
+
+
+def _line(metrics: Mapping[str, Any], control: Control) -> Mapping[str, Any]:
+    """The benchmark's line of the two, as of the arm against its control."""
+    for line in objects(metrics, "between_arms"):
+        if (text(line, "arm"), text(line, "against")) == (control.arm, control.control):
+            return line
+        if (text(line, "arm"), text(line, "against")) == (control.control, control.arm):
+            return _turned(line)
+    return {}
+
+
+def _turned(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same difference, seen from the other side."""
+    ends = {
+        name: number(line, other) for name, other in (("difference", "difference"), ("low", "high"), ("high", "low"))
+    }
+    turned = {name: None if value is None else -value for name, value in ends.items()}
+    word = {"better": "worse", "worse": "better"}.get(text(line, "verdict"), text(line, "verdict"))
+    both = {"top1": dig(line, "top1_against"), "top1_against": dig(line, "top1")}
+    return {**line, **turned, **both, "verdict": word}
+
+
+def _how(line: Mapping[str, Any]) -> str:
+    """97.6% against 96.1%; 95% interval of the difference 0.2 to 2.8 points; McNemar's p = 0.02, 450 test images, one
+    seed: of these two networks, not of the method
+    """
+    low, high, p = (number(line, name) for name in ("low", "high", "p"))
+    seeds, images = len(listing(line, "seeds")), count(number(line, "images"))
+    parts = [f"{percent(number(line, 'top1'))} against {percent(number(line, 'top1_against'))}"]
+    if low is not None and high is not None:
+        parts.append(f"95% interval of the difference {points(low).removesuffix(' points')} to {points(high)}")
+    if seeds > 1:
+        parts.append(f"paired t test over {seeds} seeds, {p_equals(p)}, the same {images} test images")
+    else:
+        parts.append(f"McNemar's {p_equals(p)} on the same {images} test images")
+        parts.append("one seed, which speaks of these two networks and not of the method")
+    return "; ".join(parts)
+
+
+def _by_lot(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """The fields that `other` draws by lot and `one` does not; () where they differ in anything else."""
+    if list(one) != list(other):
+        return ()
+    found: list[str] = []
+    for entry, node in one.items():
+        theirs = other[entry]
+        if _rest(node) != _rest(theirs) or _read(node) != _read(theirs):
+            return ()
+        for path, mine, lot in _unlike(mapping(node, "config"), mapping(theirs, "config"), entry):
+            if path.rpartition(".")[2] not in CHOOSING or lot not in BY_LOT or mine in BY_LOT or mine is None:
+                return ()
+            found.append(path)
+    return tuple(found)
+
+
+def _rest(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Stage, seed, data, model and versions."""
+    return {name: value for name, value in node.items() if name not in APART}
+
+
+def _read(node: Mapping[str, Any]) -> list[Any]:
+    """What a node reads: role, entry, text; a stage of its own arm without the arm's name."""
+    found = []
+    for edge in listing(node, "inputs"):
+        role, source, ref = edge if isinstance(edge, list | tuple) and len(edge) == 3 else (edge, None, None)
+        if isinstance(source, list | tuple) and len(source) == 2 and source[0] == text(node, "arm"):
+            source = ["", source[1]]
+        found.append([role, None if source is None else list(source), ref])
+    return found
+
+
+def _unlike(one: Any, other: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted path and both values of everything that differs."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for name in dict.fromkeys((*one, *other)):
+            yield from _unlike(one.get(name), other.get(name), f"{path}.{name}")
+    elif one != other:
+        yield path, one, other
+
+
+def _noun(field: str) -> str:
+    """ticket.examples.method -> examples; prune.importance -> importance."""
+    *above, last = field.split(".")
+    return above[-1] if last == "method" else last
