@@ -3,7 +3,8 @@
 Each file (and the INT8 file that `quantize` made but did not choose) gets a process of its own with pinned threads.
 In each round every file runs once, in random order; rounds are repeated over several sessions with new processes.
 Speed-ups are ratios within a round against the dense arm's file. They and p50, p90, p95 and p99 have 95 % intervals
-from how sessions differ (more `sessions` make them narrower). The baseline runs twice: what that pair shows is the
+from how sessions differ (more `sessions` make them narrower); those above p50 are of processes like the measured ones
+and reach as far as slower ones may have gone. The baseline runs twice: what that pair shows is the
 noise floor, and a difference inside it is called no difference. p90 is said from 64 calls on, p95 from 130, p99 from
 662 (raise `seconds` for more), and a row without one says so. Top-1 has its Wilson interval.
 Under several seeds every file of every seed is a row of its own; `over_seeds` and the gates hold their means.
