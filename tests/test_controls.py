@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_onnx
-from report_run import ARMS, Bench, between, measurement, recipe, row
+from report_run import ARMS, Bench, between, measurement, recipe, row, whole_run
 from scipy import stats
 
 from sievit.pipeline.report.controls import Control, contest, controls
 from sievit.pipeline.report.facts import collect
+from sievit.pipeline.report.page import render_html, render_markdown
+from sievit.pipeline.report.sections import sections
 from sievit.pipeline.report.verdict import Verdict, verdict
 from sievit.stages.deploy.between_arms import between_arms
 from sievit.stages.deploy.bundle import open_bundle
@@ -96,9 +98,9 @@ def told(root: Path, lines: list[dict[str, Any]], arms: dict[str, Any] | None = 
 def test_a_difference_that_the_test_does_not_decide_is_claimed_by_nobody(tmp_path: Path) -> None:
     found = told(tmp_path, [between("main", "random", 0.976, 0.972, 0.68, "not decided")])
     assert found.text.endswith(
-        "Whether it beats its random control, arm random (the same, but examples by lot), is not decided: its top-1 "
-        "is 0.4 points more (97.6% against 97.2%; 95% interval of the difference −0.8 to 1.6 points; McNemar's p = "
-        "0.68 on the same 450 test images; one seed, which speaks of these two networks and not of the method)."
+        "Whether it beats its random control, arm random (the same, but examples by lot), is not decided: its top-1 is "
+        "0.4 points more (95% interval −0.8 to 1.6 points; McNemar's p = 0.68 on the same 450 test images; one seed: "
+        "said of these two networks, not of the method)."
     )
     assert " beats its random control" not in found.text.replace("Whether it beats", "")
 
@@ -106,7 +108,7 @@ def test_a_difference_that_the_test_does_not_decide_is_claimed_by_nobody(tmp_pat
 def test_a_method_that_loses_to_chance_is_told_so_and_the_tone_is_not_good(tmp_path: Path) -> None:
     found = told(tmp_path, [between("main", "random", 0.93, 0.96, 0.004, "worse")])
     assert "It is worse than its random control, arm random" in found.text
-    assert "by 3.0 points of top-1 (93.0% against 96.0%" in found.text
+    assert "by 3.0 points of top-1 (95% interval −4.2 to −1.8 points;" in found.text
     assert found.tone == "plain"
     assert told(tmp_path / "b", [between("main", "random", 0.96, 0.93, 0.004, "better")]).tone == "good"
 
@@ -127,13 +129,12 @@ def test_over_seeds_the_test_is_over_seeds_and_the_whole_paragraph_speaks_of_mea
     metrics = {"over_seeds": over, "rows": [*measurement()["rows"], *more]}
     found = told(tmp_path, lines, **metrics)
     assert found.text == (
-        "In the mean over 3 seeds the compressed file is 2.30× faster (2.31×, 2.40×, 2.20×) than dense at batch 1 on 1 "
-        "thread (cpu), with top-1 97.0% against 97.6% (95% intervals over seeds 95.0–98.0% and 95.6–98.6%). It beats "
-        "its random control, arm random (the same, but examples by lot), by 2.8 points of top-1 (97.0% against 94.2%; "
-        "95% interval of the difference 1.6 to 4.0 points; paired t test over 3 seeds, p = 0.030, the same 450 test "
-        "images)."
+        "In the mean over 3 seeds the compressed file is 2.30× faster (each seed: 2.31×, 2.40×, 2.20×) than dense at "
+        "batch 1 on 1 thread (cpu), with top-1 97.0% against 97.6% (95% intervals over seeds 95.0–98.0% and "
+        "95.6–98.6%). It beats its random control, arm random (the same, but examples by lot), by 2.8 points of top-1 "
+        "(95% interval 1.6 to 4.0 points; paired t test over 3 seeds, p = 0.030, the same 450 test images)."
     )
-    assert "The difference in accuracy is not decided (paired t test over 3 seeds, p = 0.31)." in found.remarks
+    assert "The difference in accuracy to dense is not decided (paired t test over 3 seeds, p = 0.31)." in found.remarks
     assert any(remark.startswith("The first seed alone: 2.31×, top-1 97.6% against 97.9%.") for remark in found.remarks)
     slow = row("main@seed1", "quantize", "int8", 2.0, 0.96, 1.0, final=True, family="main")
     one_slow = told(tmp_path / "slow", lines, over_seeds=over, rows=[*measurement()["rows"], slow])
@@ -159,13 +160,13 @@ def test_an_arm_beside_main_and_its_control_stand_below_the_first_paragraph(tmp_
     assert found.remarks[0].startswith(
         "Arm half beats its random control, arm lots (the same, but examples by lot), by 2.0"
     )
-    assert "(97.0% against 95.0%; 95% interval of the difference 0.8 to 3.2 points" in found.remarks[0]
+    assert "(95% interval 0.8 to 3.2 points;" in found.remarks[0]
 
 
 def test_the_same_accuracy_is_no_difference(tmp_path: Path) -> None:
     pair = Control("main", "random", ("train.masks.method",))
     line = between("main", "random", 0.95, 0.95, 1.0, "not decided")
-    assert "its top-1 is as much (95.0% against 95.0%" in contest(pair, {"between_arms": [line]}).sentence
+    assert "its top-1 is as much (95% interval −1.2 to 1.2 points;" in contest(pair, {"between_arms": [line]}).sentence
 
 
 # ---- what the benchmark records of two arms ------------------------------------------------------------------------
@@ -221,3 +222,43 @@ def test_two_arms_under_several_seeds_are_told_apart_over_seeds(tmp_path: Path) 
 def test_files_that_are_not_shipped_take_no_part(tmp_path: Path) -> None:
     made, answered = variants(tmp_path, {"main": (0,), "dense": (0,)})
     assert between_arms([made[0]], np.ones(200, np.int64), answered) == []
+
+
+# ---- what a reader is told of arms ---------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_each_arm_is_for_and_what_its_words_mean(tmp_path: Path) -> None:
+    facts = collect(*whole_run(tmp_path))
+    arms = (
+        "main (the pipeline as it is written), dense (the baseline), random (random control of main, examples by lot)"
+    )
+    assert f"Arms: {arms}, float" in render_markdown(facts)
+    page = render_html(facts)
+    assert "<b>random</b> (random control of main, examples by lot)" in page
+    for word in ("arm", "random control", "ticket", "top-1", "p50, p90, p99", "noise floor", "MACs"):
+        assert f"<dt>{word}</dt>" in page
+
+
+def test_every_two_arms_stand_with_difference_interval_and_p() -> None:
+    found = {section.name: section for section in sections(measurement())}
+    assert found["arms"].rows[1] == (
+        "main", "random", "97.6%, 96.1%", "+1.5 points", "0.3 to 2.7 points", "0.021", "better"
+    )  # fmt: skip
+    assert "on the same 450 test images; p by McNemar's exact test; with one seed" in found["arms"].about
+    assert [row[1] for row in found["arms"].rows] == ["dense", "random", "random"]
+
+
+def test_of_many_measurements_the_first_seeds_final_files_stand_first_and_no_other_is_lost(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    rows = [
+        row(f"{arm}{at}", "export", "fp32" if final else "fp16", 1.0, 0.9, 1.1, final=final, family=arm)
+        for at in ("", "@seed1", "@seed2")
+        for arm in ("main", "dense", "random")
+        for final in (True, False)
+    ]
+    bench.add("main", "benchmark", {**measurement(), "rows": rows})
+    page = render_html(collect(bench.record(), bench.shelf))
+    first, _, others = page.partition('id="deployment-caption"')[2].partition('id="others-caption"')
+    assert first.count('<th scope="row">') == 3 and "@seed" not in first.partition("<details>")[0]
+    assert others.partition("</table>")[0].count('<th scope="row">') == len(rows) - 3
+    assert "The other 15 of 18 measurements" in page

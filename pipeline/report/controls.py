@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any, Literal
 
-from .numbers import count, p_equals, percent, points
-from .reading import dig, listing, mapping, number, objects, text
+from .numbers import count, p_equals, points, points_between
+from .reading import listing, mapping, number, objects, text
 
 BY_LOT = ("random", "random_fixed")
 CHOOSING = ("method", "importance")  # fields that say how something is chosen
@@ -43,6 +43,16 @@ class Contest:
     of: Control
     outcome: Outcome
     sentence: str
+
+
+def roles(arms: Collection[str], baseline: str, found: Collection[Control]) -> tuple[tuple[str, str], ...]:
+    """What each arm is for, in words, as far as its settings tell; "" for others. Further seeds are no arms here."""
+    told: dict[str, list[str]] = {arm: [] for arm in arms if "@" not in arm}
+    for arm, words in told.items():
+        words += ["the pipeline as it is written"] if arm == "main" else []
+        words += ["the baseline"] if arm == baseline else []
+        words += [f"random control of {pair.arm}, {pair.chosen} by lot" for pair in found if pair.control == arm]
+    return tuple((arm, "; ".join(words)) for arm, words in told.items())
 
 
 def controls(record: Mapping[str, Any], across: Collection[tuple[str, str]]) -> tuple[Control, ...]:
@@ -95,24 +105,21 @@ def _turned(line: Mapping[str, Any]) -> Mapping[str, Any]:
     }
     turned = {name: None if value is None else -value for name, value in ends.items()}
     word = {"better": "worse", "worse": "better"}.get(text(line, "verdict"), text(line, "verdict"))
-    both = {"top1": dig(line, "top1_against"), "top1_against": dig(line, "top1")}
-    return {**line, **turned, **both, "verdict": word}
+    return {**line, **turned, "verdict": word}
 
 
 def _how(line: Mapping[str, Any]) -> str:
-    """97.6% against 96.1%; 95% interval of the difference 0.2 to 2.8 points; McNemar's p = 0.02, 450 test images, one
-    seed: of these two networks, not of the method
+    """95% interval 0.2 to 2.8 points; McNemar's p = 0.02 on the same 450 test images; one seed: said of these two
+    networks, not of the method
     """
-    low, high, p = (number(line, name) for name in ("low", "high", "p"))
+    within, p = points_between(number(line, "low"), number(line, "high")), number(line, "p")
     seeds, images = len(listing(line, "seeds")), count(number(line, "images"))
-    parts = [f"{percent(number(line, 'top1'))} against {percent(number(line, 'top1_against'))}"]
-    if low is not None and high is not None:
-        parts.append(f"95% interval of the difference {points(low).removesuffix(' points')} to {points(high)}")
+    parts = [f"95% interval {within}"] if within else []
     if seeds > 1:
         parts.append(f"paired t test over {seeds} seeds, {p_equals(p)}, the same {images} test images")
     else:
         parts.append(f"McNemar's {p_equals(p)} on the same {images} test images")
-        parts.append("one seed, which speaks of these two networks and not of the method")
+        parts.append("one seed: said of these two networks, not of the method")
     return "; ".join(parts)
 
 

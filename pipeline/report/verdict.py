@@ -138,7 +138,11 @@ def _over_seeds(facts: Facts, shipped: Row, base: Row) -> _Told | None:
     accuracy = f", with top-1 {one} against {two} (95% intervals over seeds {' and '.join(ends)})"
     count = len(listing(own, "seeds"))
     return _Told(
-        f"In the mean over {count} seeds the compressed file", word, number(own, "speedup_mean"), f" ({each})", accuracy
+        f"In the mean over {count} seeds the compressed file",
+        word,
+        number(own, "speedup_mean"),
+        f" (each seed: {each})",
+        accuracy,
     )
 
 
@@ -249,19 +253,21 @@ def _paired(metrics: Mapping[str, Any], one: Row, other: Row) -> list[str]:
     """Whether the difference in accuracy may be chance: over seeds by a paired t test, else by McNemar's on the same
     images. Two intervals that overlap prove nothing of it.
     """
+    name = _base_name(other)
     for line in listing(metrics, "between_arms"):
         if (text(line, "arm"), text(line, "against")) == (_family(one), _family(other)):
             seeds = len(listing(line, "seeds"))
             if seeds > 1 and (p := number(line, "p")) is not None:
                 said = "is not decided" if text(line, "verdict") == "not decided" else "is more than chance"
-                return [f"The difference in accuracy {said} (paired t test over {seeds} seeds, {p_equals(p)})."]
+                test = f"paired t test over {seeds} seeds, {p_equals(p)}"
+                return [f"The difference in accuracy to {name} {said} ({test})."]
     for flips in listing(metrics, "flips"):
         same = [text(flips, name) for name in ("arm", "entry", "variant")] == [one.arm, one.entry, one.variant]
         against = [text(flips, "against", name) for name in ("arm", "entry", "variant")]
         p = number(flips, "p")
         if p is not None and same and against == [other.arm, other.entry, other.variant]:
             said = "may be chance" if p >= 0.05 else "is more than chance"
-            return [f"The difference in accuracy {said} (McNemar's {p_equals(p)}, on the same images)."]
+            return [f"The difference in accuracy to {name} {said} (McNemar's {p_equals(p)}, on the same images)."]
     return []
 
 
