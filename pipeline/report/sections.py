@@ -88,7 +88,8 @@ def between_arms(metrics: Mapping[str, Any]) -> Section | None:
         "arms",
         "Arms against each other",
         f"Top-1 of the final file of an arm less that of another, on the same {images} test images; p by {test}. "
-        "Better or worse is said below p = 0.05 of each pair by itself: of twenty pairs without a difference one is.",
+        "Better or worse is said below p = 0.05, of each pair by itself: of twenty pairs that are alike one is told "
+        "apart by chance.",
         ("Arm", "Against", "Top-1", "Difference", "95% interval", "p", "Verdict"),
         tuple(
             (
