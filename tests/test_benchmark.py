@@ -172,6 +172,9 @@ def test_the_stage_measures_every_file_of_every_arm_once_and_compares_with_dense
     (flips,) = ctx.metrics["flips"]
     assert (flips["arm"], flips["entry"], flips["against"]["arm"]) == ("main", "quantize", "dense")
     assert (flips["images"], flips["lost"], flips["won"]) == (len(images), lost, won)
+    (beside,) = ctx.metrics["between_arms"]
+    assert (beside["arm"], beside["against"], beside["images"]) == ("main", "dense", len(images))
+    assert beside["difference"] == pytest.approx((won - lost) / len(images)) and beside["p"] == flips["p"]
     kept_flips = json.loads((ctx.out / "flips.json").read_text())
     assert kept_flips["files"][0]["lost"] == lost
     for one in kept_flips["shown"]:

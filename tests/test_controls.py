@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,21 @@ import tiny_onnx
 from report_run import ARMS, Bench, between, measurement, recipe, row, whole_run
 from scipy import stats
 
+from sievit.pipeline.plan import make_plan
 from sievit.pipeline.report.controls import Control, contest, controls
 from sievit.pipeline.report.facts import collect
 from sievit.pipeline.report.page import render_html, render_markdown
 from sievit.pipeline.report.sections import sections
 from sievit.pipeline.report.verdict import Verdict, verdict
+from sievit.pipeline.resolve import Facts
+from sievit.pipeline.spec import load_pipeline
+from sievit.pipeline.store import Store
+from sievit.stages.__main__ import STAGES
 from sievit.stages.deploy.between_arms import between_arms
 from sievit.stages.deploy.bundle import open_bundle
 from sievit.stages.deploy.variants import Variant
 
+ROOT = Path(__file__).resolve().parents[1]
 ACROSS = {("main", "benchmark")}
 CHOSEN = {"examples": {"method": "el2n", "keep": 0.8}, "patches": {"method": "attention", "keep": 0.7}}
 LOTS = {"examples": {"method": "random", "keep": 0.8}, "patches": {"method": "random_fixed", "keep": 0.7}}
@@ -75,6 +82,27 @@ def test_an_arm_that_reads_another_network_is_no_control() -> None:
     assert len(controls({"spec": {"nodes": shared}}, ACROSS)) == 1, "both are taught by dense"
     next(node for node in shared if node["arm"] == "random" and node["entry"] == "train")["inputs"].pop()
     assert controls({"spec": {"nodes": shared}}, ACROSS) == ()
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("pipeline.yaml", [("main", "random", "examples and patches")]),
+        ("recipes/cifar10-cpu.yaml", [("main", "random", "examples and patches")]),
+        ("recipes/lotus.yaml", [("main", "random", "patches")]),
+        ("recipes/tri_level_examples.yaml", []),  # its random arm trains on other examples in another number of ways
+        ("recipes/policies.yaml", []),  # its arms have epochs of their own, so that budgets are equal
+    ],
+)
+def test_the_controls_of_our_own_pipelines_are_found_and_arms_that_differ_in_more_are_not(
+    file: str, expected: list[tuple[str, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Facts, "data", lambda facts, node: "0f")  # no images are looked for here
+    plan = make_plan(load_pipeline(ROOT / file, STAGES), STAGES)
+    across = {(node.arm, node.entry.name) for node in plan.nodes if node.stage.across_arms}
+    record = json.loads(json.dumps({"spec": Facts(plan, Store(tmp_path)).recipe()}))
+    pairs = [(pair.arm, pair.control, pair.chosen) for pair in controls(record, across)]
+    assert [pair for pair in pairs if pair[0] == "main"] == expected
 
 
 def test_further_seeds_are_no_arms_of_their_own() -> None:
@@ -150,6 +178,27 @@ def test_without_a_test_on_the_same_images_nothing_is_decided(tmp_path: Path) ->
     assert verdict(collect(bench.record(spec={"nodes": nodes}), bench.shelf)).text.endswith(said)
 
 
+def test_where_a_matrix_tested_the_two_its_claim_is_told_and_whole_images_before_tickets() -> None:
+    pair = Control("main", "random", ("ticket.patches.method",))
+    ends = {"value": 0.021, "low": 0.004, "high": 0.038, "p": 0.034, "expect": "greater", "verdict": "holds"}
+    whole = {"left": "main/full", "right": "random/full", **ends}
+    other = {"left": "main/ticket", "right": "random/ticket", **ends, "value": -0.03, "low": -0.05, "high": -0.01}
+    mixed = {"left": "main/ticket", "right": "random/random", **ends, "value": 0.2}
+
+    def said(*claims: dict[str, Any]) -> str:
+        matrix = {"claims": list(claims), "seeds": [0, 1, 2], "test_images": 2000}
+        return contest(pair, [{}, {"matrix": matrix}]).sentence
+
+    start = "It beats its random control, arm random (the same, but patches by lot), by 2.1 points of top-1 ("
+    test = "paired t test over 3 seeds, p = 0.034, the same 2,000 test images"
+    assert said(mixed, other, whole) == f"{start}95% interval 0.4 to 3.8 points; {test})."
+    tickets = said(mixed, other)
+    assert "It is worse than its random control" in tickets and tickets.endswith("; both on ticket patches).")
+    assert "no test of the two" in said(mixed), "each was tested on other patches"
+    turned = {**whole, "left": "random/full", "right": "main/full"}
+    assert "It is worse than its random control" in said(turned)
+
+
 def test_an_arm_beside_main_and_its_control_stand_below_the_first_paragraph(tmp_path: Path) -> None:
     half = {**CHOSEN, "examples": {"method": "el2n", "keep": 0.5}}
     lots = {**half, "examples": {"method": "random", "keep": 0.5}}
@@ -166,7 +215,9 @@ def test_an_arm_beside_main_and_its_control_stand_below_the_first_paragraph(tmp_
 def test_the_same_accuracy_is_no_difference(tmp_path: Path) -> None:
     pair = Control("main", "random", ("train.masks.method",))
     line = between("main", "random", 0.95, 0.95, 1.0, "not decided")
-    assert "its top-1 is as much (95% interval −1.2 to 1.2 points;" in contest(pair, {"between_arms": [line]}).sentence
+    assert (
+        "its top-1 is as much (95% interval −1.2 to 1.2 points;" in contest(pair, [{"between_arms": [line]}]).sentence
+    )
 
 
 # ---- what the benchmark records of two arms ------------------------------------------------------------------------

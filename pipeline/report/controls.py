@@ -7,7 +7,7 @@ is another arm and no control: what it shows may come from that.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 from .numbers import count, p_equals, points, points_between
 from .reading import listing, mapping, number, objects, text
 
+LEVEL = 0.05  # as that of the stages' own tests
 BY_LOT = ("random", "random_fixed")
 CHOOSING = ("method", "importance")  # fields that say how something is chosen
 APART = ("arm", "inputs", "config")  # of a node: compared otherwise than for being the very same
@@ -67,12 +68,14 @@ def controls(record: Mapping[str, Any], across: Collection[tuple[str, str]]) -> 
     return tuple(sorted(found, key=lambda pair: pair.arm != "main"))
 
 
-def contest(control: Control, metrics: Mapping[str, Any]) -> Contest:
-    """What the benchmark's test of the two says, and no more. metrics: of the benchmark, {} without one."""
+def contest(control: Control, metrics: Iterable[Mapping[str, Any]]) -> Contest:
+    """What a test of the two says, and no more. metrics: of the stages that may have tested them, the benchmark's
+    `between_arms` or the matrix's claims.
+    """
     who = "It" if control.arm == "main" else f"Arm {control.arm}"
     it = who if control.arm != "main" else "it"
     other = f"its random control, arm {control.control} (the same, but {control.chosen} by lot)"
-    line = _line(metrics, control)
+    line = next((found for each in metrics for line in tested(each) if (found := _between(line, control))), {})
     gap = number(line, "difference")
     if gap is None:
         reason = "no test of the two on the same images was recorded"
@@ -88,12 +91,32 @@ def contest(control: Control, metrics: Mapping[str, Any]) -> Contest:
     return Contest(control, "not decided", f"Whether {it} beats {other}, is not decided: its top-1 is {apart} {how}.")
 
 
-def _line(metrics: Mapping[str, Any], control: Control) -> Mapping[str, Any]:
-    """The benchmark's line of the two, as of the arm against its control."""
-    for line in objects(metrics, "between_arms"):
-        if (text(line, "arm"), text(line, "against")) == (control.arm, control.control):
+def tested(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A line for every two arms that a stage tested on the same images, whole images first."""
+    matrix = mapping(metrics, "matrix")
+    common = {"seeds": listing(matrix, "seeds"), "images": number(matrix, "test_images")}
+    claims = [common | _of_claim(claim) for claim in objects(matrix, "claims") if text(claim, "expect") == "greater"]
+    same = [line for line in claims if line["patches"]]
+    return [*objects(metrics, "between_arms"), *sorted(same, key=lambda line: bool(line["patches"] != "full"))]
+
+
+def _of_claim(claim: Mapping[str, Any]) -> dict[str, Any]:
+    """patches: those that both arms were tested on, "" where each was tested on others."""
+    arm, _, patches = text(claim, "left").partition("/")
+    against, _, theirs = text(claim, "right").partition("/")
+    value, p = number(claim, "value"), number(claim, "p")
+    word = "not decided" if value is None or p is None or p >= LEVEL else "better" if value > 0 else "worse"
+    ends = {"difference": value, "low": number(claim, "low"), "high": number(claim, "high"), "p": p}
+    same = patches if patches == theirs else ""
+    return {"arm": arm, "against": against, "verdict": word, "patches": same, **ends}
+
+
+def _between(line: Mapping[str, Any], control: Control) -> Mapping[str, Any]:
+    """The line as of the arm against its control; {} when it is of other arms."""
+    match (text(line, "arm"), text(line, "against")):
+        case (control.arm, control.control):
             return line
-        if (text(line, "arm"), text(line, "against")) == (control.control, control.arm):
+        case (control.control, control.arm):
             return _turned(line)
     return {}
 
@@ -120,6 +143,8 @@ def _how(line: Mapping[str, Any]) -> str:
     else:
         parts.append(f"McNemar's {p_equals(p)} on the same {images} test images")
         parts.append("one seed: said of these two networks, not of the method")
+    if text(line, "patches") not in ("", "full"):
+        parts.append(f"both on {text(line, 'patches')} patches")
     return "; ".join(parts)
 
 

@@ -52,7 +52,7 @@ def verdict(facts: Facts) -> Verdict:
 
 def contests(facts: Facts) -> tuple[Contest, ...]:
     """Every arm against its random control, main's first. What controls main is no control of further arms here."""
-    metrics = facts.measurement.metrics if facts.measurement else {}
+    metrics = [step.metrics for step in facts.steps if step.across_arms]
     of_main = {pair.control for pair in facts.controls if pair.arm == "main"}
     told = [pair for pair in facts.controls if pair.arm == "main" or pair.control not in of_main]
     return tuple(contest(pair, metrics) for pair in told)
