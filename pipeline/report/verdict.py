@@ -158,7 +158,7 @@ def _lines_over_seeds(facts: Facts, shipped: Row) -> list[Any]:
 
 def _family(row: Row) -> str:
     """The arm as the file names it, whatever the seed."""
-    return text(row.values, "family") or row.arm
+    return text(row.values, "family") or row.arm.partition("@")[0]
 
 
 def _alone(facts: Facts, shipped: Row) -> str:
