@@ -1,4 +1,5 @@
-"""How often the 95% intervals of latencies and speed-ups hold the truth, on simulated calls whose truth is known.
+"""How often the 95% intervals of latencies and speed-ups hold the truth, on simulated calls whose truth is known; and
+how far that of p99 reaches, in the median, below and above p99.
 
     python bench/coverage.py [--trials 300]
 
@@ -38,9 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--trials", type=int, default=300)
     trials = parser.parse_args().trials
-    print(f"{'sessions':>8}{'moves':>8}{'ratio':>8}" + "".join(f"{f'p{rank}':>8}" for rank in RANKS))
+    heads = ("sessions", "moves", "ratio", *(f"p{rank}" for rank in RANKS), "below", "above")
+    print("".join(f"{head:>9}" for head in heads))
     for sessions, moves in ((3, 0.0), (3, 0.02), (3, 0.1), (5, 0.02), (5, 0.1), (10, 0.02)):
-        rng, hits = np.random.default_rng(0), np.zeros(1 + len(RANKS))
+        rng, hits, reach = np.random.default_rng(0), np.zeros(1 + len(RANKS)), []
         spread = np.sqrt(moves**2 + BETWEEN**2 + WITHIN**2)
         truths = np.exp(spread * stats.norm.ppf(np.array(RANKS) / 100))
         for _ in range(trials):
@@ -48,7 +50,9 @@ def main() -> None:
             other = side(rng, np.zeros(sessions))
             found = [ratio_interval(one, other), *(percentile_interval(one, rank) for rank in RANKS)]
             hits += [i.low <= true <= i.high for i, true in zip(found, (1.0, *truths), strict=True)]
-        print(f"{sessions:8}{moves:8.2f}" + "".join(f"{share:8.2f}" for share in hits / trials))
+            reach.append([found[-1].low / found[-1].value - 1, found[-1].high / found[-1].value - 1])
+        shares = "".join(f"{share:9.2f}" for share in hits / trials)
+        print(f"{sessions:9}{moves:9.2f}{shares}" + "".join(f"{end:+9.1%}" for end in np.median(reach, axis=0)))
 
 
 if __name__ == "__main__":

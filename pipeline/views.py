@@ -206,7 +206,9 @@ def _over_seeds(rows: Sequence[Document]) -> Table:
 def further(metrics: Document) -> list[RenderableType]:
     """What else the report has to say of a stage's metrics, as tables."""
     parts: list[RenderableType] = []
-    for section in sections({name: value for name, value in metrics.items() if name != "over_seeds"}):
+    for section in sections(
+        {name: value for name, value in metrics.items() if name not in ("over_seeds", "between_arms")}
+    ):
         head, *others = section.heads
         rows = [[name, *map(_interval_below, cells)] for name, *cells in section.rows]
         drawn = table(*section.heads, rows=rows, right=others, whole={head})

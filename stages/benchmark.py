@@ -3,7 +3,8 @@
 Each file (and the INT8 file that `quantize` made but did not choose) gets a process of its own with pinned threads.
 In each round every file runs once, in random order; rounds are repeated over several sessions with new processes.
 Speed-ups are ratios within a round against the dense arm's file. They and p50, p90, p95 and p99 have 95 % intervals
-from how sessions differ (more `sessions` make them narrower). The baseline runs twice: what that pair shows is the
+from how sessions differ (more `sessions` make them narrower); those above p50 are of processes like the measured ones
+and reach as far as slower ones may have gone. The baseline runs twice: what that pair shows is the
 noise floor, and a difference inside it is called no difference. p90 is said from 64 calls on, p95 from 130, p99 from
 662 (raise `seconds` for more), and a row without one says so. Top-1 has its Wilson interval.
 Under several seeds every file of every seed is a row of its own; `over_seeds` and the gates hold their means.
@@ -27,7 +28,8 @@ multiply-add) over those of a large matrix product in ONNX Runtime, float for fl
 
 `flips` lays every final file beside the dense one, image by image: which test images it loses and wins, by pairs of
 classes, with McNemar's p. 24 images of the main arm are kept as pictures of at most 96 pixels a side, half of them
-lost, half won, at even distances through the test split.
+lost, half won, at even distances through the test split. `between_arms` lays the final files of every two arms beside
+each other: by how much one is right more often, and whether that is chance (McNemar's test, over seeds a paired t).
 
 reads    the onnx files of all arms, the test split; the networks that `torch` names
 writes   samples.npz (every timed call), spread.json (its percentiles), rows.json, flips.json and flips/
@@ -126,6 +128,7 @@ class BenchmarkConfig(Config):
 def run(ctx: Context) -> None:
     """Measure all files; see the module's docstring."""
     from .deploy.attribution import attributed
+    from .deploy.between_arms import between_arms
     from .deploy.flips import keep_flips, pairs_of
     from .deploy.latency import Plan, settings_of
     from .deploy.over_seeds import over_seeds
@@ -155,6 +158,7 @@ def run(ctx: Context) -> None:
         row |= {"top1": found.top1, "top1_low": found.low, "top1_high": found.high, "test_images": found.images}
     metrics["test_images"] = len(images)
     metrics["over_seeds"] = over_seeds(metrics["rows"])
+    metrics["between_arms"] = between_arms(variants, images.labels, answered)
     metrics["gates"] = _gates(metrics["rows"], settings[0], baseline)
     metrics["flips"] = keep_flips(ctx.out, pairs_of(variants, baseline), images, answered)
     shown = [baseline, *(variant for variant in variants if variant.final and variant is not baseline)]
@@ -435,7 +439,7 @@ def preflight(seen: Preflight) -> None:
 
 STAGE = Stage(
     name="benchmark",
-    version=7,
+    version=8,
     config=BenchmarkConfig,
     run=run,
     reads=(Reads("files", "onnx", many=True),),

@@ -23,7 +23,7 @@ All weights train, also those that `train` or a mask has set to zero; with `mask
 
 reads    model; tickets (optional, their examples); the teacher
 writes   model.safetensors, architecture.json, preprocessing.json
-ledger   as train; the teacher's forward passes are in scoring_macs, those before the first step in scoring_seconds
+ledger   as train; teacher_macs are the teacher's forward passes, and seconds those before the first step too
 
     sievit finetune pipeline.yaml --set finetune.epochs=4
 """
@@ -159,9 +159,8 @@ def run(ctx: Context) -> None:
             "density": masks.densities(network, config.masks.mode),
         }
     ctx.ledger |= reports.cost(fitted) | {
-        "scoring_macs": 0 if teaching is None else teaching.macs(pool, fitted.images),
-        "scoring_seconds": 0.0 if teaching is None else round(teaching.seconds, 3),
-        "seconds": round(fitted.seconds, 3),
+        "teacher_macs": 0 if teaching is None else teaching.macs(pool, fitted.images),
+        "seconds": round(fitted.seconds + (0.0 if teaching is None else teaching.seconds), 3),
     }
 
 
@@ -274,7 +273,7 @@ def _reached(work: Path) -> Reached | None:
 
 STAGE = Stage(
     name="finetune",
-    version=9,
+    version=10,
     config=FinetuneConfig,
     run=run,
     reads=(Reads("model", "model"), Reads("tickets", "tickets", optional=True)),

@@ -404,7 +404,7 @@ def _in_words(widths: tuple[int, ...]) -> str:
 
 STAGE = Stage(
     name="prune",
-    version=6,
+    version=7,
     config=PruneConfig,
     run=run,
     reads=(Reads("model", "model", optional=True), Reads("tickets", "tickets", optional=True)),

@@ -66,7 +66,7 @@ class Approach:
         """What all trainings took together."""
         total: dict[str, Any] = {
             name: sum(row[name] for row in self.cost)
-            for name in ("images", "epochs", "steps", "train_macs", "scoring_macs", "seconds")
+            for name in ("images", "epochs", "steps", "train_macs", "teacher_macs", "seconds")
         }
         seen = sum(row["images"] * row["tokens_per_image"] for row in self.cost)
         total["tokens_per_image"] = round(seen / total["images"], 2)
@@ -168,7 +168,7 @@ def _recovered(
     fitted.network.set_distilled_training(False)
     asked = 0 if teaching is None else teaching.macs(pool, fitted.images)
     return fitted.network.eval(), reports.cost(fitted) | {
-        "scoring_macs": asked,
+        "teacher_macs": asked,
         "seconds": round(fitted.seconds, 3),
     }
 

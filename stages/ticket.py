@@ -34,8 +34,8 @@ reads    the data block, the model block (for the proxy); with selector.source a
 writes   kept.npy (ascending indices into the training split), scores.npy, ranks.npy (cached only),
          ranks_calibration.npy, ranks_test.npy (rank 0 = most important patch), selector/ (attention and inverse: the
          network that ranked), tickets.json
-ledger   the cost of proxy runs (whoever trained them: `shared` says which), of adapting the selector and of ranking;
-         what an image costs in training, cached and online, is in the metrics
+ledger   scoring_macs, scoring_seconds: proxy runs (whoever trained them: `shared` says which), adapting the selector,
+         ranking; images: of all these trainings; what an image costs in training, cached and online, is in the metrics
 
     sievit ticket pipeline.yaml --set ticket.examples.keep=0.5
 """
@@ -185,8 +185,7 @@ def run(ctx: Context) -> None:
     ctx.ledger |= {
         "images": spent.images,
         "scoring_macs": spent.macs,
-        "scoring_seconds": (seconds := round(time.monotonic() - begun + spent.earlier_seconds, 3)),
-        "seconds": seconds,
+        "scoring_seconds": round(time.monotonic() - begun + spent.earlier_seconds, 3),
         "shared": selection.proxies.shared,
     }
     for picture in pictures(config.examples, splits.train, scores, kept):
@@ -419,7 +418,7 @@ def _references(config: TicketConfig) -> dict[str, str]:
 
 STAGE = Stage(
     name="ticket",
-    version=8,
+    version=9,
     config=TicketConfig,
     run=run,
     reads=(),

@@ -73,8 +73,9 @@ writes   model.safetensors, architecture.json, preprocessing.json, training.json
          early/epoch-N.safetensors for every epoch in keep_epochs; with `examples` pool.json, what each decision dropped
          and brought back; with weights group_lasso, hoyer or movement importance.safetensors, a score for every weight
          of the blocks' matrices: what prune.importance: trained reads
-ledger   images (forward and backward), tokens per image, epochs, steps, MACs, seconds, peak memory on a GPU; the
-         forward passes of the annotator and of the selector of online tickets are in scoring_macs
+ledger   images (forward and backward), tokens per image, epochs, steps, MACs, seconds, peak memory on a GPU; beside
+         these the annotator's forward passes (teacher_macs), those of the selector of online tickets and the trial
+         trainings that look for masks (scoring_macs; scoring_seconds is of the trials)
 
     sievit train pipeline.yaml --set train.epochs=40
 """
@@ -239,15 +240,22 @@ def run(ctx: Context) -> None:
     )
 
     _save(ctx, fitted, preprocessing, policy, pressing, len(pool.members))
-    scoring, searching = prices.scoring(fitted), found.images * prices.trial
-    spent = budget.spent(config, config.budget, arm, fitted, scoring=scoring, searching=searching)
+    selecting, trying = prices.selecting(fitted), prices.trying(found.images)
+    annotating, before = prices.annotating(fitted.images), prices.annotating(found.images)
+    beside, searching = annotating + selecting, before + trying
+    spent = budget.spent(config, config.budget, arm, fitted, beside=beside, searching=searching)
     spent.save(ctx.out)
     ctx.metrics |= {
         "top1": tickets.accuracy(fitted.network, splits.test, loaded, normalise, device, seed=ctx.seed),
         "budget": asdict(spent),
         "policy": tickets.in_words(pool, config.patches, config.finish, fitted.network),
     }
-    ctx.ledger |= {"budget": config.budget, "scoring_macs": scoring + searching}
+    ctx.ledger |= {
+        "budget": config.budget,
+        "teacher_macs": annotating + before,
+        "scoring_macs": selecting + trying,
+        "scoring_seconds": round(found.seconds, 3),
+    }
     if config.examples is not None:
         ctx.metrics["examples"] = examples.use(config.examples, len(pool.members), fitted.passes, fitted.images)
     _tell(ctx, fitted, found, rates, schedule, labels)
@@ -362,7 +370,7 @@ def _tell(
         ctx.metrics["masks"] = mask_search.told(config.masks, found, network, rates)
     if config.token_labels is not None and annotator is not None:
         ctx.metrics["token_labels"] = config.token_labels.model_dump() | {"map": annotator.places}
-    ctx.ledger |= reports.cost(fitted) | {"seconds": round(fitted.seconds + found.seconds, 3)}
+    ctx.ledger |= reports.cost(fitted) | {"seconds": round(fitted.seconds, 3)}
     for picture in mask_figures.pictures(config.masks, ctx.metrics.get("masks", {})):
         ctx.figure(picture.name, picture.svg, title=picture.title, caption=picture.caption)
 
@@ -471,7 +479,7 @@ def _reached(work: Path) -> Reached | None:
 
 STAGE = Stage(
     name="train",
-    version=12,
+    version=13,
     config=TrainConfig,
     run=run,
     reads=(Reads("tickets", "tickets", optional=True),),

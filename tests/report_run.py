@@ -235,7 +235,45 @@ def measurement() -> dict[str, Any]:
             }
             for arm, lost, won, p in (("main", 3, 2, 1.0), ("random", 12, 2, 0.0129))
         ],
+        "between_arms": [
+            between("main", "dense", 0.976, 0.979, 1.0, "not decided"),
+            between("main", "random", 0.976, 0.961, 0.0213, "better"),
+            between("dense", "random", 0.979, 0.961, 0.0129, "better"),
+        ],
     }
+
+
+def between(
+    arm: str, against: str, top1: float, other: float, p: float, verdict: str, seeds: tuple[int, ...] = (0,)
+) -> dict[str, Any]:
+    """A line of two arms on the same 450 test images."""
+    by = "McNemar's test, one seed" if len(seeds) == 1 else f"paired t over {len(seeds)} seeds"
+    ends = {"difference": top1 - other, "low": top1 - other - 0.012, "high": top1 - other + 0.012}
+    names = {"arm": arm, "against": against, "seeds": list(seeds), "images": 450, "top1": top1, "top1_against": other}
+    return {**names, **ends, "p": p, "by": by, "verdict": verdict}
+
+
+def recipe(arms: Mapping[str, Mapping[str, Any]], seeds: tuple[int, ...] = (0,)) -> list[dict[str, Any]]:
+    """The nodes that a run record keeps of its pipeline: three stages of each arm, and the benchmark of all of them.
+
+    arms: of each arm the ticket's config and, under "prune", that of prune where it has one.
+    """
+    nodes = []
+    for arm, config in ((arm + at, c) for at in ("", *(f"@seed{s}" for s in seeds[1:])) for arm, c in arms.items()):
+        ticket = {name: value for name, value in config.items() if name != "prune"}
+        entries = {"ticket": ticket, "train": {"epochs": 20}}
+        entries |= {"prune": config["prune"]} if "prune" in config else {}
+        reads = {
+            "ticket": [],
+            "train": [["tickets", [arm, "ticket"], None]],
+            "prune": [["model", [arm, "train"], None]],
+        }
+        for entry, settings in entries.items():
+            node = {"arm": arm, "entry": entry, "stage": entry, "config": settings, "inputs": reads[entry], "seed": 0}
+            nodes.append({**node, "data": ["digits", "0f"], "model": {"name": "deit"}, "code_version": 1})
+    files = [["files", [arm, "train"], None] for arm in arms]
+    nodes.append({"arm": "main", "entry": "benchmark", "stage": "benchmark", "config": {}, "inputs": files, "seed": 0})
+    return nodes
 
 
 def attribution() -> dict[str, Any]:
@@ -360,7 +398,14 @@ def whole_run(root: Path) -> tuple[dict[str, Any], Shelf]:
         "accuracy_drop": {"measured": 0.003, "bound": 0.01, "passed": True},
         "speedup": {"measured": 2.31, "bound": 2.0, "passed": True},
     }
-    return bench.record(gates=judged), bench.shelf
+    spec = {"name": "digits", "gates": {"accuracy_drop": 0.01, "speedup": 2.0}}
+    return bench.record(gates=judged, spec={**spec, "nodes": recipe(ARMS)}), bench.shelf
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    arm: {"examples": {"method": method, "keep": keep}, "patches": {"method": "attention", "keep": keep}}
+    for arm, method, keep in (("main", "el2n", 0.8), ("dense", "random", 1.0), ("random", "random", 0.8))
+}
 
 
 def _arm(bench: Bench, arm: str, method: str, keep: float) -> list[str]:
@@ -375,6 +420,9 @@ def _arm(bench: Bench, arm: str, method: str, keep: float) -> list[str]:
         "train",
         train_metrics(0.979, tickets=0.951),
         ledger={
+            "scoring_macs": 0,
+            "scoring_seconds": 0.0,
+            "teacher_macs": 0,
             "images": images,
             "tokens_per_image": round(64 * keep) + 1,
             "epochs": 20,
@@ -394,7 +442,15 @@ def _arm(bench: Bench, arm: str, method: str, keep: float) -> list[str]:
         arm,
         "finetune",
         {**train_metrics(0.978, epochs=8), **small},
-        ledger={"images": 9696, "tokens_per_image": 65, "epochs": 8, "train_macs": 1.5e12, "steps": 152, "seconds": 21},
+        ledger={
+            "images": 9696,
+            "tokens_per_image": 65,
+            "epochs": 8,
+            "steps": 152,
+            "train_macs": 1.5e12,
+            "teacher_macs": 4.4e11,
+            "seconds": 21,
+        },
         inputs={"model": {"ref": pruned}, "teacher": {"ref": train}},
     )
     export = _export(bench, arm, tuned)

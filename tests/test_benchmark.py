@@ -177,6 +177,9 @@ def test_the_stage_measures_every_file_of_every_arm_once_and_compares_with_dense
     (flips,) = ctx.metrics["flips"]
     assert (flips["arm"], flips["entry"], flips["against"]["arm"]) == ("main", "quantize", "dense")
     assert (flips["images"], flips["lost"], flips["won"]) == (len(images), lost, won)
+    (beside,) = ctx.metrics["between_arms"]
+    assert (beside["arm"], beside["against"], beside["images"]) == ("main", "dense", len(images))
+    assert beside["difference"] == pytest.approx((won - lost) / len(images)) and beside["p"] == flips["p"]
     kept_flips = json.loads((ctx.out / "flips.json").read_text())
     assert kept_flips["files"][0]["lost"] == lost
     for one in kept_flips["shown"]:
@@ -429,9 +432,10 @@ def test_tensorrt_may_compute_in_what_the_file_holds(kind: int, allowed: set[str
 
 def test_why_a_provider_does_not_start_is_what_it_wrote_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
     heard: list[str] = []
+    missing = "cannot open shared object file: No such file or directory"
     lines = [
-        "Failed to load libcublasLt.so.13: libcublasLt.so.13: cannot open shared object file: No such file or directory",
-        "\x1b[1;31m[E:onnxruntime:Default] with error: libcudnn.so.9: cannot open shared object file: No such file\x1b[m",
+        f"Failed to load libcublasLt.so.13: libcublasLt.so.13: {missing}",
+        f"\x1b[1;31m[E:onnxruntime:Default] FAIL : with error: libcudnn.so.9: {missing}\x1b[m",
     ]
     with sessions._listening(heard):
         os.write(2, "\n".join(lines).encode())  # native code does not go through sys.stderr

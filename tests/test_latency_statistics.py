@@ -44,26 +44,56 @@ def test_a_percentile_is_said_from_the_number_of_samples_that_the_binomial_rule_
     assert too_few(enough - 1, rank) == f"{enough - 1} calls, {enough} needed"
 
 
-@pytest.mark.parametrize("rank", [50, 90, 95, 99])
-def test_percentiles_and_their_intervals_equal_a_slow_loop(rank: int) -> None:
-    def ranked(calls: list[float]) -> float:
-        ordered = sorted(calls)
-        place = (len(ordered) - 1) * rank / 100
-        below = math.floor(place)
-        above = min(below + 1, len(ordered) - 1)
-        return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+def ranked(calls: list[float], rank: int) -> float:
+    """A percentile by sorting."""
+    ordered = sorted(calls)
+    place = (len(ordered) - 1) * rank / 100
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
+
+def test_a_median_and_its_interval_equal_a_slow_loop() -> None:
     measured = slots(1.0, noise=0.3, sessions=3, rounds=7, calls=5)
     of_session = [[float(call) for slot in measured if slot.session == s for call in slot.wall_ms] for s in range(3)]
-    each = [math.log(ranked(calls)) for calls in of_session]
+    each = [math.log(ranked(calls, 50)) for calls in of_session]
     error = statistics.stdev(each) / math.sqrt(3)
     every = [call for calls in of_session for call in calls]
-    value = ranked(every)
-    found = percentile_interval(measured, rank)
+    value = ranked(every, 50)
+    found = percentile_interval(measured, 50)
     low, high = (value * math.exp(sign * 4.302652729911275 * error) for sign in (-1, 1))  # t of 2 degrees, 95 %
     assert found.value == pytest.approx(value)
     assert found.low == pytest.approx(max(low, min(every)))
-    assert found.high == pytest.approx(min(high, max(every)) if rank == 50 else high)
+    assert found.high == pytest.approx(min(high, max(every)))
+
+
+@pytest.mark.parametrize("rank", [90, 95, 99])
+def test_a_high_percentile_is_that_of_all_calls(rank: int) -> None:
+    measured = slots(1.0, noise=0.3, sessions=3, rounds=7, calls=5)
+    found = percentile_interval(measured, rank)
+    assert found.value == pytest.approx(ranked([float(call) for slot in measured for call in slot.wall_ms], rank))
+    assert found.low <= found.value <= found.high
+
+
+@pytest.mark.parametrize("rank", [90, 99])
+@pytest.mark.parametrize("sessions", [3, 5, 10])
+def test_where_sessions_alone_differ_the_interval_is_the_exact_one_of_a_normal_quantile(
+    rank: int, sessions: int
+) -> None:
+    """Each process has one pace and nothing beside it, so that a percentile of calls is one of paces. Its exact limits
+    are known: mean + s / sqrt(k) times a quantile of the non-central t (Hahn and Meeker 1991, sec. 4.4). But the
+    percentile that was seen is always inside.
+    """
+    paces = np.random.default_rng(1).standard_normal(sessions)
+    paces = 0.1 * (paces - paces.mean()) / paces.std(ddof=1)
+    found = percentile_interval(
+        [Slot(s, 0, np.full(9, math.exp(pace)), 1.0, 1.0) for s, pace in enumerate(paces)], rank
+    )
+    towards = stats.norm.ppf(rank / 100) * math.sqrt(sessions)
+    low, high = stats.nct.ppf([0.025, 0.975], sessions - 1, towards) * 0.1 / math.sqrt(sessions)
+    seen = math.log(found.value)
+    assert math.log(found.low) == pytest.approx(min(low, seen), abs=0.006)
+    assert math.log(found.high) == pytest.approx(max(high, seen), rel=0.05)  # its tail is drawn
 
 
 def test_an_interval_of_a_median_stays_among_what_was_measured() -> None:
@@ -77,10 +107,10 @@ def test_an_interval_of_a_median_stays_among_what_was_measured() -> None:
     assert percentile_interval(disturbed, 99).high > calls.max(), "of a tail nobody has seen the end"
 
 
-@pytest.mark.parametrize(("sessions", "moves"), [(3, 0.0), (3, 0.02), (10, 0.02)])
+@pytest.mark.parametrize(("sessions", "moves"), [(3, 0.0), (3, 0.02), (5, 0.1), (10, 0.02)])
 def test_percentile_intervals_cover_a_known_distribution_as_often_as_they_say(sessions: int, moves: float) -> None:
     """Calls, rounds and sessions are log-normal, so that their product is, and its percentiles are known."""
-    rng, trials, ranks = np.random.default_rng(11), 300, (50, 90, 99)
+    rng, trials, ranks = np.random.default_rng(11), 100, (50, 90, 99)
     truth = stats.lognorm.ppf(np.array(ranks) / 100, s=math.sqrt(0.05**2 + 0.03**2 + moves**2))
     hits = np.zeros(3)
     for _ in range(trials):
@@ -96,8 +126,7 @@ def test_percentile_intervals_cover_a_known_distribution_as_often_as_they_say(se
         measured = [Slot(session, number, np.exp(log), 1.0, 1.0) for session, number, log in logs]
         found = [percentile_interval(measured, rank) for rank in ranks]
         hits += [one.low <= true <= one.high for one, true in zip(found, truth, strict=True)]
-    assert (hits[:2] / trials >= 0.90).all()
-    assert hits[2] / trials >= 0.83  # ten calls in a thousand are beyond p99: they say less
+    assert (hits / trials >= 0.90).all()
 
 
 def test_an_interval_needs_two_sessions() -> None:

@@ -14,7 +14,19 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from report_run import RUN, SPEC_TEXT, Bench, Shelf, measurement, prune_metrics, row, svg, train_metrics, whole_run
+from report_run import (
+    RUN,
+    SPEC_TEXT,
+    Bench,
+    Shelf,
+    measurement,
+    prune_metrics,
+    quantize_metrics,
+    row,
+    svg,
+    train_metrics,
+    whole_run,
+)
 
 from sievit.pipeline.errors import InputError, IntegrityError
 from sievit.pipeline.report import numbers
@@ -95,7 +107,10 @@ def sentence(run: tuple[dict[str, Any], Shelf]) -> str:
 def test_the_verdict_names_speed_and_accuracy_with_their_intervals(run: tuple[dict[str, Any], Shelf]) -> None:
     expected = (
         "The compressed file is 2.31× faster (95% interval 2.22–2.43×) than dense at batch 1 on 1 thread (cpu), "
-        "with top-1 97.6% against 97.9% (95% intervals 96.0–98.5% and 96.3–98.8%)."
+        "with top-1 97.6% against 97.9% (95% intervals 96.0–98.5% and 96.3–98.8%). "
+        "It beats its random control, arm random (the same, but examples by lot), by 1.5 points of top-1 (95% interval "
+        "0.3 to 2.7 points; McNemar's p = 0.021 on the same 450 test images; one seed: said of these two networks, not "
+        "of the method)."
     )
     page, markdown = written(*run)
     assert sentence(run) == expected
@@ -141,7 +156,8 @@ def test_what_may_be_chance_and_a_busy_host_are_said(tmp_path: Path) -> None:
     names = {"arm": "main", "entry": "export", "variant": "fp32"}
     flips = [{**names, "against": {**names, "arm": "dense"}, "images": 450, "lost": 22, "won": 1, "p": 0.00001}]
     remarks = " ".join(verdict(collect(*measured(tmp_path, rows, disturbed=True, flips=flips))).remarks)
-    assert "The difference in accuracy is more than chance (McNemar's p < 0.001, on the same images)." in remarks
+    said = "The difference in accuracy to dense is more than chance (McNemar's p < 0.001, on the same images)."
+    assert said in remarks
     assert "busy" in remarks
     flips[0]["p"] = 0.3
     remarks = " ".join(verdict(collect(*measured(tmp_path / "e", rows, flips=flips))).remarks)
@@ -288,7 +304,9 @@ def test_a_run_id_that_would_leave_the_folder_is_refused(tmp_path: Path) -> None
 # ---- tables -------------------------------------------------------------------------------------------------------
 
 
-def test_the_ledger_sums_the_stages_of_an_arm_and_sets_them_against_dense(run: tuple[dict[str, Any], Shelf]) -> None:
+def test_the_ledger_sums_the_stages_of_an_arm_by_what_they_were_for_and_sets_them_against_dense(
+    run: tuple[dict[str, Any], Shelf],
+) -> None:
     facts = collect(*run)
     costs = {cost.label: cost for cost in facts.costs}
     assert set(costs) == {"main", "dense", "random", "float"}
@@ -298,10 +316,31 @@ def test_the_ledger_sums_the_stages_of_an_arm_and_sets_them_against_dense(run: t
     assert main.values["tokens_per_image"] == pytest.approx((train * 52 + tune * 65) / (train + tune))
     assert main.values["epochs"] == 28
     assert main.values["train_macs"] == pytest.approx(3 * train * 45.6e6 * 0.8 + 1.5e12)
-    every = (3 * train * 45.6e6 * 0.8 + 1.5e12 + 4.1e11) / (3 * 24_240 * 45.6e6)
-    assert main.macs_ratio == pytest.approx(every)  # scoring is not free
+    assert (main.values["teacher_macs"], main.values["scoring_macs"]) == (4.4e11, 4.1e11)
+    every = (3 * train * 45.6e6 * 0.8 + 1.5e12 + 4.4e11 + 4.1e11) / (3 * 24_240 * 45.6e6)
+    assert main.macs_ratio == pytest.approx(every)  # neither scoring nor a teacher is free
+    assert main.values["train_seconds"] == pytest.approx(64.2 * 0.8 + 21)
+    assert main.values["scoring_seconds"] == 8.2
+    assert main.values["other_seconds"] == 3 * 12.5  # prune, export, quantize: nobody trains or scores there
+    assert main.values["seconds"] == pytest.approx(64.2 * 0.8 + 21 + 8.2 + 3 * 12.5)
+    assert main.seconds_ratio == pytest.approx(main.values["seconds"] / (64.2 + 0.01 + 12.5))
     assert dense.macs_ratio == 1
-    assert costs["float"].values == main.values  # shared stages count in each arm
+    quantize = {"other_seconds": 2 * 12.5, "seconds": main.values["seconds"] - 12.5}  # which `float` does without
+    assert costs["float"].values == {**main.values, **quantize}  # shared stages count in each arm
+
+
+def test_calibrating_an_8_bit_file_is_no_cost_of_training(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.add("main", "train", train_metrics(0.9), ledger={"images": 100, "train_macs": 1e9, "seconds": 2.0})
+    bench.add("main", "quantize", quantize_metrics(), ledger={"images": 0, "seconds": 7.0})
+    (cost,) = collect(bench.record(), bench.shelf).costs
+    assert (cost.values["train_seconds"], cost.values["other_seconds"], cost.values["seconds"]) == (2.0, 7.0, 9.0)
+    page, markdown = written(bench.record(), bench.shelf)
+    assert "Cost of training" not in page.text + markdown
+    line = next(line for line in markdown.splitlines() if line.startswith("| main | 100 |"))
+    assert [cell.strip().replace("\u202f", " ") for cell in line.split("|")[5:11]] == [
+        "1.00 G", "–", "–", "2.00 s", "–", "7.00 s"
+    ]  # fmt: skip
 
 
 def test_a_sum_that_misses_a_stage_is_a_lower_bound_without_a_ratio(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_rounds_go_equal_ratios_and_train_between_the_cuts(tmp_path: Path) -> No
     assert 0.38 < ctx.metrics["reached"]["macs"] <= 0.4
     assert ctx.ledger["steps"] == 2 * 3
     assert ctx.ledger["images"] == 2 * 10, "three steps are a pass over the ten training images"
-    assert ctx.ledger["scoring_macs"] == 20 * load_network(tmp_path / "m").architecture.macs()
+    assert ctx.ledger["teacher_macs"] == 20 * load_network(tmp_path / "m").architecture.macs()
     plan = Kept.from_json(json.loads((ctx.out / "plan.json").read_text()))
     untrained = cut(load_network(tmp_path / "m"), plan)
     made = load_network(ctx.out)

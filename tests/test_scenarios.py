@@ -253,8 +253,8 @@ def test_the_report_shows_throughput_rate_and_what_ended_a_search() -> None:
     found = section({"scenarios": rows})
     assert found is not None
     assert found.rows == (
-        ("main INT8", "offline", "cpu, batch 16, threads 1", "800 (790–810)", "–"),
-        ("main INT8", "server", "cpu, batch 1, threads 1", "–", "–"),
+        ("main INT8", "offline", "cpu, batch 16, 1 thread", "800 (790–810)", "–"),
+        ("main INT8", "server", "cpu, batch 1, 1 thread", "–", "–"),
     )
     assert found.remarks == (
         "main INT8, offline: throughput still grew at batch 16.",

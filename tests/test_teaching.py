@@ -421,7 +421,7 @@ def test_the_stage_teaches_a_cut_student_states_and_hands_on_the_student_alone(t
     again = load_network(out)
     assert again.architecture == student.architecture
     assert ctx.metrics["parameters"] == sum(p.numel() for p in rebuild(again.architecture, device="meta").parameters())
-    assert ctx.ledger["scoring_macs"] == ctx.ledger["images"] * network("distilled", classes=2).architecture.macs()
+    assert ctx.ledger["teacher_macs"] == ctx.ledger["images"] * network("distilled", classes=2).architecture.macs()
     assert not isinstance(again.train()(images(2)), tuple), "in training too it answers once"
 
 
@@ -429,7 +429,7 @@ def test_the_stage_books_only_the_answers_that_were_asked_for(tmp_path: Path) ->
     ctx, _ = stage(tmp_path, network("distilled", classes=2, seed=1), epochs=3, distill=Distill(), augment=STILL)
     assert ctx.metrics["distill"] == {"remembered": True, "compared": []}
     macs = network("distilled", classes=2).architecture.macs()
-    assert ctx.ledger["scoring_macs"] == ctx.ledger["images"] // 3 * macs
+    assert ctx.ledger["teacher_macs"] == ctx.ledger["images"] // 3 * macs
 
 
 # ---- refusals

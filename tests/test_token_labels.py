@@ -285,7 +285,8 @@ def test_the_train_stage_labels_with_the_named_artifact_and_books_its_cost(tmp_p
     assert ctx.metrics["token_labels"] == {"source": "train@1", "weight": 0.5, "top": 1, "map": (4, 4)}
     # The labeller's head answers 16 patches, not one class token.
     per_image = network("deit", classes=2).architecture.macs() + 15 * 48 * 2
-    assert ctx.ledger["scoring_macs"] == ctx.ledger["images"] * per_image
+    assert ctx.ledger["teacher_macs"] == ctx.ledger["images"] * per_image
+    assert ctx.ledger["scoring_macs"] == 0, "nothing was chosen"
     answers = load_network(tmp_path / "out").train()(images(2))
     assert answers.shape == (2, 2), "what is handed on answers once, in training too"
 

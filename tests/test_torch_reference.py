@@ -151,5 +151,5 @@ def test_the_report_shows_a_reference_without_a_verdict() -> None:
            "p50_low": 1.9, "p50_high": 2.1, "first_ms": 9000.0, "peak_memory_mb": 740.0}  # fmt: skip
     found = section({"torch": [row]})
     assert found is not None
-    assert found.rows == (("dense/train", "compiled", "cpu, batch 1, threads 1", "2.00 (1.90–2.10)", "9,000", "740"),)
+    assert found.rows == (("dense/train", "compiled", "cpu, batch 1, 1 thread", "2.00 (1.90–2.10)", "9,000", "740"),)
     assert section({}) is None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .controls import Control, controls
 from .ledger import Cost, collect_costs
 from .reading import dig, listing, mapping, number, text
 from .steps import Shelf, Step, collect_steps, shown_command
@@ -88,6 +89,7 @@ class Facts:
     baseline_arm: str
     gates: tuple[Gate, ...]
     costs: tuple[Cost, ...]
+    controls: tuple[Control, ...]
     host: tuple[tuple[str, str], ...]
     spec_text: str
 
@@ -164,13 +166,19 @@ def collect(record: Mapping[str, Any], store: Shelf, spec_text: str = "") -> Fac
         baseline_arm=baseline_arm,
         gates=_gates(record, measurement),
         costs=collect_costs(arms, steps, baseline_arm),
+        controls=controls(record, _across(steps)),
         host=_host(measurement, manifests),
         spec_text=spec_text or _recorded_spec(record),
     )
 
 
+def _across(steps: Sequence[Step]) -> set[tuple[str, str]]:
+    """Arm and entry of the stages that stand once for all arms."""
+    return {place for step in steps if step.across_arms for place in step.places}
+
+
 def _arms(record: Mapping[str, Any], steps: Sequence[Step]) -> tuple[str, ...]:
-    across = {place for step in steps if step.across_arms for place in step.places}
+    across = _across(steps)
     places = ((text(node, "arm"), text(node, "entry") or text(node, "stage")) for node in listing(record, "nodes"))
     return tuple(dict.fromkeys(arm for arm, entry in places if arm and (arm, entry) not in across))
 

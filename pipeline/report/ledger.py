@@ -1,4 +1,13 @@
-"""The training ledger: what an arm cost to make, summed over its stages, against the baseline arm."""
+"""The ledger: what an arm cost to make, by what it was spent on, summed over its stages, against the baseline arm.
+
+    training   forward and backward passes of the network that is made
+    teacher    forward passes of whoever teaches or labels it
+    scoring    what choosing took: proxy runs, adapting and asking the selector, trial trainings that look for masks
+    other      time of stages that do neither: cutting, export, calibrating and choosing an 8-bit form; nobody counts
+               their MACs
+
+Evaluation costs all arms alike and has no MACs here; what a training looks at after its epochs is in its time.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +17,15 @@ from dataclasses import dataclass, field, replace
 from .reading import mapping, number
 from .steps import Step
 
+MACS = ("train_macs", "teacher_macs", "scoring_macs")
+SECONDS = ("train_seconds", "scoring_seconds", "other_seconds")
 COSTS = (
     "images",
     "tokens_per_image",
     "epochs",
     "steps",
-    "train_macs",
-    "scoring_macs",
-    "scoring_seconds",
+    *MACS,
+    *SECONDS,
     "seconds",
     "energy_j",
 )
@@ -52,19 +62,14 @@ def collect_costs(arms: Sequence[str], steps: Sequence[Step], baseline_arm: str)
 
 
 def _cost(arm: str, steps: Sequence[Step]) -> Cost:
-    """Sums over the stages of the arm that keep a ledger; tokens an image are averaged over images."""
+    """Sums over the stages of the arm; tokens an image are averaged over images."""
     parts, missing = [], []
     for step in steps:
-        ledger = mapping(step.manifest, "ledger")
         if not step.manifest:
             missing.append(step.places[0][1])
-        if any(number(ledger, name) for name in COSTS):
-            values = {name: number(ledger, name) for name in COSTS}
-            if values["seconds"] is None:
-                values["seconds"] = step.seconds
-            values["energy_j"] = _energy(step)
-            entry = next(entry for a, entry in step.places if a == arm)
-            parts.append(Cost(entry, values, processes=number(step.manifest, "processes", "count")))
+            continue
+        entry = next(entry for a, entry in step.places if a == arm)
+        parts.append(Cost(entry, _values(step), processes=number(step.manifest, "processes", "count")))
     partial = {name: f"without {', '.join(missing)}" for name in COSTS} if missing else {}
     totals: dict[str, float | None] = {}
     for name in COSTS:
@@ -80,6 +85,21 @@ def _cost(arm: str, steps: Sequence[Step]) -> Cost:
             totals[name] = sum(value for _, value in known) if known else None
     most = max((part.processes for part in parts if part.processes is not None), default=None)
     return Cost(arm, totals, partial, parts=tuple(parts), processes=most)
+
+
+def _values(step: Step) -> dict[str, float | None]:
+    """What one stage cost. Its time is training, scoring or other; one that trains and scores tells both."""
+    ledger = mapping(step.manifest, "ledger")
+    values = {name: number(ledger, name) for name in COSTS}
+    own = values["seconds"] if values["seconds"] is not None else step.seconds
+    scores = any(values[name] is not None for name in ("scoring_seconds", "scoring_macs"))
+    trains = values["train_macs"] is not None or (bool(values["images"]) and not scores)
+    values["train_seconds"] = own if trains else None
+    values["other_seconds"] = None if trains or scores else own
+    told = [value for name in SECONDS if (value := values[name]) is not None]
+    values["seconds"] = sum(told) if told else None
+    values["energy_j"] = _energy(step)
+    return values
 
 
 def _energy(step: Step) -> float | None:
@@ -100,9 +120,10 @@ def _whole(cost: Cost | None, name: str) -> float | None:
 
 
 def _all_macs(cost: Cost | None) -> float | None:
-    """MACs of training and of scoring together: a ticket is not free."""
-    train = _whole(cost, "train_macs")
-    return None if cost is None or train is None else train + (cost.values["scoring_macs"] or 0)
+    """MACs of training, teacher and scoring together: neither a ticket nor a teacher is free."""
+    if cost is None or _whole(cost, "train_macs") is None:
+        return None
+    return sum(cost.values[name] or 0 for name in MACS)
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:

@@ -66,6 +66,11 @@ def points(value: float | None) -> str:
     return f"{'0.0' if shown == '-0.0' else shown.replace('-', '−')} points"
 
 
+def points_between(low: float | None, high: float | None) -> str:
+    """Both ends of an interval of differences: −0.4 to 2.8 points (a dash would be read as a minus); "" without."""
+    return "" if low is None or high is None else f"{points(low).removesuffix(' points')} to {points(high)}"
+
+
 def signed_points(value: float | None) -> str:
     """A change of a fraction, in percentage points, with its sign: +0.3 points, −1.2 points, no change."""
     if value is None:
@@ -163,12 +168,15 @@ _FIELDS: dict[str, Format] = {
     "macs": big,
     "parameters": big,
     "train_macs": big,
+    "teacher_macs": big,
     "scoring_macs": big,
     "images": count,
     "tokens_per_image": significant,
     "epochs": count,
     "steps": count,
+    "train_seconds": duration,
     "scoring_seconds": duration,
+    "other_seconds": duration,
     "seconds": duration,
     "energy_j": joules,
 }

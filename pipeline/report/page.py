@@ -16,8 +16,9 @@ from typing import Any
 from ..commit import Disk
 from ..errors import InputError
 from .contributions import contributions
+from .controls import roles
 from .curves import as_script_data, curves
-from .facts import Facts, collect
+from .facts import Facts, Row, collect
 from .flips import flips
 from .layers import of_layers
 from .pictures import MOST_NAMES, draw_tradeoff
@@ -31,6 +32,8 @@ from .verdict import gate_sentence, speed_word, verdict
 from .widths import widths
 
 MOST_BYTES = 2_950_000  # the page must stay a file that people mail
+FEW = 12  # rows of a table that is read at once
+OF_ARMS = ("seeds", "arms")  # sections on whole arms
 LIBRARY = ("vendor/uPlot.iife.min.js", "vendor/uPlot.min.css")
 
 
@@ -145,7 +148,8 @@ def _words_beside(found: Beside) -> dict[str, Any]:
 
 
 def _words(facts: Facts) -> dict[str, Any]:
-    """What both templates are given."""
+    """What both templates are given. Sections of whole arms come before those of single files."""
+    told = [section for step in facts.steps for section in sections(step.metrics)] + [*of_layers(facts.steps)]
     return {
         "facts": facts,
         "verdict": verdict(facts),
@@ -159,10 +163,20 @@ def _words(facts: Facts) -> dict[str, Any]:
         ),
         "shared": any((cost.processes or 1) > 1 for cost in facts.costs),
         "metered": any(cost.values["energy_j"] is not None for cost in facts.costs),
-        "sections": [section for step in facts.steps for section in sections(step.metrics)] + [*of_layers(facts.steps)],
+        "of_arms": [section for section in told if section.name in OF_ARMS],
+        "sections": [section for section in told if section.name not in OF_ARMS],
+        "roles": roles(facts.arms, facts.baseline_arm, facts.controls),
+        "chief": _chief(facts),
+        "seeded": any("@" in row.arm for row in facts.rows),
         "contributions": contributions(facts),
         "flips": flips(facts.measurement),
     }
+
+
+def _chief(facts: Facts) -> list[Row]:
+    """The rows that are read first: all of them where they are few, else final files and the baseline of one seed."""
+    found = [row for row in facts.rows if (row.final or row.baseline) and "@" not in row.arm]
+    return found if found and len(facts.rows) > FEW else list(facts.rows)
 
 
 def _galleries(facts: Facts) -> dict[str, list[tuple[Step, Picture]]]:

@@ -9,7 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .numbers import DASH, big, count, interval, milliseconds, percent, ratio, significant
+from .numbers import (
+    DASH,
+    big,
+    count,
+    interval,
+    milliseconds,
+    p_value,
+    percent,
+    points_between,
+    ratio,
+    signed_points,
+    significant,
+)
 from .reading import dig, listing, mapping, number, text
 
 
@@ -28,7 +40,7 @@ class Section:
 
 def sections(metrics: Mapping[str, Any]) -> tuple[Section, ...]:
     """What the metrics of a stage say beyond its rows."""
-    makers = (over_seeds, scenarios, torch_reference, by_kind, by_block, matrix, sensitivity)
+    makers = (over_seeds, between_arms, scenarios, torch_reference, by_kind, by_block, matrix, sensitivity)
     return tuple(section for make in makers if (section := make(metrics)) is not None)
 
 
@@ -54,6 +66,40 @@ def over_seeds(metrics: Mapping[str, Any]) -> Section | None:
                 ratio(number(line, "speedup_mean")),
                 _each(line, "speedup", ratio),
                 ", ".join(dict.fromkeys(text(variant).upper() for variant in listing(line, "variant"))),
+            )
+            for line in lines
+        ),
+    )
+
+
+def between_arms(metrics: Mapping[str, Any]) -> Section | None:
+    """Every two arms on the same test images; None where there are no two."""
+    lines = listing(metrics, "between_arms")
+    if not lines:
+        return None
+    images = count(number(lines[0], "images"))
+    several = max(len(listing(line, "seeds")) for line in lines) > 1
+    test = (
+        "a paired t test over the seeds"
+        if several
+        else "McNemar's exact test; with one seed it speaks of these networks, and not of the ways they were made"
+    )
+    return Section(
+        "arms",
+        "Arms against each other",
+        f"Top-1 of the final file of an arm less that of another, on the same {images} test images; p by {test}. "
+        "Better or worse is said below p = 0.05, of each pair by itself: of twenty pairs that are alike one is told "
+        "apart by chance.",
+        ("Arm", "Against", "Top-1", "Difference", "95% interval", "p", "Verdict"),
+        tuple(
+            (
+                text(line, "arm"),
+                text(line, "against"),
+                f"{percent(number(line, 'top1'))}, {percent(number(line, 'top1_against'))}",
+                signed_points(number(line, "difference")),
+                points_between(number(line, "low"), number(line, "high")) or DASH,
+                p_value(number(line, "p")),
+                text(line, "verdict"),
             )
             for line in lines
         ),
@@ -146,8 +192,8 @@ def by_kind(metrics: Mapping[str, Any]) -> Section | None:
         "kinds",
         "Time by kind of operator",
         f"Milliseconds of one call and their share, {_setting(found)}, from ONNX Runtime's own profile; the first file "
-        "is the baseline, and bars have one scale. Attention is softmax and products of two activations; its "
-        "projections are matrix products.",
+        "is the baseline, and bars have one scale. Attention is softmax and products of two activations, its "
+        "projections are matrix products; moving is to reorder, join and copy; quantizing is to and from 8 bits.",
         ("Operators", *map(_file, files)),
         tuple(
             (kind, *(_of_total(number(file, "kinds", kind), number(file, "operators_ms")) for file in files))
@@ -191,7 +237,8 @@ def _file(row: Any) -> str:
 
 
 def _setting(row: Any) -> str:
-    return f"{text(row, 'provider')}, batch {text(row, 'batch')}, threads {text(row, 'threads')}"
+    threads = text(row, "threads")
+    return f"{text(row, 'provider')}, batch {text(row, 'batch')}, {threads} thread{'' if threads == '1' else 's'}"
 
 
 def _sum_beside_p50(file: Any) -> str:

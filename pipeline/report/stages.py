@@ -34,7 +34,8 @@ def _ticket(metrics: Mapping[str, Any]) -> list[str]:
         share = f" ({percent(kept_ / of)})" if kept_ is not None and of else ""
         asked = f", asked {percent(number(chosen, 'keep'))}" if number(chosen, "keep") is not None else ""
         an_image = " in each image" if what == "Patches" else ""
-        method = f" by {text(chosen, 'method')}" if text(chosen, "method") else ""
+        name = text(chosen, "method")
+        method = " by lot" if name.startswith("random") else f" by {name}" if name else ""
         said.append(f"{what}{method}: kept {count(kept_)} of {count(of)}{share}{an_image}{asked}.")
     return [*said, *_ticket_cost(mapping(metrics, "patches", "cost"))]
 
@@ -79,8 +80,8 @@ def _train(metrics: Mapping[str, Any]) -> list[str]:
         said.append(
             f"Budget in {text(budget, 'budget')}: {count(number(budget, 'steps'))} steps on "
             f"{count(number(budget, 'examples'))} of {count(number(budget, 'of'))} images, "
-            f"{big(number(budget, 'macs'))} MACs of training after {big(number(budget, 'scoring_macs'))} of "
-            f"choosing{allowed}."
+            f"{big(number(budget, 'macs'))} MACs of training"
+            f"{f' after {big(before)} of choosing' if (before := number(budget, 'scoring_macs')) else ''}{allowed}."
         )
     if number(metrics, "parameters") is not None:
         said.append(f"{big(number(metrics, 'parameters'))} parameters, {big(number(metrics, 'macs'))} MACs an image.")
@@ -120,7 +121,7 @@ def _prune(metrics: Mapping[str, Any]) -> list[str]:
         )
     far = [_reach(row) for row in listing(metrics, "feasible")]
     if far:
-        said.append(f"As far as each axis goes by itself: {'; '.join(far)}.")
+        said.append(f"What would be left if one kind of part alone were cut as far as it goes: {'; '.join(far)}.")
     tried = [
         f"{significant(number(row, 'measured'))} (estimated {significant(number(row, 'estimated'))})"
         for row in listing(metrics, "candidates")
@@ -250,8 +251,8 @@ def _quantize(metrics: Mapping[str, Any]) -> list[str]:
         )
     timed = [row for row in listing(metrics, "forms") if number(row, "speedup") is not None]
     if timed:
-        each = ", ".join(f"{text(row, 'form')} {ratio(number(row, 'speedup'))}" for row in timed)
-        said.append(f"Forms tried, in times of the float file's speed: {each}.")
+        each = "; ".join(f"{text(row, 'form')} {ratio(number(row, 'speedup'))}" for row in timed)
+        said.append(f"Forms tried, each with its speed-up over the float file: {each}.")
     if left := [str(group) for group in listing(metrics, "left_float")]:
         said.append(f"Left float, since INT8 lost too much with them: {', '.join(left)}.")
     for scheme, costs in mapping(metrics, "sensitivity").items():

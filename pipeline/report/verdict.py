@@ -1,7 +1,9 @@
-"""The one sentence that people forward: how much faster, at what accuracy, and how sure that is.
+"""The paragraph that people forward: how much faster, at what accuracy, how sure that is, and whether choosing paid.
 
 It never claims more than the benchmark shows: "faster" needs the whole interval of the speed-up above both 1 and the
-noise floor (what two runs of the same file differ by); a missing interval or baseline is said.
+noise floor (what two runs of the same file differ by); a missing interval or baseline is said. Where an arm is the
+random control of main, the paragraph says whether main beats it, or that this is not decided. Under several seeds it
+speaks of their means.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .controls import Contest, contest
 from .facts import Facts, Gate, Row
 from .numbers import DASH, interval, p_equals, percent, points, ratio, significant
 from .reading import dig, listing, number, text
@@ -28,16 +31,31 @@ def verdict(facts: Facts) -> Verdict:
     """The sentence for the top of the report, and remarks on how far to trust it."""
     if facts.state in ("failed", "interrupted", "running") or facts.unfinished:
         return _unfinished(facts)
+    against = contests(facts)
+    own = [one.sentence for one in against if one.of.arm == "main"]
     if facts.measurement is None:
-        return Verdict(_unmeasured(facts), "plain")
+        return Verdict(" ".join([_unmeasured(facts), *own]), "plain")
     shipped = facts.shipped
     if shipped is None:
         return Verdict(
             "The benchmark holds no row for the final file of the main arm, so there is no verdict.", "plain"
         )
     if facts.baseline is None:
-        return Verdict(_alone(facts, shipped), "plain", _remarks(facts, shipped, None))
-    return _compared(facts, shipped, facts.baseline)
+        found = Verdict(_alone(facts, shipped), "plain", _remarks(facts, shipped, None))
+    else:
+        found = _compared(facts, shipped, facts.baseline)
+    lost = any(one.outcome == "worse" for one in against if one.of.arm == "main")
+    tone: Tone = "plain" if lost and found.tone == "good" else found.tone
+    others = [one.sentence for one in against if one.of.arm != "main"]
+    return Verdict(" ".join([found.text, *own]), tone, (*others, *found.remarks))
+
+
+def contests(facts: Facts) -> tuple[Contest, ...]:
+    """Every arm against its random control, main's first. What controls main is no control of further arms here."""
+    metrics = [step.metrics for step in facts.steps if step.across_arms]
+    of_main = {pair.control for pair in facts.controls if pair.arm == "main"}
+    told = [pair for pair in facts.controls if pair.arm == "main" or pair.control not in of_main]
+    return tuple(contest(pair, metrics) for pair in told)
 
 
 def speed_word(row: Row, facts: Facts) -> Literal["faster", "slower", "no clear difference", ""]:
@@ -64,35 +82,83 @@ def gate_sentence(gate: Gate) -> tuple[str, str, str]:
     return f"{name}: {asked}", form(gate.measured), outcome
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What the sentence says of main's files: of one, or of those of all seeds in the mean."""
+
+    subject: str
+    word: str
+    value: float | None
+    within: str
+    accuracy: str
+
+
 def _compared(facts: Facts, shipped: Row, base: Row) -> Verdict:
-    name = _base_name(base)
-    word = speed_word(shipped, facts)
-    value = shipped.get("speedup")
-    within = _interval("95% interval", interval(shipped.get("speedup_low"), shipped.get("speedup_high"), ratio))
-    at = _setting(shipped)
-    accuracy = _accuracy(shipped, base)
-    if value is None:
-        return Verdict(f"The speed of the compressed file against {name} was not recorded{accuracy}.", "plain")
-    if word == "faster":
-        sentence = f"The compressed file is {ratio(value)} faster{within} than {name} {at}{accuracy}."
-    elif word == "slower":
-        sentence = f"The compressed file is slower than {name}: its speed-up is {ratio(value)}{within} {at}{accuracy}."
-    elif word:
-        sentence = (
-            f"The compressed file is not measurably faster than {name}: its speed-up is {ratio(value)}{within}"
-            f" {at}{accuracy}."
-        )
-    else:
-        sentence = (
-            f"The compressed file ran at {ratio(value)} the speed of {name} {at}, "
-            f"without an interval to judge it by{accuracy}."
-        )
-    tone: Tone = "good" if word == "faster" else "bad" if word == "slower" else "plain"
+    name, at = _base_name(base), _setting(shipped)
+    told = _over_seeds(facts, shipped, base) or _of_one(facts, shipped, base)
+    speed, rest = f"{ratio(told.value)}{told.within}", f"{at}{told.accuracy}"
+    if told.value is None:
+        return Verdict(f"The speed of the compressed file against {name} was not recorded{told.accuracy}.", "plain")
+    match told.word:
+        case "faster":
+            sentence = f"{told.subject} is {ratio(told.value)} faster{told.within} than {name} {rest}."
+        case "slower":
+            sentence = f"{told.subject} is slower than {name}: its speed-up is {speed} {rest}."
+        case "":
+            sentence = f"{told.subject} ran at {speed} the speed of {name} {at}, without an interval to judge it by"
+            sentence = f"{sentence}{told.accuracy}."
+        case _:
+            sentence = f"{told.subject} is not measurably faster than {name}: its speed-up is {speed} {rest}."
+    tone: Tone = "good" if told.word == "faster" else "bad" if told.word == "slower" else "plain"
     if tone == "good" and dig(facts.measurement.metrics if facts.measurement else {}, "disturbed") is True:
         tone = "plain"
     if any(gate.met is False for gate in facts.gates):
         tone = "bad"
     return Verdict(sentence, tone, _remarks(facts, shipped, base))
+
+
+def _of_one(facts: Facts, shipped: Row, base: Row) -> _Told:
+    value = shipped.get("speedup")
+    within = _interval("95% interval", interval(shipped.get("speedup_low"), shipped.get("speedup_high"), ratio))
+    return _Told("The compressed file", speed_word(shipped, facts), value, within, _accuracy(shipped, base))
+
+
+def _over_seeds(facts: Facts, shipped: Row, base: Row) -> _Told | None:
+    """Means over the seeds of both arms; None where there is one seed. Faster or slower is said where each seed is."""
+    lines = {text(line, "arm"): line for line in _lines_over_seeds(facts, shipped)}
+    own, other = lines.get("main"), lines.get(base.arm)
+    if own is None or other is None:
+        return None
+    of_main = [row for row in facts.first_setting if row.final and _family(row) == "main"]
+    words = {speed_word(row, facts) for row in of_main}
+    word = words.pop() if len(words) == 1 else "no clear difference"
+    each = ", ".join(ratio(value) for value in listing(own, "speedup"))
+    ends = [interval(number(line, "top1_low"), number(line, "top1_high"), percent) for line in (own, other)]
+    one, two = (percent(number(line, "top1_mean")) for line in (own, other))
+    accuracy = f", with top-1 {one} against {two} (95% intervals over seeds {' and '.join(ends)})"
+    count = len(listing(own, "seeds"))
+    return _Told(
+        f"In the mean over {count} seeds the compressed file",
+        word,
+        number(own, "speedup_mean"),
+        f" (each seed: {each})",
+        accuracy,
+    )
+
+
+def _lines_over_seeds(facts: Facts, shipped: Row) -> list[Any]:
+    """Of every arm, in the setting of the shipped file."""
+    return [
+        line
+        for line in listing(facts.measurement.metrics if facts.measurement else {}, "over_seeds")
+        if (text(line, "provider"), number(line, "batch"), number(line, "threads"))
+        == (shipped.provider, shipped.batch, shipped.threads)
+    ]
+
+
+def _family(row: Row) -> str:
+    """The arm as the file names it, whatever the seed."""
+    return text(row.values, "family") or row.arm.partition("@")[0]
 
 
 def _alone(facts: Facts, shipped: Row) -> str:
@@ -150,7 +216,7 @@ def _unmeasured(facts: Facts) -> str:
 
 def _remarks(facts: Facts, shipped: Row, base: Row | None) -> tuple[str, ...]:
     metrics = facts.measurement.metrics if facts.measurement else {}
-    remarks = _of_seeds(metrics, shipped)
+    remarks = _of_seeds(facts, shipped, base)
     noise = number(metrics, "noise_floor", "percent")
     if noise is not None:
         remarks.append(f"Noise floor: here, two runs of the same file may differ by up to {noise:.1f}%.")
@@ -164,35 +230,44 @@ def _remarks(facts: Facts, shipped: Row, base: Row | None) -> tuple[str, ...]:
     return tuple(remarks)
 
 
-def _of_seeds(metrics: Mapping[str, Any], shipped: Row) -> list[str]:
-    """The sentence above speaks of the first seed; this one of all of them."""
-    first = [
-        line
-        for line in listing(metrics, "over_seeds")
-        if (text(line, "provider"), number(line, "batch"), number(line, "threads"))
-        == (shipped.provider, shipped.batch, shipped.threads)
-    ]
+def _of_seeds(facts: Facts, shipped: Row, base: Row | None) -> list[str]:
+    """Which seeds the sentence above speaks of, and what the others say."""
+    lines = _lines_over_seeds(facts, shipped)
+    if base is not None and _over_seeds(facts, shipped, base) is not None:
+        one, two = percent(shipped.get("top1")), percent(base.get("top1"))
+        return [
+            f"The first seed alone: {ratio(shipped.get('speedup'))}, top-1 {one} against {two}. Tiles, contributions "
+            "and pictures below are of it."
+        ]
     said = [
         f"{text(line, 'arm')} {percent(number(line, 'top1_mean'))}"
         f"{_interval('95% interval', interval(number(line, 'top1_low'), number(line, 'top1_high'), percent))}"
         f" at {ratio(number(line, 'speedup_mean'))}"
-        for line in first
+        for line in lines
     ]
-    count = max((len(listing(line, "seeds")) for line in first), default=0)
+    count = max((len(listing(line, "seeds")) for line in lines), default=0)
     return [f"Those are the numbers of the first seed. Means over {count} seeds: {', '.join(said)}."] if said else []
 
 
 def _paired(metrics: Mapping[str, Any], one: Row, other: Row) -> list[str]:
-    """Whether the difference in accuracy may be chance, by McNemar's test on the same images: two intervals that
-    overlap prove nothing of it.
+    """Whether the difference in accuracy may be chance: over seeds by a paired t test, else by McNemar's on the same
+    images. Two intervals that overlap prove nothing of it.
     """
+    name = _base_name(other)
+    for line in listing(metrics, "between_arms"):
+        if (text(line, "arm"), text(line, "against")) == (_family(one), _family(other)):
+            seeds = len(listing(line, "seeds"))
+            if seeds > 1 and (p := number(line, "p")) is not None:
+                said = "is not decided" if text(line, "verdict") == "not decided" else "is more than chance"
+                test = f"paired t test over {seeds} seeds, {p_equals(p)}"
+                return [f"The difference in accuracy to {name} {said} ({test})."]
     for flips in listing(metrics, "flips"):
         same = [text(flips, name) for name in ("arm", "entry", "variant")] == [one.arm, one.entry, one.variant]
         against = [text(flips, "against", name) for name in ("arm", "entry", "variant")]
         p = number(flips, "p")
         if p is not None and same and against == [other.arm, other.entry, other.variant]:
             said = "may be chance" if p >= 0.05 else "is more than chance"
-            return [f"The difference in accuracy {said} (McNemar's {p_equals(p)}, on the same images)."]
+            return [f"The difference in accuracy to {name} {said} (McNemar's {p_equals(p)}, on the same images)."]
     return []
 
 

@@ -4,6 +4,10 @@ A round is one pass over all variants in random order, a session one life of all
 (one variant's turn in one round) share the machine's mood, those of one process its place in memory, so they are not
 independent. Intervals therefore ask only how sessions differ. Ratios are taken within a round, so that a slow second
 hits both sides.
+
+What a percentile is of: the calls of processes like those measured, one started anew after the other, and not of the
+one process that happened to run. The few slow calls are then those of slow processes too, of which five sessions show
+few: its interval reaches as far as processes that were not met may have gone.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 Floats = NDArray[np.float64]
 
@@ -21,6 +25,7 @@ Floats = NDArray[np.float64]
 # the largest sample but one (MLPerf's early-stopping rule: P[Binomial(n, 1 - p) <= 1] <= 0.01).
 ENOUGH = {90: 64, 95: 130, 99: 662}
 RESAMPLES = 1000
+POPULATIONS = 4000  # of processes that may have brought forth the sessions
 MEDIAN = 50
 CONFIDENCE = 0.95
 
@@ -59,7 +64,7 @@ def percentile_interval(slots: Sequence[Slot], rank: int) -> Interval:
         np.concatenate([slot.wall_ms for slot in slots if slot.session == number])
         for number in sorted({slot.session for slot in slots})
     ]
-    return _over_sessions(sessions, rank)
+    return _over_sessions(sessions) if rank == MEDIAN else _of_population(sessions, rank)
 
 
 def ratio_interval(
@@ -71,7 +76,7 @@ def ratio_interval(
     of: what is compared, the slot's median wall time by default. Rounds that only one side has are left out. Raises
     ValueError when no round is left, and for a single session.
     """
-    return _over_sessions(_ratios(baseline, other, of), MEDIAN)
+    return _over_sessions(_ratios(baseline, other, of))
 
 
 def noise_factor(baseline: Sequence[Slot], twin: Sequence[Slot], seed: int = 0) -> float:
@@ -129,20 +134,69 @@ def _slot_median(slot: Slot) -> float:
     return float(np.median(slot.wall_ms))
 
 
-def _over_sessions(sessions: Sequence[Floats], rank: int) -> Interval:
-    """The percentile `rank` of all sessions' numbers, and its interval from how the logarithm of each session's own
-    differs: Student's t, for as many sessions as there are less one.
+def _over_sessions(sessions: Sequence[Floats]) -> Interval:
+    """The median of all sessions' numbers, and its interval from how the logarithm of each session's own differs:
+    Student's t, for as many sessions as there are less one. It ends where the numbers do.
 
     Three sessions rightly make a wide one: order statistics, bootstraps and a jackknife are narrower or jumpier, and
-    miss the truth too often when sessions differ (docs/LOG.md). It does not reach below the least of the numbers, nor
-    that of a median above the greatest.
+    miss the truth too often when sessions differ (docs/LOG.md).
     """
-    count = len(sessions)
-    if count < 2:
+    every = np.concatenate(_several(sessions))
+    value = float(np.median(every))
+    deviation = np.std([np.log(np.median(numbers)) for numbers in sessions], ddof=1) / np.sqrt(len(sessions))
+    spread = float(np.exp(_students(len(sessions)) * deviation))
+    return Interval(value, max(value / spread, float(every.min())), min(value * spread, float(every.max())))
+
+
+def _of_population(sessions: Sequence[Floats], rank: int) -> Interval:
+    """The percentile `rank` of all sessions' numbers, and an interval of that of all processes that there might be.
+
+    The paces of processes are taken as log-normal, each a session's median; what calls take beside it as alike in all.
+    Which means and deviations of such paces may have brought forth the sessions is drawn from Student's and the
+    chi-squared distribution (the fiducial interval, for normal numbers the exact one of a quantile), and for each the
+    percentile of paces and calls together is computed. How the sessions' own tails differ is added, by Student's t.
+    """
+    logs = [np.log(numbers) for numbers in _several(sessions)]
+    count, rng = len(logs), np.random.default_rng(0)
+    paces = np.array([np.median(numbers) for numbers in logs])
+    beside = np.concatenate([numbers - pace for numbers, pace in zip(logs, paces, strict=True)])
+    tails = [np.percentile(numbers, rank) - pace for numbers, pace in zip(logs, paces, strict=True)]
+    even = (np.arange(POPULATIONS) + 0.5) / POPULATIONS  # draws at even shares, each in an order of its own
+    squares, normal, student = (rng.permutation(even) for _ in range(3))
+    deviations = paces.std(ddof=1) * np.sqrt((count - 1) / stats.chi2.ppf(squares, count - 1))
+    means = paces.mean() + deviations * special.ndtri(normal) / np.sqrt(count)
+    shapes = np.std(tails, ddof=1) / np.sqrt(count) * stats.t.ppf(student, count - 1)
+    drawn = np.exp(means + _with_paces(beside, deviations, rank / 100) + shapes)
+    value = float(np.percentile(np.concatenate(sessions), rank))
+    low, high = np.percentile(drawn, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
+    return Interval(value, min(value, float(low)), max(value, float(high)))
+
+
+def _with_paces(beside: Floats, deviations: Floats, share: float) -> Floats:
+    """The quantile `share` of numbers like `beside` plus normal ones of each deviation, all on the logarithm.
+
+    Found by bisection on a grid of deviations, between which it is read off; `beside` stands for itself by 256 of its
+    quantiles.
+    """
+    points = np.quantile(beside, (np.arange(256) + 0.5) / 256)
+    widest = max(float(deviations.max()), 1e-9)
+    grid = widest * np.concatenate([[0.0], np.geomspace(1e-3, 1.0, 31)])
+    low, high = np.full(len(grid), points[0]) - 9 * grid, np.full(len(grid), points[-1]) + 9 * grid
+    for _ in range(30):
+        middle = (low + high) / 2
+        below = special.ndtr((middle[1:, None] - points) / grid[1:, None]).mean(1) < share
+        low[1:], high[1:] = np.where(below, middle[1:], low[1:]), np.where(below, high[1:], middle[1:])
+    found = (low + high) / 2
+    found[0] = np.quantile(beside, share)
+    return np.interp(deviations, grid, found)
+
+
+def _several(sessions: Sequence[Floats]) -> Sequence[Floats]:
+    if len(sessions) < 2:
         raise ValueError("one session tells nothing about how sessions differ")
-    every = np.concatenate(sessions)
-    value = float(np.percentile(every, rank))
-    deviation = np.std([np.log(np.percentile(numbers, rank)) for numbers in sessions], ddof=1) / np.sqrt(count)
-    spread = float(np.exp(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * deviation))
-    most = float(every.max()) if rank == MEDIAN else np.inf
-    return Interval(value, max(value / spread, float(every.min())), min(value * spread, most))
+    return sessions
+
+
+def _students(count: int) -> float:
+    """How many standard errors of a mean of `count` numbers its 95 % interval reaches to each side."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))

@@ -36,20 +36,15 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """MACs of a forward pass, for one image. dense: of the whole network on all patches. ticket: of the network on the
-    patches that enter it, none dropped inside. labelling: of the annotator, on every image. looking: of an online
-    selector, on images that have a ticket.
+    """MACs of a forward pass, for one image; forward and backward are three of them. dense: of the whole network on all
+    patches. ticket: of the network on the patches that enter it, none dropped inside. labelling: of the annotator, on
+    every image. looking: of an online selector, on images that have a ticket.
     """
 
     dense: int
     ticket: int
     labelling: int
     looking: int
-
-    @property
-    def trial(self) -> int:
-        """MACs of an image in the search for masks, on all patches. Forward and backward are three forwards."""
-        return 3 * self.dense + self.labelling
 
     def arm(self, phases: Iterable[tuple[float, bool, int]], *, kept: int, examples: int, scoring: int | None) -> Arm:
         """phases: as token_schedule.phases says what an image costs in the course of the training."""
@@ -58,9 +53,17 @@ class Prices:
         )
         return Arm(kept, examples, costs, 3 * self.dense + self.labelling, scoring)
 
-    def scoring(self, fitted: Fitted) -> int:
-        """MACs of annotator and selector in a whole training."""
-        return fitted.images * self.labelling + fitted.ticketed * self.looking
+    def annotating(self, images: int) -> int:
+        """MACs of the annotator, who labels every view of every image."""
+        return images * self.labelling
+
+    def selecting(self, fitted: Fitted) -> int:
+        """MACs of an online selector in a whole training."""
+        return fitted.ticketed * self.looking
+
+    def trying(self, images: int) -> int:
+        """MACs of trial trainings on so many images, all patches, forward and backward."""
+        return 3 * images * self.dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +179,9 @@ def recipe_for(recipe: AnyRecipe, budget: Budget, arm: Arm) -> AnyRecipe:
     return recipe.model_copy(update={"epochs": None, "steps": steps_for(recipe, budget, arm)})
 
 
-def spent(recipe: Recipe, budget: Budget, arm: Arm, fitted: Fitted, *, scoring: int, searching: int) -> Spent:
-    """The record of a training. scoring, searching: MACs beside those of the network, in the training and before it;
-    recipe: as it was written, for what the budget allowed.
+def spent(recipe: Recipe, budget: Budget, arm: Arm, fitted: Fitted, *, beside: int, searching: int) -> Spent:
+    """The record of a training. beside, searching: MACs of annotator and selector in the training, and all of the
+    search for masks before it; recipe: as it was written, for what the budget allowed.
     """
     return Spent(
         budget=budget,
@@ -186,7 +189,7 @@ def spent(recipe: Recipe, budget: Budget, arm: Arm, fitted: Fitted, *, scoring: 
         examples=arm.kept,
         of=arm.examples,
         images=fitted.images,
-        macs=3 * fitted.macs + scoring,
+        macs=3 * fitted.macs + beside,
         scoring_macs=None if arm.scoring is None else arm.scoring + searching,
         allowed=allowance(recipe, arm) if budget == "macs" else None,
     )
