@@ -431,10 +431,10 @@ def idle(seen: Preflight) -> dict[str, str]:
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a provider that this onnxruntime does not have, and more threads than cores."""
-    from .deploy.sessions import require_serving
+    """Refuse a provider that this onnxruntime does not have or that does not start, and more threads than cores."""
+    from .checkup import require_running
 
-    require_serving(seen.config.providers, seen.config.threads, (seen.at("providers"), seen.at("threads")))
+    require_running(seen.config.providers, seen.config.threads, (seen.at("providers"), seen.at("threads")))
 
 
 STAGE = Stage(

@@ -1,17 +1,50 @@
-"""What `sievit doctor` tries in processes of their own, since a broken library may crash or hang: a tiny ONNX file on a
-provider, and a product in torch.
+"""What is tried in processes of their own, since a broken library may crash or hang: a tiny ONNX file on a provider,
+and a product in torch. `sievit doctor` tells all of it; a stage that names a provider asks before anything runs.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .deploy.child import answering, serve
+from .deploy.child import Child, ChildFailed, answering, serve
+from .methods import InvalidInput
 
+WAIT_S = 120.0  # for a library to be imported and answer; TensorRT builds an engine first
 SIDE = 16  # of the matrices
 WORST = 0.05  # of a sum of 16 products below 1: reduced precision (TF32) passes, a wrong kernel does not
+
+
+def ask(command: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a process of its own; see `main`. Raises: InvalidInput, ChildFailed when it crashes or hangs."""
+    # Graphics drivers and torch reserve more address space than there is memory.
+    with Child("checkup", command.get("name", command["do"]), package=__package__ or "", limited=False) as child:
+        return child.ask(command, WAIT_S)
+
+
+def require_running(providers: Sequence[str], threads: Sequence[int], fields: tuple[str, str]) -> None:
+    """Refuse more threads than cores, a provider that is not installed, and one that is and does not run here. Raises:
+    InvalidInput; fields: the settings that ask for providers and threads.
+    """
+    from .deploy.sessions import require_serving
+
+    require_serving(providers, threads, fields)
+    for name in providers:
+        if name != "cpu" and (refusal := _refusal(name)) is not None:
+            raise InvalidInput(*refusal, field=fields[0])
+
+
+@cache
+def _refusal(name: str) -> tuple[str, str] | None:
+    """Why a provider does not run a product of matrices, and what to do; None where it does."""
+    try:
+        right = ask({"do": "provider", "name": name})["right"]
+    except (ChildFailed, InvalidInput) as error:
+        return str(error), getattr(error, "hint", "") or "`sievit doctor` tells what works here"
+    return None if right else (f"provider {name} computes wrong results here", "update its driver")
 
 
 def providers() -> dict[str, Any]:

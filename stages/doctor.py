@@ -36,7 +36,6 @@ EXTRAS = {
     "mlflow-skinny": ("mlflow", "track: {mlflow: ...}", "pip install 'sievit[mlflow]'"),
     "nvidia-ml-py": ("pynvml", "joules of NVIDIA GPUs in the ledger", "pip install 'sievit[energy]'"),
 }
-WAIT_S = 120.0  # for a library to be imported and answer; TensorRT builds an engine first
 LITTLE_MEMORY_GB, LITTLE_DISK_GB = 4, 2
 
 
@@ -67,13 +66,14 @@ def doctor(
 
         sievit doctor --json
     """
+    from .checkup import ask
     from .deploy import isa
 
     session = session_of(context)
     findings = [
         *versions(),
-        *runtimes(_ask),
-        *in_torch(_ask),
+        *runtimes(ask),
+        *in_torch(ask),
         *processor(isa.processor_name(), isa.instruction_sets()),
         *room(store_of(store)),
         *extras(),
@@ -85,14 +85,6 @@ def doctor(
     if wrong := [each for each in findings if each.state == "wrong"]:
         names = ", ".join(each.name for each in wrong)
         raise SievitError(f"Sievit cannot run here: {names}", hint=wrong[0].do or "see the lines above")
-
-
-def _ask(command: dict[str, Any]) -> dict[str, Any]:
-    from .deploy.child import Child
-
-    # Graphics drivers and torch reserve more address space than there is memory.
-    with Child("checkup", command.get("name", command["do"]), package=__package__ or "", limited=False) as child:
-        return child.ask(command, WAIT_S)
 
 
 def versions() -> Iterator[Finding]:
@@ -133,18 +125,17 @@ def _requirements() -> dict[str, SpecifierSet]:
 def runtimes(ask: Ask) -> Iterator[Finding]:
     """The execution providers, each proven by a tiny file or told how to get it."""
     from .deploy.child import ChildFailed
-    from .deploy.sessions import PROVIDERS
+    from .deploy.sessions import PROVIDERS, how_to_install
 
     try:
         built = ask({"do": "providers"})
     except (ChildFailed, InvalidInput) as error:
         yield Finding("onnxruntime", "wrong", "does not start", str(error), "install it again: pip install onnxruntime")
         return
-    for name, (official, _, package) in PROVIDERS.items():
+    for name, (official, _, _) in PROVIDERS.items():
         at = f"provider {name}"
         if official not in built["available"]:
-            hint = f"pip uninstall onnxruntime, then pip install {package.replace(' and ', ' ')}"
-            yield Finding(at, "note", "not in this build", "only needed to measure there", hint)
+            yield Finding(at, "note", "not in this build", "only needed to measure there", how_to_install(name))
             continue
         cannot: State = "wrong" if name == "cpu" else "note"
         try:

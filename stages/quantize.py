@@ -314,10 +314,10 @@ def _write(ctx: Context, source: Bundle, best: Candidate, chosen: Candidate | No
 
 
 def preflight(seen: Preflight) -> None:
-    """Refuse a provider that this onnxruntime does not have, and more threads than cores."""
-    from .deploy.sessions import require_serving
+    """Refuse a provider that this onnxruntime does not have or that does not start, and more threads than cores."""
+    from .checkup import require_running
 
-    require_serving([seen.config.provider], [seen.config.threads], (seen.at("provider"), seen.at("threads")))
+    require_running([seen.config.provider], [seen.config.threads], (seen.at("provider"), seen.at("threads")))
 
 
 STAGE = Stage(

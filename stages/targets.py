@@ -67,11 +67,13 @@ _KINDS: tuple[Kind, ...] = ("macs", "params", "size_mb", "latency_ms", "speedup"
 
 
 def check_serving(target: Target, at: Callable[[str], str]) -> None:
-    """Refuse a provider that is not installed, and more threads than cores. at: a setting's place in pipeline.yaml."""
-    from .deploy.sessions import require_serving
+    """Refuse a provider that is not installed or does not start, and more threads than cores. at: a setting's place in
+    pipeline.yaml.
+    """
+    from .checkup import require_running
 
     on = target.serving
-    require_serving([on.provider], [on.threads], (at("target.on.provider"), at("target.on.threads")))
+    require_running([on.provider], [on.threads], (at("target.on.provider"), at("target.on.threads")))
 
 
 # ---------------------------------------------------------------------------------------------- how far it can reach

@@ -22,7 +22,9 @@ from sievit.pipeline.runner import Manner, run, run_stage
 from sievit.pipeline.spec import load_pipeline
 from sievit.pipeline.stage import Preflight, Stage
 from sievit.pipeline.store import Store
+from sievit.stages import checkup
 from sievit.stages.__main__ import STAGES
+from sievit.stages.deploy import sessions
 from sievit.stages.methods import InvalidInput
 
 
@@ -319,6 +321,26 @@ invalid pipeline: timm has no trained weights of 'regnety_161'
    |                                 ^^^^^^^^^^^^^^^^^^
   help: did you mean regnety_160, regnety_016, regnety_120?"""
     )
+
+
+@pytest.mark.parametrize("setting", ["benchmark.providers=[cpu, cuda]", "quantize.provider=cuda"])
+def test_a_provider_that_is_installed_and_does_not_start_is_refused_with_its_reason(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def no_libraries(command: dict[str, Any]) -> dict[str, Any]:
+        asked.append(command)
+        raise InvalidInput("provider cuda did not start (not found: libcudnn.so.9)", "check its libraries")
+
+    monkeypatch.setattr(checkup, "ask", no_libraries)
+    monkeypatch.setattr(sessions, "require_serving", lambda *_: None)
+    checkup._refusal.cache_clear()
+    told = Project(tmp_path, VIT + "  export: {}\n  quantize: {schemes: [static]}\n  benchmark: {}\n").refused(setting)
+    assert told.startswith("invalid pipeline: provider cuda did not start (not found: libcudnn.so.9)\n")
+    assert f"\n  --> --set {setting}\n" in told and told.endswith("help: check its libraries")
+    assert asked == [{"do": "provider", "name": "cuda"}], "once for all stages, and never for the CPU"
+    checkup._refusal.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

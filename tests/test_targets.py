@@ -95,7 +95,7 @@ def test_how_long_is_waited_for_a_process_is_in_no_key() -> None:
     found = [stage for stage in (*STAGES, ranges.STAGE) if "timeout" in stage.config.model_fields]
     assert {stage.name for stage in found} == {"adopt", "quantize", "benchmark", "ranges"}
     for stage in found:
-        fields = {"file": "a.onnx", "images": 1, "alpha": None, "bits": 8}
+        fields = {"file": "a.onnx", "images": 1, "alpha": None, "bits": 8, "symmetric": False}
         given = {name: value for name, value in fields.items() if name in stage.config.model_fields}
         first, second = (
             keys.material(

@@ -26,16 +26,16 @@ import onnxruntime as ort
 from ..methods import InvalidInput
 from .isa import usable_cores
 
-# name in pipeline.yaml -> (ONNX Runtime's name, those it hands over to, the distribution to install)
+# name in pipeline.yaml -> (ONNX Runtime's name, those it hands over to, the distributions to install)
 PROVIDERS = {
-    "cpu": ("CPUExecutionProvider", (), "onnxruntime"),
-    "cuda": ("CUDAExecutionProvider", ("CPUExecutionProvider",), "onnxruntime-gpu[cuda,cudnn]"),
+    "cpu": ("CPUExecutionProvider", (), ("onnxruntime",)),
+    "cuda": ("CUDAExecutionProvider", ("CPUExecutionProvider",), ("onnxruntime-gpu[cuda,cudnn]",)),
     "tensorrt": (
         "TensorrtExecutionProvider",
         ("CUDAExecutionProvider", "CPUExecutionProvider"),
-        "onnxruntime-gpu[cuda,cudnn] and tensorrt-cu13>=10,<11",
+        ("onnxruntime-gpu[cuda,cudnn]", "tensorrt-cu13>=10,<11"),
     ),
-    "openvino": ("OpenVINOExecutionProvider", ("CPUExecutionProvider",), "onnxruntime-openvino"),
+    "openvino": ("OpenVINOExecutionProvider", ("CPUExecutionProvider",), ("onnxruntime-openvino",)),
 }
 GRAPHICS = ("cuda", "tensorrt")
 
@@ -72,18 +72,24 @@ def require_provider(name: str) -> str:
     """ONNX Runtime's name of a provider that is installed here. Raises InvalidInput that says what to install."""
     if name not in PROVIDERS:
         raise InvalidInput(f"provider {name!r} is not known", f"one of {', '.join(PROVIDERS)}")
-    wanted, _, package = PROVIDERS[name]
+    wanted, _, _ = PROVIDERS[name]
     available = ort.get_available_providers()
     if wanted not in available:
-        hint = "pip install " + " ".join(shlex.quote(part) for part in package.split(" and "))
-        if package != "onnxruntime":
-            hint = f"pip uninstall onnxruntime, then {hint} (one of the onnxruntime packages at a time)"
         raise InvalidInput(
             f"provider {name} is not in the installed onnxruntime {ort.__version__}, which has "
             + ", ".join(entry.removesuffix("ExecutionProvider") for entry in available),
-            hint,
+            how_to_install(name),
         )
     return wanted
+
+
+def how_to_install(name: str) -> str:
+    """What to type for a provider that is not there."""
+    _, _, packages = PROVIDERS[name]
+    command = f"pip install {shlex.join(packages)}"
+    if name == "cpu":
+        return command
+    return f"pip uninstall onnxruntime, then {command} (one of the onnxruntime packages at a time)"
 
 
 def require_serving(providers: Sequence[str], threads: Sequence[int], fields: tuple[str, str] = ("", "")) -> None:
