@@ -124,6 +124,8 @@ def load(command: dict[str, Any]) -> tuple[Callable[[], object], float]:
 
     torch.set_num_threads(command["threads"])
     device = torch.device(command["device"])
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as ONNX Runtime multiplies there: in TF32, where the card has it
     network = load_network(Path(command["folder"])).to(device)
     set_fused(network, True)  # the faster path, and the one that trained
     side = network.architecture.image_size

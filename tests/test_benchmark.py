@@ -659,6 +659,48 @@ def test_a_busy_host_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert crowded["disturbed_reason"] == "other processes kept 1.4 cores busy"
 
 
+def test_others_on_a_card_that_is_measured_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi is a script here."""
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("sievit.stages.deploy.comparison.busy_cores", lambda: 0.0)
+
+    def state(answer: str, code: int, provider: str) -> dict[str, Any]:
+        program.write_text(f"#!/bin/sh\nprintf '{answer}'\nexit {code}\n")
+        program.chmod(0o755)
+        setting = Setting(provider, 1, 1, "device")
+        results = {("a", setting): Measured(slots=[Slot(0, 0, np.full(9, 1.0), 1.0, 1.0)], steady=[True])}
+        return host_state(watch(), results, [setting], Listening())
+
+    assert state("3\\n61\\n", 0, "cuda")["disturbed_reason"] == "others kept a card at work for 61% of the time"
+    assert not state("3\\n61\\n", 0, "cpu")["disturbed"], "it is not measured"
+    assert not state("0\\n5\\n", 0, "cuda")["disturbed"]
+    for answer, code in (("[N/A]\\n", 0), ("61\\n", 9)):
+        assert state(answer, code, "cuda")["host"]["other_busy_card"] is None
+
+
+def test_tensorrt_sees_batches_of_one_size_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_onnx.linear(tmp_path / "a.onnx", classes=10)
+    tiny_onnx.sidecar(path, classes=10)
+    pixels = tiny_onnx.pictures(10, size=8)
+    expected, seen = scores(path, pixels), []
+
+    class Watched:
+        def __init__(self, path: Path, **_: Any) -> None:
+            self.session = sessions.open_session(path)
+            self.get_inputs = self.session.get_inputs
+
+        def run(self, names: list[str], feed: dict[str, Any]) -> Any:
+            seen.append(len(feed["input"]))
+            return self.session.run(names, feed)
+
+    monkeypatch.setattr(predict, "open_session", Watched)
+    for batch, sizes in ((4, [4, 4, 4]), (64, [10])):
+        seen.clear()
+        np.testing.assert_allclose(scores(path, pixels, provider="tensorrt", batch=batch), expected, rtol=1e-5)
+        assert seen == sizes
+
+
 def test_heat_and_a_changing_pace_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting("cpu", 1, 1, "host")
     monkeypatch.setattr("sievit.stages.deploy.comparison.busy_cores", lambda: 0.0)

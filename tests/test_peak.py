@@ -15,7 +15,7 @@ from sievit.stages.deploy.peak import Peak, gflops, kind_of, peak, product, shar
 HOST = Setting("cpu", 1, 8, "host")
 
 
-@pytest.mark.parametrize("kind", ["float", "int8"])
+@pytest.mark.parametrize("kind", ["float", "half", "int8"])
 def test_the_timed_product_is_one_whole_matrix_product(kind: module.Kind) -> None:
     """As many multiply-adds as are counted: checked against numpy, for two images at once too."""
     model = product(kind, side=16)
@@ -23,11 +23,12 @@ def test_the_timed_product_is_one_whole_matrix_product(kind: module.Kind) -> Non
     weight = onnx.numpy_helper.to_array(model.graph.initializer[0])
     rng = np.random.default_rng(1)
     given = rng.integers(256, size=(2, 1, 16, 16), dtype=np.uint8)
-    inputs = given if kind == "int8" else given.astype(np.float32)
+    inputs = given.astype({"float": np.float32, "half": np.float16, "int8": np.uint8}[kind])
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (answer,) = session.run(None, {"input": inputs})
     assert weight.shape == (16, 16)
-    np.testing.assert_allclose(answer, inputs.astype(np.float64) @ weight.astype(np.float64), rtol=1e-4, atol=1e-3)
+    exact = inputs.astype(np.float64) @ weight.astype(np.float64)
+    np.testing.assert_allclose(answer, exact, rtol=1e-4, atol=1.0 if kind == "half" else 1e-3)  # sums of up to 1,000
 
 
 def test_a_multiply_add_is_two_operations_and_a_batch_does_its_images_work() -> None:
@@ -45,7 +46,10 @@ def test_a_row_is_compared_with_the_product_of_its_kind_threads_and_provider() -
     assert share(row | {"threads": 2}, peaks)["peak_share"] == 0.1
     assert share(row | {"provider": "cuda"}, peaks) == {"gflops": 20.0, "peak_share": None}
     assert share(row | {"macs": None}, peaks) == {"gflops": None, "peak_share": None}
-    assert kind_of("int8") == "int8" and kind_of("fp16") == kind_of("fp32") == "float"
+    assert kind_of("int8") == "int8" and kind_of("fp16") == kind_of("fp32") == kind_of("fp32", "cuda") == "float"
+    peaks = [Peak("cuda", 1, "float", 100.0), Peak("cuda", 1, "half", 800.0)]
+    assert share(row | {"provider": "cuda"}, peaks)["peak_share"] == 0.2
+    assert share(row | {"provider": "cuda", "variant": "fp16"}, peaks)["peak_share"] == 0.025
 
 
 def test_a_peak_is_measured_one_image_at_a_time_whatever_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:

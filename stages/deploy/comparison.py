@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from .isa import busy_cores, graphics_cards, host_facts, times_throttled
+from .isa import busy_card, busy_cores, graphics_cards, host_facts, times_throttled
 from .latency import TWIN, Progress, Results, Setting, Subject
 from .sessions import GRAPHICS
 from .statistics import Interval, Slot, noise_factor, percentile_interval, ratio_interval, too_few, verdict
@@ -19,6 +19,7 @@ from .statistics import Interval, Slot, noise_factor, percentile_interval, ratio
 # Below this share of its wall time on a core, the calling thread was pushed aside by others.
 QUIET_SHARE = 0.9
 STEADY_PACE = 0.1  # sessions that differ by more show a clock or neighbours that changed
+BUSY_CARD = 0.05  # of the time
 CHANGING = {"ondemand", "conservative", "powersave", "schedutil"}  # governors that leave a busy core a lower clock
 
 
@@ -193,6 +194,7 @@ class Watch:
     facts: dict[str, Any]
     busy: float | None  # cores that others kept busy
     throttled: int | None  # how often cores were slowed down for heat, since boot
+    card: float | None = None  # share of the time that others kept a graphics card at work
 
 
 class Quiet:
@@ -211,15 +213,16 @@ class Quiet:
 
 def watch() -> Watch:
     """Look at the host for a moment."""
-    return Watch(host_facts(), busy_cores(), times_throttled())
+    return Watch(host_facts(), busy_cores(), times_throttled(), busy_card())
 
 
 def host_state(before: Watch, results: Results, settings: Sequence[Setting], progress: Progress) -> dict[str, Any]:
     """Host facts, and whether others disturbed the measurement, which is also said to `progress`.
 
-    Disturbed: other processes kept more than half a core busy before or after, the calling threads had a core for less
-    than 90 % of their wall time, cores were slowed down for heat, or the same files changed their pace by more than
-    10 % from session to session. Ratios within a round survive that; milliseconds do not.
+    Disturbed: other processes kept more than half a core busy before or after, or a card that is measured at work
+    before; the calling threads had a core for less than 90 % of their wall time, cores were slowed down for heat, or
+    the same files changed their pace by more than 10 % from session to session. Ratios within a round survive that;
+    milliseconds do not.
     """
     after = busy_cores()
     share = processor_share(results, settings)
@@ -239,7 +242,9 @@ def host_state(before: Watch, results: Results, settings: Sequence[Setting], pro
         progress.note(f"the governor {before.facts['governor']} changes the clock with the load: set performance")
     host = before.facts | {"onnxruntime": ort.__version__, "other_busy_cores": before.busy}
     if any(setting.provider in GRAPHICS for setting in settings):
-        host["graphics_cards"] = graphics_cards()
+        host |= {"graphics_cards": graphics_cards(), "other_busy_card": before.card}
+        if before.card is not None and before.card > BUSY_CARD:
+            reasons.append(f"others kept a card at work for {before.card:.0%} of the time")
     if reasons:
         progress.warn(f"the host was busy while measuring: {', '.join(reasons)}; repeat it on a quiet machine")
     if unsteady := sorted({name for (name, _), seen in results.items() if not all(seen.steady)}):

@@ -113,6 +113,17 @@ def graphics_cards() -> list[str]:
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
 
 
+def busy_card() -> float | None:
+    """The largest share of time that an NVIDIA card was at work just now, 0 to 1; None without nvidia-smi."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    shares = [int(line) / 100 for line in answer.stdout.split() if line.isdigit()]
+    return max(shares, default=None) if answer.returncode == 0 else None
+
+
 def _jiffies() -> tuple[int, int] | None:
     """(idle, all) jiffies of all cores together since boot."""
     line = _read(Path("/proc/stat")).partition("\n")[0].split()

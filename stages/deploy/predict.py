@@ -61,11 +61,13 @@ def scores(
     fixed = asked.shape[0] if isinstance(asked.shape[0], int) else None
     if _ranges_span_batch(path):
         batch = 1
+    if fixed is None and provider == "tensorrt":
+        fixed = min(batch, total)  # it builds an engine, for minutes, for every size that it meets
     parts = []
     for start in range(0, total, fixed or batch):
         stop = min(total, start + (fixed or batch))
         inputs = normalise(fetch(start, stop), sidecar.preprocessing, dtype, sidecar.layout)
-        padding = (fixed or len(inputs)) - len(inputs)  # a file of fixed batch: fill up the last one
+        padding = (fixed or len(inputs)) - len(inputs)  # fill up the last one
         filled = np.concatenate([inputs, np.repeat(inputs[-1:], padding, axis=0)]) if padding else inputs
         output = session.run([sidecar.output], {sidecar.input: filled})[0]
         parts.append(np.asarray(output, dtype=np.float32)[: len(inputs)])
