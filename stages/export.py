@@ -101,7 +101,6 @@ def run(ctx: Context) -> None:
         ctx.metrics |= {
             "parity": compared,
             "nodes": nodes,
-            "fused_attention": "Attention" in nodes or "MultiHeadAttention" in nodes,
             "input": config.input,
             "preprocessing_sha256": described.sha256,
             "opset": config.opset,

@@ -122,6 +122,7 @@ Decision = tuple[Candidate | None, str, dict[str, Speed]]
 def run(ctx: Context) -> None:
     """Make the forms, judge them, write the product; see the module's docstring."""
     from .deploy.bundle import bytes_of, open_bundle
+    from .deploy.sessions import GRAPHICS
 
     config: QuantizeConfig = ctx.config
     start = time.perf_counter()
@@ -133,6 +134,8 @@ def run(ctx: Context) -> None:
             "give it the fp32 file, or leave quantize out and benchmark this one",
         )
     pixels, origin = calibration_images(ctx, config.calibration_images)
+    if config.provider in GRAPHICS and not source.path.with_name("fp16.onnx").is_file():
+        ctx.progress.note("on a card FP16 is often the fastest form: `export: {half: true}` makes one to choose from")
     with Forge(ctx, config, source) as forge:
         before = forge.before
         schemes = [forge.scheme(scheme) for scheme in config.tried]

@@ -468,7 +468,6 @@ def _export(bench: Bench, arm: str, model: str) -> str:
     metrics = {
         "parity": {"max_abs": 2.4e-6, "images": 128, "top1_agreement": 1.0, "batches": [1, 7]},
         "nodes": {"MatMul": 49, "LayerNormalization": 13},
-        "fused_attention": False,
         "opset": 20,
         "bytes": 1_310_000,
     }

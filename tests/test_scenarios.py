@@ -170,10 +170,17 @@ def test_the_batch_doubles_until_throughput_grows_no_more() -> None:
     ms = {"a": lambda batch: 4.0 + batch + (100 if batch > 16 else 0), "b": lambda batch: float(batch)}
     subjects = [subject(Path("a.onnx"), name) for name in "ab"]
     first, second = offline(subjects, HOST, 64, {}, Plan(), Listening(), timed(ms, asked))
-    assert asked == [(1, ["a", "b"]), (2, ["a", "b"]), (4, ["a"]), (8, ["a"]), (16, ["a"]), (32, ["a"])]
+    assert asked == [(2**power, ["a", "b"] if power < 3 else ["a"]) for power in range(7)]
     assert first.batch == 16 and first.tried[16].value == pytest.approx(16 / 20 * 1e3)
     assert not first.as_json()["limited"]
-    assert second.tried.keys() == {1, 2}
+    assert second.tried.keys() == {1, 2, 4}
+
+
+def test_one_batch_that_somebody_disturbed_does_not_end_the_search() -> None:
+    ms = {"a": lambda batch: 4.0 + batch + (50 if batch == 2 else 0)}
+    asked: list[tuple[int, list[str]]] = []
+    (found,) = offline([subject(Path("a"))], HOST, 16, {}, Plan(), Listening(), timed(ms, asked))
+    assert [batch for batch, _ in asked] == [1, 2, 4, 8, 16] and found.batch == 16
 
 
 def test_growth_inside_the_noise_is_no_growth_and_growth_at_the_limit_is_said() -> None:
@@ -182,7 +189,7 @@ def test_growth_inside_the_noise_is_no_growth_and_growth_at_the_limit_is_said() 
     (found,) = offline([subject(Path("a"))], HOST, 64, {}, Plan(), Listening(), timed(ms, asked, noise=1.3))
     rates = [batch / (4 + batch) for batch in (1, 2, 4, 8, 16)]
     stops = next(n for n in range(1, 5) if rates[n] <= 1.3 * rates[n - 1])
-    assert asked[-1][0] == 2**stops
+    assert asked[-1][0] == 2 ** (stops + 1)
     (found,) = offline([subject(Path("a"))], HOST, 4, {}, Plan(), Listening(), timed(ms, []))
     assert found.as_json()["limited"]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .numbers import big, count, interval, percent, points, ratio, significant, size
-from .reading import dig, listing, mapping, number, text
+from .reading import listing, mapping, number, text
 from .steps import Step
 
 
@@ -203,10 +203,8 @@ def _export(metrics: Mapping[str, Any]) -> list[str]:
         said.append("The file takes raw pixels, uint8 [N, S, S, 3].")
     if nodes:
         total = sum(number(nodes, name) or 0 for name in nodes)
-        fused = dig(metrics, "fused_attention")
-        attention = f", attention {'fused' if fused else 'not fused'}" if isinstance(fused, bool) else ""
         norms = number(nodes, "LayerNormalization")
-        said.append(f"{count(total)} nodes{f', {count(norms)} LayerNormalization' if norms else ''}{attention}.")
+        said.append(f"{count(total)} nodes{f', {count(norms)} LayerNormalization' if norms else ''}.")
     said += _half(mapping(metrics, "half"))
     if number(metrics, "opset") is not None:
         said.append(f"Opset {count(number(metrics, 'opset'))}, {size(number(metrics, 'bytes'))}.")

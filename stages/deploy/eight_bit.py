@@ -22,6 +22,7 @@ from typing import Literal
 import onnx
 
 from .attention_fusion import fuse_attention, fuse_projection
+from .bundle import weight_files
 from .child import Child
 from .isa import instruction_sets
 from .quantized_graph import fold_scales, make_unsigned, name_nodes, unquantize
@@ -132,6 +133,8 @@ class Workshop:
             return target
         match form.scheme:
             case None:
+                if weight_files(self._source):
+                    return None  # more than a file of its own can hold
                 model = onnx.load(self._source)
                 done = fuse_attention(model) if form.attention == "fused" else bool(fuse_projection(model))
             case "static":

@@ -19,16 +19,17 @@ from .statistics import ENOUGH, Interval, noise_factor, percentile_interval
 from .variants import Variant, distinct
 
 TRIALS = 7  # halvings: the rate is found to a 128th of what back-to-back calls reach
+PATIENCE = 2
 # A queue at load r forgets how it began after some 1 / (1 - r)^2 calls; a trial lasts so many times that.
 LASTING = 4
 
 
 @dataclass
 class Offline:
-    """Images a second by batch size, in the order tried. growing: still at the last one."""
+    """Images a second by batch size, in the order tried. stalled: how many of the last ones brought no more."""
 
     tried: dict[int, Interval] = field(default_factory=dict)
-    growing: bool = True
+    stalled: int = 0
 
     @property
     def batch(self) -> int:
@@ -45,7 +46,7 @@ class Offline:
             "throughput_high": best.high,
             "tried": [[batch, found.value] for batch, found in self.tried.items()],
             "unsaid": "",
-            "limited": self.growing,
+            "limited": self.stalled == 0,
         }
 
 
@@ -139,7 +140,8 @@ def offline(
     progress: Progress,
     timed: Callable[..., Mapping[tuple[str, Setting], Measured]] = measure,
 ) -> list[Offline]:
-    """Throughput of each file at doubling batch sizes, all interleaved, until it grows by no more than the noise.
+    """Throughput of each file at doubling batch sizes, all interleaved, until two of them in a row bring no more than
+    the noise: one may fall into somebody else's load.
 
     fixed: name -> the only batch size that file takes. timed: how batches of one size are measured. `limited` is said
     of a file whose throughput still grew at `limit`.
@@ -147,7 +149,7 @@ def offline(
     found = {subject.name: Offline() for subject in subjects}
     doubling = batches(limit)
     for batch in sorted({*doubling, *fixed.values()}):
-        free = [s for s in subjects if s.name not in fixed and batch in doubling and found[s.name].growing]
+        free = [s for s in subjects if s.name not in fixed and batch in doubling and found[s.name].stalled < PATIENCE]
         asked = free + [s for s in subjects if fixed.get(s.name) == batch]
         if not asked:
             continue
@@ -159,7 +161,8 @@ def offline(
             own = found[subject.name]
             before = max((reached.value for reached in own.tried.values()), default=0.0)
             own.tried[batch] = Interval(*(1e3 * batch / end for end in (ms.value, ms.high, ms.low)))
-            own.growing = own.tried[batch].value > before * noise and subject.name not in fixed
+            grew = own.tried[batch].value > before * noise and subject.name not in fixed
+            own.stalled = 0 if grew else own.stalled + 1
     return [found[subject.name] for subject in subjects]
 
 
