@@ -34,6 +34,7 @@ from sievit.pipeline.report.flips import flips
 from sievit.pipeline.report.layers import density, eight_bit_cost
 from sievit.pipeline.report.payload import MOST_PHOTOGRAPH
 from sievit.pipeline.report.several import beside
+from sievit.pipeline.report.stages import by_scope
 from sievit.pipeline.report.templating import TEMPLATES
 
 HOSTILE = "</script><script>alert(1)</script>"
@@ -229,6 +230,11 @@ def two_runs(root: Path) -> tuple[list[dict[str, Any]], Shelf]:
     other["spec"]["nodes"].append(node("random", "train", epochs=30.0))
     other["gates"]["speedup"] = {"measured": 1.4, "bound": 2.0, "passed": False}
     return [record, other], shelf
+
+
+def test_what_8_bits_cost_is_summed_by_scope() -> None:
+    costs = {"blocks.0.attn": 0.5, "blocks.10.attn": 0.25, "blocks.0.mlp": 0.125, "head": 2.0, "encoder.attention": 1.0}
+    assert by_scope(costs) == {"attention": 1.75, "MLPs": 0.125, "other layers": 2.0}
 
 
 def test_runs_side_by_side_tell_exactly_the_fields_that_differ(tmp_path: Path) -> None:

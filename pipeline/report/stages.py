@@ -255,7 +255,8 @@ def _quantize(metrics: Mapping[str, Any]) -> list[str]:
         said.append(f"Left float, since INT8 lost too much with them: {', '.join(left)}.")
     for scheme, costs in mapping(metrics, "sensitivity").items():
         worst = ", ".join(f"{group} {number(costs, group):.2g}" for group in list(costs)[:3])
-        said.append(f"Costliest in 8 bits ({scheme}; divergence of the answers, nats): {worst}.")
+        scopes = ", ".join(f"{scope} {cost:.2g}" for scope, cost in by_scope(costs).items())
+        said.append(f"Costliest in 8 bits ({scheme}; divergence of the answers, nats): {worst}. By scope: {scopes}.")
     before, after = number(metrics, "bytes", "fp32"), number(metrics, "bytes", "int8")
     if before is not None and after is not None:
         said.append(f"File {size(before)} → {size(after)}.")
@@ -302,3 +303,13 @@ def _unit(name: str) -> str:
 def _tiny(value: float | None) -> str:
     """Differences of logits: 2.4e-6, 0.0123."""
     return significant(value) if value is None or not 0 < value < 1e-3 else f"{value:.1e}".replace("e-0", "e-")
+
+
+def by_scope(costs: Mapping[str, Any]) -> dict[str, float]:
+    """What 8 bits cost attention, MLPs and all other layers: the sum over half blocks, whose costs nearly add up."""
+    found: dict[str, float] = {}
+    for group in costs:
+        last = group.rpartition(".")[2]
+        scope = "attention" if "att" in last else "MLPs" if last in ("mlp", "intermediate") else "other layers"
+        found[scope] = found.get(scope, 0.0) + (number(costs, group) or 0.0)
+    return found
