@@ -83,9 +83,12 @@ class _Asked(TypedDict):
 
 def _outcome(session: Session, record: RunRecord, plan: Plan, store: Store, seconds: float) -> Document:
     """What `sievit run` has to say at its end."""
-    page = store.runs / record.id / "report.html"
+    page, words = store.runs / record.id / "report.html", ""
     if not (record.did_nothing and page.exists()):
+        from .report.page import headline
+
         page = _write_report(session, record, plan, store)
+        words = headline(record.as_json(), store, spec_text=plan.spec.text)
     measured = _measured(record, plan, store)
     return {
         "run": record.id,
@@ -103,6 +106,7 @@ def _outcome(session: Session, record: RunRecord, plan: Plan, store: Store, seco
         "noise_floor": measured.get("noise_floor"),
         "disturbed": measured.get("disturbed", False),
         "host": measured.get("host"),
+        "verdict": words,
         "report": str(page),
     }
 

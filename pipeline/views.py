@@ -118,6 +118,8 @@ def outcome(document: Document) -> RenderableType:
         parts += [measurement(document), Text("")]
     elif drawn := further(document):
         parts += [*drawn[1:], Text("")]
+    if document["verdict"]:
+        parts += [line(document["verdict"], "bold"), Text("")]
     parts += [_gate(gate) for gate in document["gates"]]
     if stages and cached == len(stages):
         parts.append(line(f"nothing to do: {cached} stages cached", "green"))

@@ -341,6 +341,15 @@ def test_quiet_is_silent_on_success(sievit: Sievit) -> None:
     assert sievit("run", "--quiet", "--force").err == ""
 
 
+def test_a_run_ends_with_the_first_words_of_its_report(sievit: Sievit) -> None:
+    document = sievit("run", "--json").document
+    words = document["verdict"]
+    assert words and words in " ".join(Path(document["report"]).with_suffix(".md").read_text().split())
+    answer = sievit("run", "--set", "gates.speedup=3").out
+    assert words in " ".join(answer.split()), "the report was written anew"
+    assert sievit("run", "--set", "gates.speedup=3", "--json").document["verdict"] == "", "nothing was"
+
+
 def test_a_missed_gate_is_exit_code_6_after_the_report(sievit: Sievit) -> None:
     for answer in (sievit("run", "--set", "gates.speedup=3"), sievit("run", "--set", "gates.speedup=3")):
         assert answer.code == 6

@@ -48,6 +48,11 @@ def write(record: Mapping[str, Any], store: Shelf, *, spec_text: str = "") -> tu
     return _kept(store.root / "runs" / run, "report", render_html(facts), render_markdown(facts))
 
 
+def headline(record: Mapping[str, Any], store: Shelf, *, spec_text: str = "") -> str:
+    """The report's first words, as plain text."""
+    return verdict(collect(record, store, spec_text)).text
+
+
 def write_beside(records: Sequence[Mapping[str, Any]], store: Shelf) -> tuple[Path, Path]:
     """Write the page on several runs and its twin into the folder of the first, named after the others.
 
