@@ -41,7 +41,7 @@ writes   samples.npz (every timed call), spread.json (its percentiles), rows.jso
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, geometric_mean
@@ -57,15 +57,11 @@ from .methods import InvalidInput
 from .torch_reference import TorchReference
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
+    from .deploy.accuracies import RunBy
     from .deploy.bundle import Bundle
     from .deploy.latency import Plan, Progress, Results, Setting
-    from .deploy.predict import Accuracy
     from .deploy.variants import Variant
 
-RunBy = Callable[["Variant", "Setting"], bool]  # whether a file runs in a setting
 Scenario = Literal["single", "offline", "server"]
 
 
@@ -127,6 +123,7 @@ class BenchmarkConfig(Config):
 
 def run(ctx: Context) -> None:
     """Measure all files; see the module's docstring."""
+    from .deploy.accuracies import accuracies, check_classes
     from .deploy.attribution import attributed
     from .deploy.between_arms import between_arms
     from .deploy.flips import keep_flips, pairs_of
@@ -142,7 +139,7 @@ def run(ctx: Context) -> None:
     require_batches(variants, config.batch_sizes)
     baseline = _baseline(variants)
     images = load_split(ctx.data.model_dump(), ctx.base, "test")
-    _check_classes(variants, images.classes)
+    check_classes(variants, images.classes)
     plan = Plan(config.seconds, config.sessions, config.warm_up, ctx.seed, config.timeout)
     metrics, results, run_by = _timed(variants, baseline, settings, plan, ctx.progress)
     for variant in variants:
@@ -152,10 +149,10 @@ def run(ctx: Context) -> None:
                 f"{variant.name} is what the arm ships, and {settings[0].provider} decides: {reason}",
                 f"set quantize.provider: {settings[0].provider} too, or name another provider first",
             )
-    accuracies, answered = _accuracies(variants, images, settings, run_by, ctx.progress)
+    found, answered = accuracies(variants, images, settings, run_by, ctx.progress)
     for row in metrics["rows"]:
-        found = accuracies[row["sha256"], row["provider"]]
-        row |= {"top1": found.top1, "top1_low": found.low, "top1_high": found.high, "test_images": found.images}
+        one = found[row["sha256"], row["provider"]]
+        row |= {"top1": one.top1, "top1_low": one.low, "top1_high": one.high, "test_images": one.images}
     metrics["test_images"] = len(images)
     metrics["over_seeds"] = over_seeds(metrics["rows"])
     metrics["between_arms"] = between_arms(variants, images.labels, answered)
@@ -258,46 +255,6 @@ def _baseline(variants: Sequence[Variant]) -> Variant:
         if variant.arm == "dense" and variant.final:
             return variant
     return next((v for v in variants if v.arm == "main" and v.precision == "fp32"), variants[0])
-
-
-def _check_classes(variants: Sequence[Variant], classes: Sequence[str]) -> None:
-    for variant in variants:
-        sidecar = variant.bundle.sidecar
-        if sidecar is not None and len(sidecar.classes) != len(classes):
-            raise InvalidInput(
-                f"{variant.bundle.path} tells {len(sidecar.classes)} classes apart, the test split has {len(classes)}",
-                "measure it on the data it was trained for",
-            )
-
-
-def _accuracies(
-    variants: Sequence[Variant], images: Any, settings: Sequence[Setting], run_by: RunBy, progress: Progress
-) -> tuple[dict[tuple[str, str], Accuracy], dict[str, NDArray[np.int64]]]:
-    """Top-1 of each distinct file on the test split, with each provider that runs it: (sha256, provider) -> accuracy.
-    And what each answers with the first of them: sha256 -> class of each image.
-    """
-    import numpy as np
-
-    from .deploy.isa import usable_cores
-    from .deploy.predict import accuracy, answers, scores
-
-    found: dict[tuple[str, str], Accuracy] = {}
-    answered: dict[str, NDArray[np.int64]] = {}
-    for provider, setting in {one.provider: one for one in reversed(settings)}.items():
-        files = {one.bundle.sha256: one.bundle for one in variants if run_by(one, setting)}
-        with progress.task(f"accuracy ({provider})", len(files) * len(images)) as task:
-            for digest, bundle in files.items():
-                scored = scores(
-                    bundle.path,
-                    lambda start, stop: images.pixels(np.arange(start, stop)),
-                    len(images),
-                    provider=provider,
-                    threads=len(usable_cores()),
-                    done=task.advance,
-                )
-                found[digest, provider] = accuracy(scored, images.labels)
-                answered.setdefault(digest, answers(scored))
-    return found, answered
 
 
 def _timed(

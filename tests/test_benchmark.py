@@ -357,7 +357,13 @@ def test_a_file_that_a_further_provider_does_not_run_loses_its_rows_there_and_no
     monkeypatch.setattr(latency, "_placement", picky)
     monkeypatch.setattr(latency, "require_serving", lambda *_: None)
     monkeypatch.setattr(Subject, "on", lambda *_: "cpu")
-    monkeypatch.setattr(predict, "open_session", lambda path, provider, threads: sessions.open_session(path))
+    judged: list[str] = []
+
+    def open_session(path: Path, *, provider: str, threads: int) -> ort.InferenceSession:
+        judged.append(provider)
+        return sessions.open_session(path)
+
+    monkeypatch.setattr(predict, "open_session", open_session)
     refused = ["main/quantize/int8"]
     asked: dict[str, Any] = {"providers": ("cpu", "openvino"), "batch_sizes": (1,), "seconds": 0.05}
     ctx = context(tmp_path, many, scenarios=("single", "offline"), offline_batch=1, **asked)
@@ -368,6 +374,7 @@ def test_a_file_that_a_further_provider_does_not_run_loses_its_rows_there_and_no
         ("main", "int8", "openvino")
     }
     assert all(row["top1"] is not None for row in ctx.metrics["rows"])
+    assert judged == ["cpu"] * 3 + ["openvino"] * 2, "the first provider's answers are what images are lost and won by"
     reason = "2 QAttention ran on another provider"
     assert ctx.metrics["unmeasured"] == [{"file": refused[0], "provider": "openvino", "reason": reason}]
     assert f"{refused[0]} is not measured on openvino: {reason}" in ctx.progress.warnings  # type: ignore[attr-defined]
