@@ -9,12 +9,14 @@ noise floor, and a difference inside it is called no difference. p90 is said fro
 662 (raise `seconds` for more), and a row without one says so. Top-1 has its Wilson interval.
 Under several seeds every file of every seed is a row of its own; `over_seeds` and the gates hold their means.
 
-A provider that is not installed, does not start, or leaves matrix products to another one is an error, never a silent
-fall-back. On a card, rows with io "device" keep data there, rows with io "copy" carry it there and back.
+A provider that is not installed or does not start is an error, and so is one that leaves matrix products of the
+baseline, or as the first provider of what an arm ships, to another one: never a silent fall-back. Any other file that a
+provider does not run is told as not measured there. On a card, rows with io "device" keep data there, rows with io
+"copy" carry it there and back.
 
-`scenarios`: offline doubles the batch until throughput grows by no more than the noise. server lets single images come
-at random (Poisson, one queue, first come, first served) and bisects for the highest rate at which 99 % are answered
-within `server_p99_ms`, waiting included. Both are measured of the baseline and the final files.
+`scenarios`: offline doubles the batch until two sizes in a row bring no more than the noise. server lets single images
+come at random (Poisson, one queue, first come, first served) and bisects for the highest rate at which 99 % are
+answered within `server_p99_ms`, waiting included. Both are measured of the baseline and the final files.
 
 `attribution` tells where the time of the baseline and of each final file goes, from ONNX Runtime's own profile of
 further calls: by kind of operator, by block, by module. Its sum stands beside p50: time between operators is in p50
@@ -24,7 +26,8 @@ alone, and writing each operator down lengthens it, much where operators are sma
 reference, never a product. They take no turns with the files, and so no verdict is spoken.
 
 `peak_share` of a row is how near its p50 comes to what this host's cores can do: operations a second (two for each
-multiply-add) over those of a large matrix product in ONNX Runtime, float for float files and 8 bit for 8-bit ones.
+multiply-add) over those of a large matrix product in ONNX Runtime, float for float files and 8 bit for 8-bit ones; on
+a card half precision for FP16.
 
 `flips` lays every final file beside the dense one, image by image: which test images it loses and wins, by pairs of
 classes, with McNemar's p. 24 images of the main arm are kept as pictures of at most 96 pixels a side, half of them

@@ -13,6 +13,7 @@ than `max_drop`, `static` is tried with SmoothQuant (it moves the outliers of ac
 the half blocks that 8 bits hurt most are left float, as few as suffice.
 
 Processors without 8-bit dot products add products in pairs of 16 bits, which saturate; there the weights take 7 bits.
+Activations of `static` are unsigned, since x86 is faster so, and symmetric for TensorRT, which takes no others.
 
 reads    an onnx file, tickets (optional)
 writes   model.onnx, model.json: the product, INT8 or float;
