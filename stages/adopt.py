@@ -9,7 +9,8 @@ and `compare` work on it as on a file of our own.
 What must be known beside the file is its preprocessing: `data.mean` and `data.std` state it, unless the file takes
 uint8 pixels or `sidecar` names the .json that Sievit wrote beside it. Pictures are made by the data set's rule: shorter
 side to `data.image_size`, the centre cut out. Its scores must stand in the order of the data's classes (folders by
-name). `labels` gives them other names, one a line.
+name). `labels` gives them other names, one a line. Whether they are logits or probabilities already is read from the
+operator that the file ends with (Softmax, LogSoftmax, Sigmoid); model.json says it to all who show probabilities.
 
 Whatever decides about the result is named in the settings (`file`, `sidecar`, `weights`, `labels`): the key stands for
 what these files hold, wherever they lie.
@@ -19,7 +20,8 @@ crashes, loops or answers with numbers that are none is refused. Top-1 near chan
 the std or the order of the classes is not the file's.
 
 reads    the file, its sidecar, files that hold its weights; the calibration split
-writes   model.onnx, model.json (input, preprocessing, classes, precision, size, MACs, digests), its weights as they lie
+writes   model.onnx, model.json (input, preprocessing, scores, classes, precision, size, MACs, digests), its weights as
+         they lie
 
     sievit run pipeline.yaml --until adopt
     sievit adopt pipeline.yaml --set adopt.file=vit.onnx
@@ -97,6 +99,7 @@ def run(ctx: Context) -> None:
             parameters=bundle.parameters,
             macs=macs,
             source={"file": bundle.path.name, "sha256": bundle.sha256},
+            scores=None if bundle.sidecar is None else bundle.sidecar.scores,
         )
         task.advance()
         found = _tried(path, images, config.timeout)
@@ -321,7 +324,7 @@ def preflight(seen: Preflight) -> None:
 
 STAGE = Stage(
     name="adopt",
-    version=1,
+    version=2,
     config=AdoptConfig,
     run=run,
     reads=(),

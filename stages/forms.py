@@ -153,6 +153,7 @@ class Forge:
     def _spared(self, full: Candidate) -> Candidate:
         """As few half blocks float as bring a scheme within the drop, those first that 8 bits hurt most."""
         from .deploy.block_sensitivity import divergence, fewest, rank
+        from .deploy.predict import log_probabilities
 
         everything = {layer.node for layer in self._layers}
         groups = list(dict.fromkeys(layer.group for layer in self._layers))
@@ -166,8 +167,12 @@ class Forge:
                 alone[group] = path
                 task.advance()
 
+        assert self._source.sidecar is not None
+        kind = self._source.sidecar.scores
+
         def cost(group: str, start: int, stop: int) -> NDArray[np.float64]:
-            return divergence(self.expected[start:stop], self._scores(alone[group], start, stop))
+            found = self._scores(alone[group], start, stop)
+            return divergence(*(log_probabilities(one, kind) for one in (self.expected[start:stop], found)))
 
         images = min(len(self._judge), self._config.calibration_images)
         noted = self._ctx.work / f"sensitivity-{full.form.scheme}.json"
@@ -220,6 +225,7 @@ class Forge:
             parameters=sidecar.parameters,
             macs=sidecar.macs,
             source={"stage": artifact.kind_of_stage, "key": artifact.key, "digest": artifact.digest},
+            scores=sidecar.scores,
         )
         return path
 

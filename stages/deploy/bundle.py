@@ -19,7 +19,8 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..methods import InvalidInput
-from .sidecar import SCHEMA, Sidecar, parse_preprocessing, read_sidecar, sha256_of, sidecar_path
+from .sidecar import SCHEMA, Scores, Sidecar, parse_preprocessing, read_sidecar, sha256_of, sidecar_path
+from .signature import Signature, check_agreement, signature_of
 
 # Operators of other domains would need a custom library, which runs code of its own when it is loaded.
 OPSETS = {
@@ -28,33 +29,11 @@ OPSETS = {
     "ai.onnx.ml": (1, 5),
     "com.microsoft": (1, 1),
 }
-CHANNELS = (1, 3)
 # A ViT has some thousands; functions that call functions can state 2 ** 40 in a few hundred bytes.
 MOST_OPERATORS = 200_000
 DEEPEST_CALL = 50
 PACKED = {name: bits for bits in (2, 4) for name in (f"INT{bits}", f"UINT{bits}", f"FLOAT{bits}E2M1")}  # bits a number
 EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """The one input and the first output of an image classifier."""
-
-    input: str
-    dtype: str  # "float32", "float16" or "uint8"
-    shape: tuple[int | None, ...]  # (batch, channels, height, width), of NHWC the channels last; None: any
-    output: str
-    output_shape: tuple[int | None, ...]
-
-    @property
-    def layout(self) -> str:
-        """NHWC for raw pixels, uint8, whose last dimension is that of the channels; else NCHW."""
-        last = self.dtype == "uint8" and self.shape[3] in CHANNELS and self.shape[1] not in CHANNELS
-        return "NHWC" if last else "NCHW"
-
-    def text(self) -> str:
-        """As it is shown in messages: input float32 [N,3,32,32] -> logits [N,10]."""
-        return f"{self.input} {self.dtype} {_shape_text(self.shape)} -> {self.output} {_shape_text(self.output_shape)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +62,9 @@ def open_bundle(path: Path, *, sidecar_required: bool = True) -> Bundle:
     sidecar = None
     if sidecar_required or sidecar_path(path).is_file():
         sidecar = read_sidecar(path)
-    signature = _signature(model, path)
+    signature = signature_of(model, path)
     if sidecar is not None:
-        _check_agreement(signature, sidecar, path)
+        check_agreement(signature, sidecar, path)
     return Bundle(
         path=path,
         signature=signature,
@@ -107,14 +86,16 @@ def write_sidecar(
     parameters: int,
     macs: int | None,
     source: Mapping[str, Any],
+    scores: Scores | None = None,
 ) -> Path:
     """Write the sidecar of a finished ONNX file and return its path. The same arguments give the same bytes.
 
     preprocessing: {"resize", "size", "crop", "crop_pct", "scale", "mean", "std"}; the file's names, opset and digest
-    are read from it. macs: None where they are not known. Raises InvalidInput when file and arguments disagree.
+    are read from it. macs: None where they are not known. scores: what the output holds; None: as its last operator
+    tells. Raises InvalidInput when file and arguments disagree.
     """
     model = load_checked(onnx_path)
-    signature = _signature(model, onnx_path)
+    signature = signature_of(model, onnx_path)
     parsed = parse_preprocessing(dict(preprocessing), f"{onnx_path.name}: preprocessing")
     content = {
         "schema": SCHEMA,
@@ -122,6 +103,7 @@ def write_sidecar(
         "output": signature.output,
         "layout": signature.layout,
         "dtype": signature.dtype,
+        "scores": scores or signature.scores,
         "image_size": parsed.size,
         "channels": len(parsed.mean),
         "preprocessing": parsed.as_json(),
@@ -136,7 +118,7 @@ def write_sidecar(
     }
     path = sidecar_path(onnx_path)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _check_agreement(signature, read_sidecar(onnx_path, check_digest=False), onnx_path)
+    check_agreement(signature, read_sidecar(onnx_path, check_digest=False), onnx_path)
     return path
 
 
@@ -310,35 +292,6 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
                     yield from (sparse.values, sparse.indices)
 
 
-def _signature(model: onnx.ModelProto, path: Path) -> Signature:
-    """The signature of an image classifier: one float or uint8 input of four dimensions, batch free."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    outputs = list(model.graph.output)
-    described = ", ".join(_value_text(value) for value in inputs) + " -> " + ", ".join(map(_value_text, outputs))
-    hint = (
-        f"its signature is {described}; expected image float32 or uint8 [N,3,H,W], or uint8 [N,H,W,3] -> "
-        "scores [N,classes]"
-    )
-    if len(inputs) != 1:
-        raise InvalidInput(f"{path} is not an image classifier: it has {len(inputs)} inputs", hint)
-    if not outputs:
-        raise InvalidInput(f"{path} is not an image classifier: it has no outputs", hint)
-    tensor = inputs[0].type.tensor_type
-    dtype = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.UINT8: "uint8"}
-    if tensor.elem_type not in dtype:
-        raise InvalidInput(f"{path} is not an image classifier: its input is not of float or uint8", hint)
-    shape = _shape(inputs[0])
-    if len(shape) != 4:
-        raise InvalidInput(f"{path} is not an image classifier: its input has not four dimensions", hint)
-    for size in shape:
-        if size is not None and size < 1:
-            raise InvalidInput(f"{path} is not an image classifier: its input has a dimension of {size}", hint)
-    if tensor.elem_type == onnx.TensorProto.UINT8 and not {None, *CHANNELS} & {shape[1], shape[3]}:
-        raise InvalidInput(f"{path} is not an image classifier: its pixels have neither 1 nor 3 channels", hint)
-    return Signature(inputs[0].name, dtype[tensor.elem_type], shape, outputs[0].name, _shape(outputs[0]))
-
-
 def _beside(model: onnx.ModelProto) -> tuple[str, ...]:
     found = {
         entry.value
@@ -352,26 +305,6 @@ def _beside(model: onnx.ModelProto) -> tuple[str, ...]:
 
 def _on_disk(path: Path, beside: Sequence[str]) -> int:
     return sum((path.parent / name).stat().st_size for name in (path.name, *beside))
-
-
-def _check_agreement(signature: Signature, sidecar: Sidecar, path: Path) -> None:
-    expected = (None, *sidecar.image)
-    same = all(
-        have is None or want is None or have == want for have, want in zip(signature.shape, expected, strict=True)
-    )
-    dtype = sidecar.raw.get("dtype", signature.dtype)  # older sidecars leave it to the file
-    if (signature.input, signature.output, signature.dtype) != (sidecar.input, sidecar.output, dtype) or not same:
-        raise InvalidInput(
-            f"{path} and its sidecar disagree: the file is {signature.text()}; the sidecar says {sidecar.input} "
-            f"{dtype} {_shape_text(expected)} -> {sidecar.output}",
-            "take both from the same artifact",
-        )
-    classes = signature.output_shape[-1] if signature.output_shape else None
-    if classes is not None and sidecar.classes and classes != len(sidecar.classes):
-        raise InvalidInput(
-            f"{path} has {classes} scores an image, its sidecar names {len(sidecar.classes)} classes",
-            "take both from the same artifact",
-        )
 
 
 def _opset(model: onnx.ModelProto) -> int:
@@ -388,25 +321,11 @@ def _count(graph: onnx.GraphProto) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _shape(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
-    dimensions = value.type.tensor_type.shape.dim
-    return tuple(int(dim.dim_value) if dim.HasField("dim_value") else None for dim in dimensions)
-
-
 def _size(tensor: onnx.TensorProto) -> int:
     size = 1
     for dimension in tensor.dims:
         size *= dimension
     return size
-
-
-def _shape_text(shape: Sequence[int | None]) -> str:
-    return "[" + ",".join("N" if size is None else str(size) for size in shape) + "]"
-
-
-def _value_text(value: onnx.ValueInfoProto) -> str:
-    kind = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
-    return f"{value.name} {kind} {_shape_text(_shape(value))}"
 
 
 def _first_line(error: Exception) -> str:
