@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from .ranges import RangesConfig, quantizer_failed, recorded
+from .methods import InvalidInput
+from .ranges import FormFailed, RangesConfig, recorded
 from .vision.notes import write_whole
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Forge:
         self._workshop.__exit__()
 
     def scheme(self, scheme: Literal["static", "dynamic", "weights"]) -> Candidate:
-        """The first file of this scheme that is good enough, else the most accurate one."""
+        """The first file of this scheme that is good enough, else the most accurate one. Raises FormFailed."""
         from .deploy.eight_bit import Form
 
         alphas: list[float | None] = [None]
@@ -135,9 +136,12 @@ class Forge:
             left = () if candidate is None else candidate.left_float
             kinds: list[Literal["fused", "whole"]] = ["fused", "whole"] if form.scheme == "dynamic" else ["fused"]
             for kind in kinds:
-                path = self._file(replace(form, attention=kind))
-                if path is not None:
-                    made.append(self._judged(path, replace(form, attention=kind), left))
+                try:
+                    path = self._file(replace(form, attention=kind))
+                    if path is not None:
+                        made.append(self._judged(path, replace(form, attention=kind), left))
+                except FormFailed as error:
+                    self._ctx.progress.warn(f"attention {kind} is left out: {error.message}")
         return [one for one in made if reason_against(self._config, self.before, one) is None]
 
     def half(self) -> list[Candidate]:
@@ -200,7 +204,11 @@ class Forge:
 
         from .deploy.quantized_graph import describe
 
-        return Candidate(path, form, describe(onnx.load(path)), self._accuracy(self._scores(path)), left_float)
+        try:
+            accuracy = self._accuracy(self._scores(path))
+        except InvalidInput as error:  # the runtime does not load it
+            raise FormFailed(error, self._source.path) from error
+        return Candidate(path, form, describe(onnx.load(path)), accuracy, left_float)
 
     def _file(self, form: Form) -> Path | None:
         """Make the file of a form, with its sidecar."""
@@ -211,7 +219,7 @@ class Forge:
             try:
                 path = self._workshop.make(form)
             except ChildFailed as error:
-                raise quantizer_failed(error, self._source.path) from error
+                raise FormFailed(error, self._source.path) from error
             task.advance()
         if path is None or path == self._source.path:
             return path

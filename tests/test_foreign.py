@@ -6,10 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import tiny_onnx
 from onnx import helper, numpy_helper
@@ -18,7 +19,11 @@ from shipped import DIGITS, Sievit, sievit
 from test_adopt import run, written
 
 from sievit.stages.deploy.bundle import open_bundle
+from sievit.stages.deploy.eight_bit import Form, Workshop, ranges_on
+from sievit.stages.deploy.half import to_half
+from sievit.stages.deploy.quantized_graph import describe
 from sievit.stages.deploy.sidecar import read_sidecar
+from sievit.stages.deploy.variants import Variant
 from sievit.stages.methods import InvalidInput
 
 __all__ = ["sievit"]
@@ -60,7 +65,7 @@ def sigmoid(scores: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("operators", "scores"),
+    ("operators", "kind"),
     [
         (("Relu",), "logits"),
         (("Softmax",), "probabilities"),
@@ -71,11 +76,11 @@ def sigmoid(scores: np.ndarray) -> np.ndarray:
         (("Softmax", "Relu"), "logits"),
     ],
 )
-def test_the_sidecar_says_what_the_last_operator_makes(tmp_path: Path, operators: tuple[str, ...], scores: str) -> None:
+def test_the_sidecar_says_what_the_last_operator_makes(tmp_path: Path, operators: tuple[str, ...], kind: str) -> None:
     path = ending(tmp_path / "model.onnx", *operators)
-    assert open_bundle(path, sidecar_required=False).signature.scores == scores
+    assert open_bundle(path, sidecar_required=False).signature.scores == kind
     tiny_onnx.sidecar(path, names=DIGITS)
-    assert json.loads(path.with_suffix(".json").read_text())["scores"] == scores
+    assert json.loads(path.with_suffix(".json").read_text())["scores"] == kind
 
 
 def test_a_sidecar_from_before_scores_were_told_apart_means_logits(tmp_path: Path) -> None:
@@ -112,11 +117,59 @@ def test_the_probabilities_of_an_adopted_file_are_its_own(
     assert [each["index"] for each in answer["classes"]] == best.tolist()
     assert [each["probability"] for each in answer["classes"]] == pytest.approx(expected[best], abs=1e-4)
     assert sievit("pack", str(adopted), "--output", "pack").code == 0
-    scores = read_sidecar(adopted).scores.replace("_", " ")
-    assert f"| scores | {scores} |" in (tmp_path / "pack" / "README.md").read_text(encoding="utf-8")
+    kind = read_sidecar(adopted).scores.replace("_", " ")
+    assert f"| scores | {kind} |" in (tmp_path / "pack" / "README.md").read_text(encoding="utf-8")
     told = subprocess.run(
         [sys.executable, "-I", "pack/predict.py", "photo.png"], capture_output=True, text=True, check=True
     )
     shown = [(name, float(share)) for _, name, share in (line.split("\t") for line in told.stdout.splitlines())]
     assert [name for name, _ in shown] == [DIGITS[place] for place in best]
     assert [share for _, share in shown] == pytest.approx(expected[best], abs=1e-4)
+
+
+# ---- what a file computes in
+
+
+def test_a_file_of_half_precision_between_fp32_ends_is_told_as_what_it_is_and_not_quantized(
+    tmp_path: Path, sievit: Sievit
+) -> None:
+    tiny_onnx.transformer(tmp_path / "float.onnx", classes=10)
+    to_half(tmp_path / "float.onnx", tmp_path / "their.onnx")
+    bundle = open_bundle(tmp_path / "their.onnx", sidecar_required=False)
+    assert bundle.signature.dtype == "float32" and Variant("", "", True, bundle).precision == "fp16"
+    done = run(sievit, written(tmp_path, rest="  quantize: {schemes: [dynamic]}"))
+    assert done.code == 3 and "is fp16 already, and quantize starts from fp32" in done.document["error"]["message"]
+
+
+def attending(path: Path) -> Path:
+    """The tiny transformer with the operator Attention of opset 23 in the place of products and softmax."""
+    tiny_onnx.transformer(path, classes=10)
+    model = onnx.load(path)
+    nodes = [node for node in model.graph.node if not node.name.startswith(("turned_", "scores_", "mixing_"))]
+    for node in nodes:
+        if node.name.startswith("mixed_"):
+            inputs = [f"{name}_{node.name[-1]}" for name in ("query", "key", "value")]
+            attention = helper.make_node("Attention", inputs, node.output, q_num_heads=1, kv_num_heads=1, scale=1.0)
+            node.CopyFrom(attention)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.opset_import[0].version = 23
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("scheme", [pytest.param("static", marks=pytest.mark.slow), "dynamic"])
+def test_attention_as_one_operator_of_onnx_stays_float_and_the_file_runs(
+    tmp_path: Path, scheme: Literal["static", "dynamic"]
+) -> None:
+    path = attending(tmp_path / "model.onnx")
+    tiny_onnx.sidecar(path, names=DIGITS)
+    np.save(tmp_path / "pixels.npy", tiny_onnx.pictures(16))
+    ranges = ranges_on(tmp_path / "pixels.npy", path, tmp_path, 8, 300.0)
+    with Workshop(path, tmp_path, 8, 300.0, ranges) as workshop:
+        made = workshop.make(Form(scheme))
+    assert made is not None
+    told = describe(onnx.load(made))
+    assert told["quantized_nodes"] == 2 * 6 + 1
+    assert told["astray"] == {} and told["float_nodes"]["Attention"] == 2
+    ort.InferenceSession(made, providers=["CPUExecutionProvider"])

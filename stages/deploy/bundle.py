@@ -33,6 +33,8 @@ OPSETS = {
 MOST_OPERATORS = 200_000
 DEEPEST_CALL = 50
 PACKED = {name: bits for bits in (2, 4) for name in (f"INT{bits}", f"UINT{bits}", f"FLOAT{bits}E2M1")}  # bits a number
+# What shows that a file is an 8-bit one.
+QUANTIZED = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QAttention"}
 EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
 
 
@@ -46,6 +48,7 @@ class Bundle:
     nodes: Mapping[str, int]
     sha256: str
     parameters: int  # numbers in the initializers
+    precision: str  # "int8", "fp16" or "fp32": by its operators and weights; a sidecar knows better
     weights: tuple[str, ...]  # the files beside it that hold weights of it
     sidecar: Sidecar | None
 
@@ -72,6 +75,7 @@ def open_bundle(path: Path, *, sidecar_required: bool = True) -> Bundle:
         nodes=_count(model.graph),
         sha256=digest,
         parameters=sum(_size(tensor) for tensor in model.graph.initializer),
+        precision=_precision(model, signature),
         weights=_beside(model),
         sidecar=sidecar,
     )
@@ -305,6 +309,17 @@ def _beside(model: onnx.ModelProto) -> tuple[str, ...]:
 
 def _on_disk(path: Path, beside: Sequence[str]) -> int:
     return sum((path.parent / name).stat().st_size for name in (path.name, *beside))
+
+
+def _precision(model: onnx.ModelProto, signature: Signature) -> str:
+    """What a file computes in. Its input does not say it: raw pixels go in, or floats that the file rounds first."""
+    if QUANTIZED & {node.op_type for graph in _below(model.graph) for node in graph.node}:
+        return "int8"
+    numbers: Counter[int] = Counter()
+    for tensor in model.graph.initializer:
+        numbers[tensor.data_type] += _size(tensor)
+    half = numbers[onnx.TensorProto.FLOAT16] > numbers[onnx.TensorProto.FLOAT]
+    return "fp16" if half or signature.dtype == "float16" else "fp32"
 
 
 def _opset(model: onnx.ModelProto) -> int:

@@ -60,13 +60,12 @@ def scores(
     asked = session.get_inputs()[0]
     dtype = {"tensor(uint8)": "uint8", "tensor(float16)": "float16"}.get(asked.type, "float32")
     fixed = asked.shape[0] if isinstance(asked.shape[0], int) else None
-    if _ranges_span_batch(path):
-        batch = 1
+    step = 1 if _ranges_span_batch(path) else fixed or batch
     parts = []
-    for start in range(0, total, fixed or batch):
-        stop = min(total, start + (fixed or batch))
+    for start in range(0, total, step):
+        stop = min(total, start + step)
         inputs = normalise(fetch(start, stop), sidecar.preprocessing, dtype, sidecar.layout)
-        padding = (fixed or len(inputs)) - len(inputs)  # a file of fixed batch: fill up the last one
+        padding = (fixed or len(inputs)) - len(inputs)  # a file of fixed batch
         filled = np.concatenate([inputs, np.repeat(inputs[-1:], padding, axis=0)]) if padding else inputs
         output = session.run([sidecar.output], {sidecar.input: filled})[0]
         parts.append(np.asarray(output, dtype=np.float32)[: len(inputs)])

@@ -11,9 +11,6 @@ from .bundle import Bundle
 from .graph_macs import graph_macs
 from .latency import Subject
 
-# What shows that a file without a sidecar is an 8-bit one.
-QUANTIZED = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QAttention"}
-
 
 @dataclass(frozen=True, slots=True)
 class Variant:
@@ -28,11 +25,8 @@ class Variant:
 
     @property
     def precision(self) -> str:
-        if self.bundle.sidecar is not None:
-            return self.bundle.sidecar.precision
-        if QUANTIZED & self.bundle.nodes.keys():
-            return "int8"
-        return "fp16" if self.bundle.signature.dtype == "float16" else "fp32"  # raw pixels in, float inside
+        sidecar = self.bundle.sidecar
+        return self.bundle.precision if sidecar is None else sidecar.precision
 
     @property
     def name(self) -> str:
