@@ -21,6 +21,7 @@ from test_adopt import run, written
 from sievit.stages.deploy.bundle import open_bundle
 from sievit.stages.deploy.eight_bit import Form, Workshop, ranges_on
 from sievit.stages.deploy.half import to_half
+from sievit.stages.deploy.predict import scores
 from sievit.stages.deploy.quantized_graph import describe
 from sievit.stages.deploy.sidecar import read_sidecar
 from sievit.stages.deploy.variants import Variant
@@ -173,3 +174,130 @@ def test_attention_as_one_operator_of_onnx_stays_float_and_the_file_runs(
     assert told["quantized_nodes"] == 2 * 6 + 1
     assert told["astray"] == {} and told["float_nodes"]["Attention"] == 2
     ort.InferenceSession(made, providers=["CPUExecutionProvider"])
+
+
+# ---- in which order it stands, and what else comes out
+
+
+def shuffled(path: Path) -> Path:
+    """The operators of a file back to front, those of its branches too."""
+    model = onnx.load(path)
+    for graph in [*(a.g for node in model.graph.node for a in node.attribute if a.HasField("g")), model.graph]:
+        nodes = list(reversed(graph.node))
+        del graph.node[:]
+        graph.node.extend(nodes)
+    onnx.save(model, path)
+    return path
+
+
+def branching(path: Path) -> Path:
+    """logits = 2 * relu(x w) if the first of them is positive, else -relu(x w), each branch of two operators."""
+    branches = {}
+    for name, factor in (("then_branch", 2.0), ("else_branch", -1.0)):
+        nodes = [
+            helper.make_node("Relu", ["product"], [f"{name}_relu"]),
+            helper.make_node("Mul", [f"{name}_relu", f"{name}_factor"], [f"{name}_made"]),
+        ]
+        made = helper.make_tensor_value_info(f"{name}_made", onnx.TensorProto.FLOAT, ["batch", 10])
+        factors = numpy_helper.from_array(np.float32(factor), f"{name}_factor")
+        branches[name] = helper.make_graph(nodes, name, [], [made], [factors])
+    tiny_onnx.linear(path, classes=10, seed=3)
+    model = onnx.load(path)
+    model.graph.node[-1].output[0] = "product"
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0), "zero"))
+    model.graph.node.extend([
+        helper.make_node("ReduceMax", ["product"], ["largest"], keepdims=0),
+        helper.make_node("Greater", ["largest", "zero"], ["positive"]),
+        helper.make_node("If", ["positive"], ["logits"], **branches),
+    ])  # fmt: skip
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("make", [branching, lambda path: tiny_onnx.transformer(path, classes=10)])
+def test_a_file_whose_operators_stand_out_of_order_is_put_in_order_and_answers_as_before(
+    tmp_path: Path, sievit: Sievit, make: Any
+) -> None:
+    straight = make(tmp_path / "straight.onnx")
+    their = shuffled(make(tmp_path / "their.onnx"))
+    with pytest.raises(onnx.checker.ValidationError, match="topologically sorted"):
+        onnx.checker.check_model(onnx.load(their))
+    done = run(sievit, written(tmp_path))
+    assert done.code == 0, done.err
+    (adopted,) = (tmp_path / "store" / "adopt").glob("*/model.onnx")
+    onnx.checker.check_model(onnx.load(adopted), full_check=True)
+    batch = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    first, second = (
+        ort.InferenceSession(one, providers=["CPUExecutionProvider"]).run(None, {"input": batch})[0]
+        for one in (straight, adopted)
+    )
+    np.testing.assert_array_equal(first, second)
+
+
+def test_a_file_out_of_order_that_has_its_weights_beside_it_is_refused_and_one_in_order_stays_byte_for_byte(
+    tmp_path: Path, sievit: Sievit
+) -> None:
+    their = shuffled(tiny_onnx.linear(tmp_path / "their.onnx", classes=10))
+    model = onnx.load(their)
+    onnx.save_model(model, their, save_as_external_data=True, location="their.bin", size_threshold=0)
+    with pytest.raises(InvalidInput, match="topologically sorted") as error:
+        open_bundle(their, sidecar_required=False)
+    assert "save it with its weights inside" in error.value.hint
+    tiny_onnx.linear(their, classes=10)
+    assert run(sievit, written(tmp_path)).code == 0
+    (adopted,) = (tmp_path / "store" / "adopt").glob("*/model.onnx")
+    assert adopted.read_bytes() == their.read_bytes()
+
+
+def features_first(path: Path) -> Path:
+    """features [N, 192] and logits [N, 10], of which the features have a product of their own."""
+    tiny_onnx.linear(path, classes=10, seed=3)
+    model = onnx.load(path)
+    model.graph.initializer.append(numpy_helper.from_array(np.eye(192, dtype=np.float32), "eye"))
+    model.graph.node.append(helper.make_node("MatMul", ["flat", "eye"], ["features"], name="own"))
+    features = helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, ["batch", 192])
+    logits = model.graph.output.pop()
+    model.graph.output.extend([features, logits])
+    onnx.save(model, path)
+    return path
+
+
+def test_the_output_that_holds_the_scores_is_asked_for_by_name_and_adopted_alone(
+    tmp_path: Path, sievit: Sievit
+) -> None:
+    features_first(tmp_path / "their.onnx")
+    unnamed = run(sievit, written(tmp_path))
+    assert unnamed.code == 3 and "has 192 scores an image, the data has 10" in unnamed.document["error"]["message"]
+    assert unnamed.document["error"]["hint"] == "its outputs are features, logits; set output: logits"
+    wrong = sievit("run", str(written(tmp_path, "file: their.onnx, output: scores")), "--store", "store")
+    assert wrong.code == 3 and "has no output 'scores'" in wrong.err and "it has features, logits" in wrong.err
+    assert "output: scores" in wrong.err, "the line of the file is shown"
+    done = run(sievit, written(tmp_path, "file: their.onnx, output: logits"))
+    assert done.code == 0, done.err
+    (adopted,) = (tmp_path / "store" / "adopt").glob("*/model.onnx")
+    model = onnx.load(adopted)
+    assert [value.name for value in model.graph.output] == ["logits"]
+    assert {node.name for node in model.graph.node} == {"flatten", "head"}
+    told = json.loads(adopted.with_suffix(".json").read_text())
+    assert (told["output"], told["parameters"]) == ("logits", 192 * 10)
+    pixels = tiny_onnx.pictures(3)
+    np.testing.assert_allclose(scores(adopted, pixels), logits(pixels), rtol=1e-4, atol=1e-3)
+
+
+def test_float_images_with_the_channels_last_are_fed_so(tmp_path: Path, sievit: Sievit) -> None:
+    """Their file takes [N, 8, 8, 3], as TensorFlow's do, and answers as the one that takes [N, 3, 8, 8]."""
+    tiny_onnx.linear(tmp_path / "their.onnx", classes=10, seed=3)
+    model = onnx.load(tmp_path / "their.onnx")
+    turn = helper.make_node("Transpose", ["images"], ["input"], perm=[0, 3, 1, 2])
+    nodes = [turn, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    taken = helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["batch", 8, 8, 3])
+    model.graph.input[0].CopyFrom(taken)
+    onnx.save(model, tmp_path / "their.onnx")
+    done = run(sievit, written(tmp_path))
+    assert done.code == 0, done.err
+    (adopted,) = (tmp_path / "store" / "adopt").glob("*/model.onnx")
+    assert read_sidecar(adopted).layout == "NHWC"
+    pixels = tiny_onnx.pictures(3)
+    np.testing.assert_allclose(scores(adopted, pixels), logits(pixels), rtol=1e-4, atol=1e-3)

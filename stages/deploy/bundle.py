@@ -7,11 +7,14 @@ CVE-2024-27318, CVE-2024-5187, CVE-2026-27489, CVE-2026-34445.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..methods import InvalidInput
+from .attention_fusion import reads
 from .sidecar import SCHEMA, Scores, Sidecar, parse_preprocessing, read_sidecar, sha256_of, sidecar_path
 from .signature import Signature, check_agreement, signature_of
 
@@ -35,6 +39,7 @@ DEEPEST_CALL = 50
 PACKED = {name: bits for bits in (2, 4) for name in (f"INT{bits}", f"UINT{bits}", f"FLOAT{bits}E2M1")}  # bits a number
 # What shows that a file is an 8-bit one.
 QUANTIZED = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QAttention"}
+INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, RuntimeError)
 EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
 
 
@@ -58,14 +63,17 @@ class Bundle:
         return _on_disk(self.path, self.weights)
 
 
-def open_bundle(path: Path, *, sidecar_required: bool = True) -> Bundle:
-    """Check an ONNX file and the sidecar beside it. Raises InvalidInput; nothing of the model runs."""
+def open_bundle(path: Path, *, sidecar_required: bool = True, output: str | None = None) -> Bundle:
+    """Check an ONNX file and the sidecar beside it. Raises InvalidInput; nothing of the model runs.
+
+    output: of several, the one that holds the scores; None: the first.
+    """
     model = load_checked(path)
     digest = sha256_of(path)
     sidecar = None
     if sidecar_required or sidecar_path(path).is_file():
         sidecar = read_sidecar(path)
-    signature = signature_of(model, path)
+    signature = signature_of(model, path, output)
     if sidecar is not None:
         check_agreement(signature, sidecar, path)
     return Bundle(
@@ -142,7 +150,9 @@ def bytes_of(path: Path) -> int:
 
 
 def load_checked(path: Path) -> onnx.ModelProto:
-    """Parse an ONNX file after the checks named above; weights beside it are not loaded. Raises InvalidInput."""
+    """Parse an ONNX file after the checks named above; weights beside it are not loaded. Its operators are in order,
+    whatever their order in the file. Raises InvalidInput.
+    """
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
         raise InvalidInput(f"{path} {what}", "give the path of an .onnx file")
@@ -158,11 +168,51 @@ def load_checked(path: Path) -> onnx.ModelProto:
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external(tensor, path)
+    return _valid(model, path)
+
+
+def _valid(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The model, its operators in the order in which they run. ONNX Runtime takes them in any, and its own converter to
+    half precision writes them so.
+    """
     try:
         onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
-        raise InvalidInput(f"{path} is not a valid ONNX model: {_first_line(error)}", "export it again") from None
-    return model
+        return model
+    except INVALID as error:
+        told = _first_line(error)
+    if not _beside(model):  # the checker looks for weights beside a file, and what is put in order is none yet
+        with contextlib.suppress(*INVALID):
+            ordered = _in_order(model)
+            onnx.checker.check_model(ordered, full_check=True)
+            return ordered
+    hint = "export it again"
+    if _beside(model) and "topologically sorted" in told:
+        hint = "save it with its weights inside: what stands out of order is then put in order here"
+    raise InvalidInput(f"{path} is not a valid ONNX model: {told}", hint)
+
+
+def _in_order(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose nodes stand behind those that they read of, sub-graphs too; what may stay in its place does. Raises
+    CycleError, a ValueError, where there is no such order.
+    """
+    ordered = onnx.ModelProto()
+    ordered.CopyFrom(model)
+    for graph in _below(ordered.graph):
+        nodes = list(graph.node)
+        maker = {name: place for place, node in enumerate(nodes) for name in node.output if name}
+        sorter = TopologicalSorter({
+            place: {maker[name] for name in reads(node) if name in maker} for place, node in enumerate(nodes)
+        })  # fmt: skip
+        sorter.prepare()
+        ready: list[int] = []
+        del graph.node[:]
+        while sorter.is_active():
+            for place in sorter.get_ready():
+                heappush(ready, place)
+            first = heappop(ready)
+            graph.node.append(nodes[first])
+            sorter.done(first)
+    return ordered
 
 
 def _check_opsets(model: onnx.ModelProto, path: Path) -> None:

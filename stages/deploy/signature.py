@@ -7,7 +7,7 @@ sidecar is written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Signature:
     output: str
     output_shape: tuple[int | None, ...]
     scores: Scores  # "logits", "probabilities" or "log_probabilities", by the operator that the output ends with
+    outputs: Mapping[str, tuple[int | None, ...]]  # all of them, in their order
 
     @property
     def layout(self) -> str:
@@ -51,9 +52,9 @@ class Signature:
         return f"{self.input} {self.dtype} {_shape_text(self.shape)} -> {self.output} {_shape_text(self.output_shape)}"
 
 
-def signature_of(model: onnx.ModelProto, path: Path) -> Signature:
-    """Of an image classifier: one float or uint8 input of four dimensions, the batch first; of several outputs the
-    first. Raises InvalidInput.
+def signature_of(model: onnx.ModelProto, path: Path, asked: str | None = None) -> Signature:
+    """Of an image classifier: one float or uint8 input of four dimensions, the batch first. asked: which output holds
+    the scores, where there are several; None: the first. Raises InvalidInput.
     """
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
@@ -75,9 +76,13 @@ def signature_of(model: onnx.ModelProto, path: Path) -> Signature:
             raise InvalidInput(f"{path} is not an image classifier: its input has a dimension of {size}", hint)
     if tensor.elem_type == onnx.TensorProto.UINT8 and not {None, *CHANNELS} & {shape[1], shape[3]}:
         raise InvalidInput(f"{path} is not an image classifier: its pixels have neither 1 nor 3 channels", hint)
-    output = outputs[0]
+    output = outputs[0] if asked is None else next((value for value in outputs if value.name == asked), None)
+    if output is None:
+        names = ", ".join(value.name for value in outputs)
+        raise InvalidInput(f"{path} has no output {asked!r}", f"it has {names}", field="output")
+    made = {value.name: _shape(value) for value in outputs}
     scores = _scores(model.graph, output.name)
-    return Signature(inputs[0].name, DTYPES[tensor.elem_type], shape, output.name, _shape(output), scores)
+    return Signature(inputs[0].name, DTYPES[tensor.elem_type], shape, output.name, made[output.name], scores, made)
 
 
 def _scores(graph: onnx.GraphProto, output: str) -> Scores:
