@@ -42,8 +42,11 @@ class Variant:
         bundle = self.bundle
         return Subject(self.name, bundle.path, bundle.signature.input, bundle.signature.dtype, image(bundle, batch))
 
-    def _counted(self) -> int | None:
-        """MACs by the graph, of the input as it is fed."""
+    @property
+    def macs(self) -> int | None:
+        """For one image, as the sidecar states them, else counted in the graph; None: not known."""
+        if self.bundle.sidecar is not None:
+            return self.bundle.sidecar.macs
         return graph_macs(self.bundle.path, image(self.bundle, self.fixed_batch or 1))
 
     def short(self) -> dict[str, Any]:
@@ -64,7 +67,7 @@ class Variant:
             "sha256": bundle.sha256,
             "bytes": bundle.bytes,
             "parameters": sidecar.parameters if sidecar else bundle.parameters,
-            "macs": sidecar.macs if sidecar else self._counted(),
+            "macs": self.macs,
             "top1": None,
             "top1_low": None,
             "top1_high": None,
