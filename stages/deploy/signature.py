@@ -21,8 +21,7 @@ DTYPES = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16"
 # A sigmoid's scores are a probability each, of that class alone. Networks trained so (DeiT III) are right where the
 # largest is, as others are; that the scores do not add up to 1 is theirs, and nothing makes them do so.
 ENDS: dict[str, Scores] = {
-    "Softmax": "probabilities",
-    "Sigmoid": "probabilities",
+    **dict.fromkeys(("Softmax", "QLinearSoftmax", "Sigmoid", "QLinearSigmoid"), "probabilities"),
     "LogSoftmax": "log_probabilities",
 }
 # What only moves, stores or rounds the numbers that a file ends with.
