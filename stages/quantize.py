@@ -331,7 +331,7 @@ def preflight(seen: Preflight) -> None:
 
 STAGE = Stage(
     name="quantize",
-    version=5,
+    version=6,
     config=QuantizeConfig,
     run=run,
     reads=READS,

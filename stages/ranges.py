@@ -106,7 +106,7 @@ def balanced(labels: NDArray[np.int64], members: NDArray[np.int64], count: int, 
 
 STAGE = Stage(
     name="ranges",
-    version=2,  # raise quantize's with it: its key does not cover this code
+    version=3,  # raise quantize's with it: its key does not cover this code
     config=RangesConfig,
     run=run,
     reads=READS,
