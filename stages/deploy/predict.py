@@ -60,7 +60,9 @@ def scores(
     asked = session.get_inputs()[0]
     dtype = {"tensor(uint8)": "uint8", "tensor(float16)": "float16"}.get(asked.type, "float32")
     fixed = asked.shape[0] if isinstance(asked.shape[0], int) else None
-    step = 1 if _ranges_span_batch(path) else fixed or batch
+    if _ranges_span_batch(path):
+        batch = 1
+    step = 1 if batch == 1 else fixed or batch  # an image alone fills a fixed batch with itself
     parts = []
     for start in range(0, total, step):
         stop = min(total, start + step)
