@@ -23,7 +23,7 @@ from sievit.stages.__main__ import STAGES
 from sievit.stages.deploy.block_sensitivity import divergence
 from sievit.stages.deploy.bundle import open_bundle, write_sidecar
 from sievit.stages.deploy.eight_bit import Form, Workshop, ranges_on, weight_bits
-from sievit.stages.deploy.predict import accuracy, scores
+from sievit.stages.deploy.predict import accuracy, log_probabilities, scores
 from sievit.stages.ranges import balanced
 from sievit.stages.vision.dataset import load_split
 
@@ -58,10 +58,11 @@ def main() -> int:
                 write_sidecar(
                     path, preprocessing=source.sidecar.raw["preprocessing"], classes=source.sidecar.classes,
                     precision="int8", parameters=source.sidecar.parameters, macs=source.sidecar.macs,
-                    source={},
+                    source={}, scores=source.sidecar.scores,
                 )  # fmt: skip
                 answered = scores(path, test.pixels())
-            far.append(float(divergence(expected, answered).mean()))
+            first, second = (log_probabilities(one, source.sidecar.scores) for one in (expected, answered))
+            far.append(float(divergence(first, second).mean()))
             right.append(accuracy(answered, test.labels).top1)
         rows.append({"images": count, "divergence": far, "top1": right})
         each = ", ".join(f"{value:.2%}" for value in right)

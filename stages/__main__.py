@@ -51,17 +51,19 @@ STAGES = (
 
 PROVIDERS = get_args(Provider)
 IMPORTANCES = get_args(Importance)
+SILENCE_S: float = benchmark.BenchmarkConfig.model_fields["timeout"].default
+ON_FILES = "On ONNX files, without a pipeline"
 
 
 def _on_files(name: str, metavar: str, text: str, *, least: int | None = None) -> Any:
-    """An option of `sievit benchmark --onnx`; all of them may be given several times."""
+    """An option of `sievit benchmark --onnx` that may be given several times."""
     return typer.Option(
         name,
         metavar=metavar,
         help=f"{text}; repeatable",
         default_factory=list,
         show_default=False,
-        rich_help_panel="On ONNX files, without a pipeline",
+        rich_help_panel=ON_FILES,
         min=least,
     )
 
@@ -74,6 +76,16 @@ def measure(
     provider: Annotated[list[str], _on_files("--provider", "|".join(PROVIDERS), "default cpu")],
     batch: Annotated[list[int], _on_files("--batch", "N", "images at once; default 1", least=1)],
     threads: Annotated[list[int], _on_files("--threads", "N", "CPU threads; default 1", least=1)],
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout",
+            metavar="SECONDS",
+            help=f"after which a file that does not answer is given up; default {SILENCE_S:g}",
+            rich_help_panel=ON_FILES,
+            min=1,
+        ),
+    ] = None,
 ) -> None:
     session = session_of(context)
     if onnx:
@@ -94,12 +106,13 @@ def measure(
                 tuple(batch) or (1,),
                 tuple(threads) or (1,),
                 progress=session.display(asked.quiet),
+                timeout_s=timeout or SILENCE_S,
             )
         session.console.result(measured, views.measurement)
         return
-    if provider or batch or threads:
+    if provider or batch or threads or timeout is not None:
         raise UsageError(
-            "--provider, --batch and --threads go with --onnx",
+            "--provider, --batch, --threads and --timeout go with --onnx",
             hint="in a pipeline: --set 'benchmark.providers=[cpu]' --set 'benchmark.batch_sizes=[1, 8]'",
         )
     run_stage(session, benchmark.STAGE, asked)

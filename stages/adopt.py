@@ -9,7 +9,10 @@ and `compare` work on it as on a file of our own.
 What must be known beside the file is its preprocessing: `data.mean` and `data.std` state it, unless the file takes
 uint8 pixels or `sidecar` names the .json that Sievit wrote beside it. Pictures are made by the data set's rule: shorter
 side to `data.image_size`, the centre cut out. Its scores must stand in the order of the data's classes (folders by
-name). `labels` gives them other names, one a line.
+name). `labels` gives them other names, one a line. Whether they are logits or probabilities already is read from the
+operator that the file ends with (Softmax, LogSoftmax, Sigmoid); model.json says it to all who show probabilities.
+Where a file has several outputs, `output` names the one that holds the scores, and the others are left out. Operators
+that stand out of order are put in order. Otherwise the file stays as it is, byte for byte.
 
 Whatever decides about the result is named in the settings (`file`, `sidecar`, `weights`, `labels`): the key stands for
 what these files hold, wherever they lie.
@@ -19,7 +22,8 @@ crashes, loops or answers with numbers that are none is refused. Top-1 near chan
 the std or the order of the classes is not the file's.
 
 reads    the file, its sidecar, files that hold its weights; the calibration split
-writes   model.onnx, model.json (input, preprocessing, classes, precision, size, MACs, digests), its weights as they lie
+writes   model.onnx, model.json (input, preprocessing, scores, classes, precision, size, MACs, digests), its weights as
+         they lie
 
     sievit run pipeline.yaml --until adopt
     sievit adopt pipeline.yaml --set adopt.file=vit.onnx
@@ -64,12 +68,15 @@ class AdoptConfig(Config):
     labels: Text | None = Field(
         default=None, description="text file with a name a line, in the order of the scores; null: the data's classes"
     )
+    output: Text | None = Field(
+        default=None, description="which of its outputs holds the scores; null: the first, and others go with it"
+    )
     timeout: float = Field(default=300.0, ge=1, le=86_400, description="seconds after which a silent process is ended")
 
 
 def run(ctx: Context) -> None:
     """Check, copy, describe, try; see the module's docstring."""
-    from .deploy.bundle import write_sidecar
+    from .deploy.bundle import open_bundle, write_sidecar
     from .deploy.graph_macs import graph_macs
     from .deploy.variants import Variant
     from .vision.dataset import load_split
@@ -81,7 +88,7 @@ def run(ctx: Context) -> None:
     names = _names(config, ctx.base, bundle, images.classes)
     path = ctx.out / "model.onnx"
     with ctx.progress.task(f"adopting {bundle.path.name}", 2) as task:
-        shutil.copyfile(bundle.path, path)
+        _copied(bundle, path, config.output)
         for name in _beside(config, ctx.base, bundle):
             (ctx.out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.path.parent / name, ctx.out / name)
@@ -89,14 +96,16 @@ def run(ctx: Context) -> None:
         channels = len(preprocessing.mean)
         image = (size, size, channels) if bundle.signature.layout == "NHWC" else (channels, size, size)
         macs = graph_macs(path, image)
+        made = open_bundle(path, sidecar_required=False)
         write_sidecar(
             path,
             preprocessing=preprocessing.as_json(),
             classes=names,
             precision=Variant("", "", True, bundle).precision,
-            parameters=bundle.parameters,
+            parameters=made.parameters,
             macs=macs,
             source={"file": bundle.path.name, "sha256": bundle.sha256},
+            scores=None if bundle.sidecar is None else bundle.sidecar.scores,
         )
         task.advance()
         found = _tried(path, images, config.timeout)
@@ -104,11 +113,11 @@ def run(ctx: Context) -> None:
     ctx.metrics |= {
         "file": bundle.path.name,
         "sha256": bundle.sha256,
-        "signature": bundle.signature.text(),
-        "opset": bundle.opset,
-        "nodes": dict(bundle.nodes),
-        "bytes": bundle.bytes,
-        "parameters": bundle.parameters,
+        "signature": made.signature.text(),
+        "opset": made.opset,
+        "nodes": dict(made.nodes),
+        "bytes": made.bytes,
+        "parameters": made.parameters,
         "macs": macs,
         "top1": found.top1,
         "judged_on": {"split": "calibration", "images": found.images},
@@ -137,7 +146,7 @@ def _opened(config: AdoptConfig, base: Path, data: Any) -> Bundle:
         )
     if named is not None and named.resolve() != beside.resolve():
         raise InvalidInput(f"{named} is not {beside.name} beside the file", "put it there", field="sidecar")
-    bundle = open_bundle(path, sidecar_required=named is not None)
+    bundle = open_bundle(path, sidecar_required=named is not None, output=config.output)
     if bundle.sidecar is not None and bundle.sidecar.preprocessing.size != data.image_size:
         raise InvalidInput(
             f"{sidecar_path(path)} asks for pictures of {bundle.sidecar.preprocessing.size} px, data.image_size is "
@@ -154,6 +163,26 @@ def _opened(config: AdoptConfig, base: Path, data: Any) -> Bundle:
             field="data.image_size",
         )
     return bundle
+
+
+def _copied(bundle: Bundle, target: Path, output: str | None) -> None:
+    """The file as it is, unless its operators are out of order or one of several outputs is asked for: then that one
+    alone, and what leads to it.
+    """
+    import onnx
+
+    from .deploy.attention_fusion import remove_unread
+    from .deploy.bundle import load_checked
+
+    model = load_checked(bundle.path)
+    if output is not None:
+        for value in [value for value in model.graph.output if value.name != output]:
+            model.graph.output.remove(value)
+        remove_unread(model)
+    if model == onnx.load(bundle.path, load_external_data=False):
+        shutil.copyfile(bundle.path, target)
+    else:
+        target.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _preprocessing(bundle: Bundle, data: Any) -> Preprocessing:
@@ -207,9 +236,12 @@ def _names(config: AdoptConfig, base: Path, bundle: Bundle, classes: Sequence[st
     names: Sequence[str] = classes if bundle.sidecar is None else bundle.sidecar.classes
     scores = bundle.signature.output_shape[-1] if bundle.signature.output_shape else None
     if scores is not None and scores != len(classes):
+        told, outputs = "give it the data that it was trained for", bundle.signature.outputs
+        if fitting := [name for name, shape in outputs.items() if len(shape) == 2 and shape[1] in (None, len(classes))]:
+            told = f"its outputs are {', '.join(outputs)}; set output: {fitting[0]}"
         raise InvalidInput(
             f"{bundle.path} has {scores} scores an image, the data has {len(classes)} classes",
-            "give it the data that it was trained for",
+            told,
             field="file",
         )
     if config.labels is not None:
@@ -283,7 +315,7 @@ def _tried(path: Path, images: Images, timeout_s: float) -> Any:
         raise InvalidInput(
             f"the file answers with scores of shape {list(scored.shape)}, expected "
             f"[{len(images)}, {len(images.classes)}]",
-            "its first output must be the scores of the data's classes",
+            "set output: to the one of its outputs that holds the scores of the data's classes",
             field="file",
         )
     if not np.isfinite(scored).all():
@@ -321,7 +353,7 @@ def preflight(seen: Preflight) -> None:
 
 STAGE = Stage(
     name="adopt",
-    version=1,
+    version=2,
     config=AdoptConfig,
     run=run,
     reads=(),

@@ -183,12 +183,13 @@ def benchmark_files(
     threads: Sequence[int] = (1,),
     seconds: float = 2.0,
     progress: Progress | None = None,
+    timeout_s: float = 300.0,
 ) -> dict[str, Any]:
     """Latency of ONNX files from anywhere, the first one being the baseline. No torch, no pipeline, no accuracy.
 
     Needs one float or uint8 image input; noise is fed. Returns the metrics of the benchmark stage, with `file` in each
-    row; files of equal content are timed once. Raises InvalidInput for files that are not image classifiers or do not
-    run, SievitError for a crash.
+    row; files of equal content are timed once. timeout_s: a file that is silent for longer is given up. Raises
+    InvalidInput for files that are not image classifiers or do not run, SievitError for a crash.
     """
     from .deploy.attribution import attributed
     from .deploy.bundle import open_bundle
@@ -204,7 +205,7 @@ def benchmark_files(
         label = Path(path).name if names.count(Path(path).name) == 1 else str(path)
         variants.append(Variant("", label, False, open_bundle(Path(path), sidecar_required=False)))
     require_batches(variants, batch_sizes)
-    plan = Plan(seconds=seconds)
+    plan = Plan(seconds=seconds, timeout_s=timeout_s)
     metrics, _, _ = _timed(variants, variants[0], settings, plan, progress, told_early=True)
     metrics["attribution"] = attributed(variants, settings, metrics["rows"], plan, progress)
     return metrics

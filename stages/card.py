@@ -47,6 +47,7 @@ class Facts:
     model: Mapping[str, Any] = field(default_factory=dict)  # the pipeline's model block
     data: str | None = None  # the pipeline's data source
     weights_licence: str | None = None
+    scores: str = "logits"  # what the output holds
 
 
 def card(facts: Facts) -> str:
@@ -156,6 +157,7 @@ def _host(host: Mapping[str, Any]) -> str:
 def _file(facts: Facts) -> list[tuple[str, str]]:
     return [
         ("signature", f"`{facts.signature}`"),
+        ("scores", facts.scores.replace("_", " ")),
         ("precision", facts.precision),
         ("size", f"{size(facts.size)} ({count(facts.size)} bytes)"),
         ("parameters", f"{big(facts.parameters)} ({count(facts.parameters)})"),

@@ -171,7 +171,8 @@ def _require(conditions: Sequence[Condition], unsaid: str, a: Side, b: Side) -> 
     missing = dict.fromkeys(ACCURACY, unsaid) if unsaid else {}
     for side, fields in ((a, ("macs_ratio",)), (b, ("macs", "macs_ratio"))):
         if side.macs is None:
-            missing |= dict.fromkeys(fields, f"{side.product.path.name} has no sidecar .json that states its MACs")
+            why = f"the MACs of {side.product.path.name} stand in no sidecar .json, and its graph does not tell them"
+            missing |= dict.fromkeys(fields, why)
     for condition in conditions:
         if condition.field in missing:
             condition.holds({"unsaid": missing})

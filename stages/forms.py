@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from .ranges import RangesConfig, quantizer_failed, recorded
+from .methods import InvalidInput
+from .ranges import FormFailed, RangesConfig, recorded
 from .vision.notes import write_whole
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class Forge:
         self._workshop.__exit__()
 
     def scheme(self, scheme: Literal["static", "dynamic", "weights"]) -> Candidate:
-        """The first file of this scheme that is good enough, else the most accurate one."""
+        """The first file of this scheme that is good enough, else the most accurate one. Raises FormFailed."""
         from .deploy.eight_bit import Form
 
         alphas: list[float | None] = [None]
@@ -142,9 +143,12 @@ class Forge:
             left = () if candidate is None else candidate.left_float
             kinds: list[Literal["fused", "whole"]] = ["fused", "whole"] if form.scheme == "dynamic" else ["fused"]
             for kind in kinds:
-                path = self._file(replace(form, attention=kind))
-                if path is not None:
-                    made.append(self._judged(path, replace(form, attention=kind), left))
+                try:
+                    path = self._file(replace(form, attention=kind))
+                    if path is not None:
+                        made.append(self._judged(path, replace(form, attention=kind), left))
+                except FormFailed as error:
+                    self._ctx.progress.warn(f"attention {kind} is left out: {error.message}")
         return [one for one in made if reason_against(self._config, self.before, one) is None]
 
     def half(self) -> list[Candidate]:
@@ -160,6 +164,7 @@ class Forge:
     def _spared(self, full: Candidate) -> Candidate:
         """As few half blocks float as bring a scheme within the drop, those first that 8 bits hurt most."""
         from .deploy.block_sensitivity import divergence, fewest, rank
+        from .deploy.predict import log_probabilities
 
         everything = {layer.node for layer in self._layers}
         groups = list(dict.fromkeys(layer.group for layer in self._layers))
@@ -173,8 +178,12 @@ class Forge:
                 alone[group] = path
                 task.advance()
 
+        assert self._source.sidecar is not None
+        kind = self._source.sidecar.scores
+
         def cost(group: str, start: int, stop: int) -> NDArray[np.float64]:
-            return divergence(self.expected[start:stop], self._scores(alone[group], start, stop))
+            found = self._scores(alone[group], start, stop)
+            return divergence(*(log_probabilities(one, kind) for one in (self.expected[start:stop], found)))
 
         images = min(len(self._judge), self._config.calibration_images)
         noted = self._ctx.work / f"sensitivity-{full.form.scheme}.json"
@@ -202,7 +211,11 @@ class Forge:
 
         from .deploy.quantized_graph import describe
 
-        return Candidate(path, form, describe(onnx.load(path)), self._accuracy(self._scores(path)), left_float)
+        try:
+            accuracy = self._accuracy(self._scores(path))
+        except InvalidInput as error:  # the runtime does not load it
+            raise FormFailed(error, self._source.path) from error
+        return Candidate(path, form, describe(onnx.load(path)), accuracy, left_float)
 
     def _file(self, form: Form) -> Path | None:
         """Make the file of a form, with its sidecar."""
@@ -213,7 +226,7 @@ class Forge:
             try:
                 path = self._workshop.make(form)
             except ChildFailed as error:
-                raise quantizer_failed(error, self._source.path) from error
+                raise FormFailed(error, self._source.path) from error
             task.advance()
         if path is None or path == self._source.path:
             return path
@@ -227,6 +240,7 @@ class Forge:
             parameters=sidecar.parameters,
             macs=sidecar.macs,
             source={"stage": artifact.kind_of_stage, "key": artifact.key, "digest": artifact.digest},
+            scores=sidecar.scores,
         )
         return path
 

@@ -149,6 +149,7 @@ def _facts(product: Product, bundle: Bundle, store: Store) -> Facts:
         model=model,
         data=_public((made.get("data") or {}).get("source")),
         weights_licence=_licence(model),
+        scores=sidecar.scores,
     )
 
 

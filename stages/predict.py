@@ -52,9 +52,9 @@ def predict(
     """Classify images with a packed model: the likeliest classes and their probabilities.
 
     MODEL is a folder that `sievit pack` made, an .onnx file with its sidecar .json, an artifact (quantize@3) or an arm
-    (main: its last file in the newest whole run). Probabilities are the softmax of the scores. Of a folder all images
-    below it are taken, by their names' endings. What cannot be read is told, and the other images are answered; the
-    exit code is then 3.
+    (main: its last file in the newest whole run). Probabilities are the softmax of the scores, or the scores of a file
+    that ends in one itself. Of a folder all images below it are taken, by their names' endings. What cannot be read is
+    told, and the other images are answered; the exit code is then 3.
 
         sievit predict digits-int8 photo.jpg more/ --top 3
         sievit predict quantize@latest photos/ --json
@@ -169,10 +169,11 @@ def _checked(scores: NDArray[np.float32], sidecar: Sidecar) -> NDArray[np.float3
 def _ranked(path: Path, scores: NDArray[np.float32], sidecar: Sidecar, top: int) -> Answer:
     import numpy as np
 
+    from .deploy.predict import probabilities
+
     if not np.isfinite(scores).all():
         return _wrong(path, "the network's scores for it are no numbers (overflow)")
-    shares = np.exp(scores.astype(np.float64) - scores.max())
-    shares /= shares.sum()
+    (shares,) = probabilities(scores[None], sidecar.scores)
     best = np.argsort(-shares, kind="stable")[:top]
     return {
         "image": str(path),

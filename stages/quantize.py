@@ -12,6 +12,8 @@ Whether a file is good enough is decided on the calibration split, never on the 
 than `max_drop`, `static` is tried with SmoothQuant (it moves the outliers of activations into the weights), and then
 the half blocks that 8 bits hurt most are left float, as few as suffice.
 
+A scheme that a quantizer refuses, or whose file does not run, is left out and told; the stage fails where none is left.
+
 Processors without 8-bit dot products add products in pairs of 16 bits, which saturate; there the weights take 7 bits.
 Activations of `static` are unsigned, since x86 is faster so, and symmetric for TensorRT, which takes no others.
 
@@ -41,7 +43,7 @@ from sievit.pipeline.stage import Config, Context, Preflight, Stage
 
 from .forms import Candidate, Forge, reason_against
 from .methods import InvalidInput
-from .ranges import READS, calibration_images
+from .ranges import READS, FormFailed, calibration_images
 from .vision.notes import write_whole
 
 if TYPE_CHECKING:
@@ -139,7 +141,7 @@ def run(ctx: Context) -> None:
         ctx.progress.note("on a card FP16 is often the fastest form: `export: {half: true}` makes one to choose from")
     with Forge(ctx, config, source) as forge:
         before = forge.before
-        schemes = [forge.scheme(scheme) for scheme in config.tried]
+        schemes = _each_that_works(ctx, forge, config)
         good = [made for made in schemes if reason_against(config, before, made) is None]
         candidates = [*good, *forge.fused(good), *forge.half()]
     chosen, reason, speeds = _once(
@@ -173,6 +175,24 @@ def run(ctx: Context) -> None:
     _write(ctx, source, best, chosen)
     if precision != "int8":
         ctx.progress.note(f"float is kept: {reason}")
+
+
+def _each_that_works(ctx: Context, forge: Forge, config: QuantizeConfig) -> list[Candidate]:
+    """A file of each scheme. One that a quantizer or the runtime refuses is left out, with a warning; the error of the
+    first is raised where none is left.
+    """
+    made: list[Candidate] = []
+    refused: dict[str, FormFailed] = {}
+    for scheme in config.tried:
+        try:
+            made.append(forge.scheme(scheme))
+        except FormFailed as error:
+            refused[scheme] = error
+    for name, reason in refused.items():
+        ctx.progress.warn(f"{name} is left out: {reason.message}")
+    if not made:
+        raise next(iter(refused.values()))
+    return made
 
 
 def _once(work: Path, candidates: Sequence[Candidate], decide: Callable[[], Decision]) -> Decision:
@@ -280,8 +300,11 @@ def _speeds(ctx: Context, config: QuantizeConfig, source: Bundle, candidates: Se
     from .deploy.latency import TWIN, Plan, Subject, measure, settings_of
     from .deploy.statistics import noise_factor, ratio_interval
 
-    settings = settings_of([config.provider], [config.threads], [config.batch])[:1]
     assert source.sidecar is not None
+    batch = source.signature.shape[0] or config.batch
+    if batch != config.batch:
+        ctx.progress.note(f"speed is judged in batches of {batch}: the file takes no others")
+    settings = settings_of([config.provider], [config.threads], [batch])[:1]
     image = source.sidecar.image
     files = {"fp32": source} | {made.form.text(): open_bundle(made.path) for made in candidates}
     subjects = [Subject(n, b.path, b.signature.input, b.signature.dtype, image) for n, b in files.items()]
@@ -326,7 +349,7 @@ def preflight(seen: Preflight) -> None:
 
 STAGE = Stage(
     name="quantize",
-    version=5,
+    version=7,
     config=QuantizeConfig,
     run=run,
     reads=READS,

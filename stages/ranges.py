@@ -54,7 +54,7 @@ def run(ctx: Context) -> None:
         bits, symmetric = config.bits, config.symmetric
         record_ranges(source, ctx.out / FILE, shown, config.alpha, bits, config.timeout, symmetric=symmetric)
     except ChildFailed as error:
-        raise quantizer_failed(error, source) from error
+        raise FormFailed(error, source) from error
     ctx.metrics |= {"images": len(pixels), "calibrated_on": origin}
 
 
@@ -64,10 +64,12 @@ def recorded(ctx: Context, config: RangesConfig) -> Path:
     return ctx.part(STAGE, config, role=role, reads=[one.role for one in READS]).artifact.file(FILE)
 
 
-def quantizer_failed(error: Exception, source: Path) -> SievitError:
-    """What the user is told when a quantizer crashes, hangs or refuses a graph."""
-    hint = "leave quantize out (quantize: null), or export with opset 20"
-    return SievitError(str(error), where=str(source), hint=hint)
+class FormFailed(SievitError):
+    """A form that cannot be made, because a quantizer crashed, hung or refused the graph, or that does not run."""
+
+    def __init__(self, error: Exception, source: Path) -> None:
+        hint = "leave quantize out (quantize: null), or export with opset 20"
+        super().__init__(str(error), where=str(source), hint=hint)
 
 
 def calibration_images(ctx: Context, count: int) -> tuple[NDArray[np.uint8], str]:
@@ -106,7 +108,7 @@ def balanced(labels: NDArray[np.int64], members: NDArray[np.int64], count: int, 
 
 STAGE = Stage(
     name="ranges",
-    version=2,  # raise quantize's with it: its key does not cover this code
+    version=4,  # raise quantize's with it: its key does not cover this code
     config=RangesConfig,
     run=run,
     reads=READS,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +40,11 @@ class Side:
     product: Product
     bundle: Bundle
 
-    @property
+    @cached_property
     def macs(self) -> int | None:
-        return self.bundle.sidecar.macs if self.bundle.sidecar else None
+        from .deploy.variants import Variant
+
+        return Variant("", self.product.name, False, self.bundle).macs
 
     @property
     def parameters(self) -> int:

@@ -51,7 +51,7 @@ OPTIONS: dict[str, set[str]] = {  # of every command, as a user writes them; "" 
     "export": STAGE,
     "adopt": STAGE,
     "quantize": STAGE,
-    "benchmark": STAGE | {"--onnx", "--provider", "--batch", "--threads"},
+    "benchmark": STAGE | {"--onnx", "--provider", "--batch", "--threads", "--timeout"},
     "matrix": STAGE,
     "sensitivity": STAGE | {"--seconds", "--importance", "--fraction"},
     "pack": {"MODEL", "--output", "--zip", "--store", *OUTPUT},

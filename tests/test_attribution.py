@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import tiny_onnx
+import torch
 from onnx import helper, numpy_helper
 from report_run import Bench, measurement, row
 from test_benchmark import context, made
+from timm import create_model
 from tiny_vision import network, swin
 
 from sievit.pipeline.report import page
@@ -33,6 +37,65 @@ def test_nodes_are_given_to_the_modules_that_the_exporter_knew_they_came_from(fa
     layers = {node: scope for node, scope in scopes.items() if scope.rpartition(".")[2] in ours}
     assert len(layers) >= 2 * 8, "four products with their biases in each of two blocks"
     assert {node: found.modules.get(node) for node in layers} == layers
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["TorchScript", "torch.export"])
+def test_blocks_whose_tensors_are_equal_have_the_nodes_that_were_made_of_them(dynamo: bool, tmp_path: Path) -> None:
+    """A fresh network, exported by torch itself: norms and biases of all blocks are alike, and are stored once."""
+    net = create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=3, num_heads=3, num_classes=4).eval()
+    path, example = tmp_path / "a.onnx", torch.zeros(2, 3, 32, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(net, (example,), path, dynamo=dynamo, opset_version=18, external_data=False, verbose=False)
+    graph, found = onnx.load(path).graph, origins(path)
+    layers = [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.name not in found.mixing]
+    norms = [node for node in graph.node if node.op_type == "LayerNormalization"]
+    assert len([tensor for tensor in graph.initializer if tensor.name.endswith("norm1.weight")]) == 1, "stored once"
+    for nodes, each in ((layers, 4), (norms, 2)):
+        places = [block_of(found.modules[node.name]) for node in nodes]
+        assert places == [block for block in ("blocks.0", "blocks.1", "blocks.2") for _ in range(each)] + [""]
+    mixing = [node for node in graph.node if node.name in found.mixing]
+    assert [found.modules[node.name] for node in mixing] == [f"blocks.{n // 2}.attn" for n in range(6)]
+    kinds = attribute([NodeTime(node.name, node.op_type, 1.0) for node in mixing], found).kinds
+    assert kinds == {ATTENTION: 6.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "scopes", "module"),
+    [
+        ("/blocks/blocks.1/mlp/fc1/MatMul", "", "blocks.1.mlp.fc1"),
+        ("/layers/layers.0/blocks/blocks.1/norm1/Add", "", "layers.0.blocks.1.norm1"),
+        ("/vit/encoder/layer.3/attention/MatMul", "", "vit.encoder.layer.3.attention"),
+        ("/encoder/layers/encoder_layer_0/mlp/mlp.0/MatMul", "", "encoder.layers.encoder_layer_0.mlp.0"),
+        ("node_7", "['', 'body', 'body.blocks', 'body.blocks.0', 'linear']", "blocks.0"),
+        ("node_7", "['', 'expand']", "head"),
+        ("node_7", "['_empty_nn_module_stack_from_metadata_hook', 'sym_size_int_1']", "head"),
+        ("node_7", "[[[", "head"),
+        ("/MatMul", "", "head"),
+        ("MatMul_7", "", "head"),
+    ],
+)
+def test_scopes_of_a_node_come_before_the_name_of_its_weight(
+    tmp_path: Path, name: str, scopes: str, module: str
+) -> None:
+    weight = numpy_helper.from_array(tiny_onnx.weights(), "head.weight")
+    flatten = helper.make_node("Flatten", ["input"], ["flat"], name="flatten")
+    product = helper.make_node("MatMul", ["flat", "head.weight"], ["logits"], name=name)
+    if scopes:
+        helper.set_model_props(product, {"pkg.torch.onnx.name_scopes": scopes})
+    path = tiny_onnx.save(tmp_path / "a.onnx", [flatten, product], [weight], ["batch", 3, 8, 8], ["batch", 4])
+    assert origins(path).modules[name] == module
+
+
+def test_a_weight_that_several_nodes_read_tells_the_module_of_none(tmp_path: Path) -> None:
+    shared = numpy_helper.from_array(tiny_onnx.weights()[:, 0], "blocks.0.norm.bias")
+    nodes = [
+        helper.make_node("Flatten", ["input"], ["flat"], name="flatten"),
+        helper.make_node("Add", ["flat", "blocks.0.norm.bias"], ["once"], name="first"),
+        helper.make_node("Add", ["once", "blocks.0.norm.bias"], ["logits"], name="second"),
+    ]
+    path = tiny_onnx.save(tmp_path / "a.onnx", nodes, [shared], ["batch", 3, 8, 8], ["batch", 192])
+    assert origins(path).modules == {}
 
 
 def test_products_of_two_activations_are_attention_and_those_with_weights_are_not(tmp_path: Path) -> None:
@@ -73,6 +136,7 @@ def test_a_weight_stored_anew_is_told_by_the_bias_that_is_added_after_it(tmp_pat
         ("blocks.11.attn.qkv", "blocks.11"),
         ("layers.0.blocks.1.mlp.fc1", "layers.0.blocks.1"),
         ("vit.encoder.layer.3.attention.output", "vit.encoder.layer.3"),
+        ("encoder.layers.encoder_layer_2.self_attention", "encoder.layers.encoder_layer_2"),
         ("blocks.0.mlp.layers.2", "blocks.0"),
         ("patch_embed.proj", ""),
         ("norm", ""),

@@ -714,7 +714,9 @@ def test_any_onnx_file_is_measured_without_a_pipeline_and_without_torch(folder: 
         (3, ["--onnx", "empty.onnx"]),
         (2, ["--onnx", "pipeline.yaml", "--provider", "tpu"]),
         (2, ["--onnx", "pipeline.yaml", "--batch", "0"]),
+        (2, ["--onnx", "pipeline.yaml", "--timeout", "0"]),
         (2, ["--batch", "8"]),
+        (2, ["--timeout", "8"]),
     ],
 )
 def test_what_is_no_onnx_file_or_no_setting_is_refused(
@@ -726,6 +728,15 @@ def test_what_is_no_onnx_file_or_no_setting_is_refused(
     assert "Traceback" not in answer.err
     assert "help: " in answer.err
     assert measure(*arguments, "--json").document["error"]["code"] == code
+
+
+def test_a_file_that_never_ends_is_given_up_after_the_time_that_is_asked(measure: Sievit, folder: Path) -> None:
+    from test_predict import endless
+
+    endless(folder / "endless.onnx")
+    answer = measure("--onnx", "endless.onnx", "--timeout", "6")
+    assert (answer.code, answer.out) == (1, "")
+    assert "endless.onnx" in answer.err and "within 6 s; its process was ended" in answer.err, answer.err
 
 
 # ---- processes

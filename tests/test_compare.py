@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_onnx
+from onnx import helper, numpy_helper
 from scipy import stats
 from shipped import DATA, DENSE, DIGITS, MAIN, Answer, Sievit, classifier, commit, measurement, row, sievit, store
 
@@ -247,11 +248,27 @@ def test_without_labels_no_condition_on_accuracy_is_passed_and_nothing_is_measur
     assert timed == []
 
 
-def test_macs_that_nobody_stated_are_not_judged(sievit: Sievit, store: Store, timed: list[Any], tmp_path: Path) -> None:
+def test_macs_that_no_sidecar_states_are_counted_in_the_graph(
+    sievit: Sievit, store: Store, timed: list[Any], tmp_path: Path
+) -> None:
     tiny_onnx.linear(tmp_path / "bare.onnx", classes=10)
+    found = 3 * 8 * 8 * 10  # the sidecar of dense states 768
+    for condition, code in ((f"macs < {found}", 0), (f"macs <= {found}", 6), (f"macs_ratio >= {found / 768}", 6)):
+        assert sievit("compare", "dense", "bare.onnx", *fails(condition)).code == code, condition
+
+
+def test_macs_that_nobody_can_tell_are_not_judged(
+    sievit: Sievit, store: Store, timed: list[Any], tmp_path: Path
+) -> None:
+    """An operator of the runtime's own may multiply as it likes."""
+    product = helper.make_node("FusedMatMul", ["flat", "weight"], ["logits"], domain="com.microsoft")
+    nodes = [helper.make_node("Flatten", ["input"], ["flat"]), product]
+    weight = numpy_helper.from_array(tiny_onnx.weights(classes=10), "weight")
+    shape: list[int | str] = ["n", 3, 8, 8]
+    tiny_onnx.save(tmp_path / "bare.onnx", nodes, [weight], shape, ["n", 10], domains=[("com.microsoft", 1)])
     for sides, condition in ((["dense", "bare.onnx"], "macs > 1"), (["bare.onnx", "dense"], "macs_ratio > 1")):
         answer = sievit("compare", *sides, *fails(condition))
-        assert answer.code == 3 and "bare.onnx has no sidecar .json" in answer.err
+        assert answer.code == 3 and "the MACs of bare.onnx stand in no sidecar .json" in answer.err
     assert timed == []
     assert sievit("compare", "bare.onnx", "dense", *fails("macs < 1")).code == 0, "B's own are known"
 

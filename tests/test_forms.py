@@ -15,7 +15,7 @@ import onnxruntime as ort
 import pytest
 import tiny_onnx
 from numpy.typing import NDArray
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 from test_export import variant
 from tiny_vision import images, swin
@@ -24,6 +24,7 @@ from sievit.stages.deploy import eight_bit
 from sievit.stages.deploy.attention_fusion import fuse_attention, fuse_projection
 from sievit.stages.deploy.block_sensitivity import divergence, fewest, rank
 from sievit.stages.deploy.eight_bit import Form, Workshop, ranges_on, record_ranges, weight_bits
+from sievit.stages.deploy.predict import log_probabilities
 from sievit.stages.deploy.quantized_graph import describe, linear_layers, make_unsigned, name_nodes
 from sievit.stages.vision.onnx_export import export
 
@@ -233,7 +234,24 @@ def test_divergence_is_scipys() -> None:
     rng = np.random.default_rng(0)
     first, second = (rng.normal(scale=4, size=(6, 10)).astype(np.float32) for _ in range(2))
     expected = entropy(softmax(first.astype(float), axis=1), softmax(second.astype(float), axis=1), axis=1)
-    np.testing.assert_allclose(divergence(first, second), expected, rtol=1e-9)
+    found = divergence(*(log_probabilities(one, "logits") for one in (first, second)))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_divergence_is_the_same_of_a_file_that_ends_in_softmax() -> None:
+    """Its answers are probabilities, stored as float32; one of them was rounded to 0."""
+    rng = np.random.default_rng(0)
+    logits = [rng.normal(scale=4, size=(6, 10)).astype(np.float32) for _ in range(2)]
+    expected = divergence(*(log_probabilities(one, "logits") for one in logits))
+    logarithms = [log_softmax(one.astype(float), axis=1).astype(np.float32) for one in logits]
+    shares = [np.exp(one) for one in logarithms]
+    found = divergence(*(log_probabilities(one, "log_probabilities") for one in logarithms))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    found = divergence(*(log_probabilities(one, "probabilities") for one in shares))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    shares[1][0, 3] = 0
+    found = divergence(*(log_probabilities(one, "probabilities") for one in shares))
+    assert np.isfinite(found).all() and found[0] > expected[0]
 
 
 @pytest.mark.parametrize("needed", range(1, 8))

@@ -12,7 +12,7 @@ import sys
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from sievit.stages.card import Facts, card
 from sievit.stages.deploy import packing
 from sievit.stages.deploy.packing import check_pack, write_pack
 from sievit.stages.deploy.preprocess import fit, normalise
-from sievit.stages.deploy.sidecar import CROPS, RESIZES, Preprocessing, Sidecar, read_sidecar
+from sievit.stages.deploy.sidecar import CROPS, RESIZES, Preprocessing, Scores, Sidecar, read_sidecar
 from sievit.stages.deploy.standalone import program
 from sievit.stages.methods import InvalidInput
 from sievit.stages.vision.decode import picture
@@ -428,13 +428,13 @@ def fed(source: str, folder: Path, paths: list[Path], monkeypatch: pytest.Monkey
     return runtime.fed
 
 
-def described(pre: Preprocessing, dtype: str, layout: str) -> Sidecar:
+def described(pre: Preprocessing, dtype: str, layout: str, scores: Scores = "logits") -> Sidecar:
     stated: dict[str, Any] = {"precision": "fp32", "parameters": 1, "macs": 1, "opset": 20, "sha256": "", "source": {}}
     classes = tuple("abcd")
-    return Sidecar("input", "logits", layout, dtype, pre, classes, raw={}, **stated)
+    return Sidecar("input", "logits", layout, dtype, scores, pre, classes, raw={}, **stated)
 
 
-FORMS = (("float32", "NCHW"), ("float16", "NCHW"), ("uint8", "NCHW"), ("uint8", "NHWC"))
+FORMS = (("float32", "NCHW"), ("float16", "NCHW"), ("float32", "NHWC"), ("uint8", "NCHW"), ("uint8", "NHWC"))
 
 
 @pytest.mark.parametrize("resize", RESIZES)
@@ -458,9 +458,12 @@ def test_the_packed_program_prepares_images_as_we_do_to_the_last_digit(
 @pytest.mark.parametrize("crop", CROPS)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("dtype", "layout"), FORMS)
-def test_the_packed_program_has_30_lines_at_most(crop: str, channels: int, dtype: str, layout: str) -> None:
+@pytest.mark.parametrize("scores", get_args(Scores))
+def test_the_packed_program_has_30_lines_at_most(
+    crop: str, channels: int, dtype: str, layout: str, scores: Scores
+) -> None:
     pre = Preprocessing(224, 1 / 255, (0.485, 0.456, 0.406)[:channels], (0.229, 0.224, 0.225)[:channels], crop=crop)
-    lines = program(described(pre, dtype, layout), dtype, 8).splitlines()
+    lines = program(described(pre, dtype, layout, scores), dtype, 8).splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 120
 

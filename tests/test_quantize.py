@@ -24,6 +24,7 @@ from sievit.pipeline.stage import Context, Part, Stage
 from sievit.stages import forms, quantize, ranges
 from sievit.stages.deploy import block_sensitivity, eight_bit
 from sievit.stages.deploy.bundle import open_bundle
+from sievit.stages.deploy.child import ChildFailed
 from sievit.stages.deploy.eight_bit import Form, Workshop
 from sievit.stages.deploy.predict import Accuracy, accuracy, scores
 from sievit.stages.deploy.preprocess import normalise
@@ -516,6 +517,85 @@ def test_a_graph_that_nncf_cannot_take_gives_its_own_message(tmp_path: Path) -> 
     path = tiny_onnx.save(tmp_path / "model.onnx", nodes, [weight], ["batch", 3, 8, 8], ["batch", 10], opset=9)
     tiny_onnx.sidecar(path, classes=10)
     with pytest.raises(SievitError) as error:
-        quantize.run(context(tmp_path, Folder(tmp_path)))
+        quantize.run(context(tmp_path, Folder(tmp_path), schemes=("static",)))
     assert "quantizer: static failed" in error.value.message
     assert "opset version < 10" in error.value.message
+
+
+def unknown_to_the_runtime(path: Path) -> Path:
+    """A valid file whose product is of a type that ONNX Runtime does not multiply on a CPU."""
+    weight = helper.make_tensor("w", TensorProto.BFLOAT16, [192, 10], np.zeros(1920))
+    nodes = [
+        helper.make_node("Flatten", ["input"], ["flat"]),
+        helper.make_node("Cast", ["flat"], ["rounded"], to=TensorProto.BFLOAT16),
+        helper.make_node("MatMul", ["rounded", "w"], ["product"]),
+        helper.make_node("Cast", ["product"], ["logits"], to=TensorProto.FLOAT),
+    ]
+    return tiny_onnx.save(path, nodes, [weight], ["batch", 3, 8, 8], ["batch", 10])
+
+
+@pytest.mark.parametrize("fault", ["no file", "no runtime"])
+def test_a_scheme_that_fails_is_left_out_with_its_reason_and_the_others_are_tried(
+    exported: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def make(workshop: Workshop, form: Form) -> Path | None:
+        if form.scheme != "static":
+            return real(workshop, form)
+        if fault == "no file":
+            raise ChildFailed("quantizer: static failed: it fell over")
+        return unknown_to_the_runtime(workshop._path(form))
+
+    real = Workshop.make
+    monkeypatch.setattr(Workshop, "make", make)
+    asked: dict[str, Any] = {"max_drop": 1.0, "min_speedup": None}
+    ctx = context(tmp_path, exported, **asked)
+    quantize.run(ctx)
+    assert ctx.metrics["product"] == "dynamic" and [row["form"] for row in ctx.metrics["forms"]] == ["dynamic"]
+    (told,) = ctx.progress.warnings  # type: ignore[attr-defined]
+    assert told.startswith("static is left out: ")
+    why = "it fell over" if fault == "no file" else "does not load with provider cpu"
+    assert why in told
+    with pytest.raises(SievitError, match=why):
+        quantize.run(context(tmp_path, exported, name="alone", **asked, schemes=("static",)))
+
+
+@pytest.mark.slow
+def test_ranges_are_those_of_the_images_whatever_batch_the_file_takes(
+    chosen: Context, exported: Folder, tmp_path: Path
+) -> None:
+    """One that takes four images at once is shown each image four times; its speed is judged in fours too."""
+    four = tmp_path / "four"
+    four.mkdir()
+    model = onnx.load(exported.file("model.onnx"))
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    onnx.save(model, four / "model.onnx")
+    tiny_onnx.sidecar(four / "model.onnx", classes=10)
+    asked: dict[str, Any] = {"schemes": ("static",), "fuse_attention": False, "max_drop": 1.0, "seconds": 0.05}
+    ctx = context(tmp_path, Folder(four), **asked)
+    quantize.run(ctx)
+    expected, found = (
+        {
+            tensor.name: numpy_helper.to_array(tensor)
+            for tensor in onnx.load(one.work.with_name("ranges") / ranges.FILE).graph.initializer
+        }
+        for one in (chosen, ctx)
+    )
+    assert found.keys() == expected.keys() and any("scale" in name for name in expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, name)
+    assert ctx.metrics["speedup"] is not None
+    assert "speed is judged in batches of 4: the file takes no others" in ctx.progress.notes  # type: ignore[attr-defined]
+
+
+def test_answers_of_a_file_of_fixed_batch_are_not_those_of_the_company_an_image_is_in(tmp_path: Path) -> None:
+    """With 8-bit ranges of each call, four images at once would share one range."""
+    path = tiny_onnx.linear(tmp_path / "model.onnx", classes=10, batch=4)
+    with Workshop(path, tmp_path, 8, 300.0, lambda alpha: path) as workshop:
+        made = workshop.make(Form("dynamic"))
+    assert made is not None
+    tiny_onnx.sidecar(made, classes=10)
+    pixels = tiny_onnx.pictures(6)
+    pixels[1] //= 8  # of a small range of its own
+    alone = np.concatenate([scores(made, pixels[index : index + 1]) for index in range(6)])
+    np.testing.assert_array_equal(scores(made, pixels), alone)

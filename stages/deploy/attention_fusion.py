@@ -289,20 +289,20 @@ def remove_unread(model: onnx.ModelProto) -> None:
     kept = []
     for node in reversed(graph.node):
         if wanted.intersection(node.output):
-            wanted.update(_reads(node))
+            wanted.update(reads(node))
             kept.append(node)
     _keep(graph.node, reversed(kept))
     _keep(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in wanted])
     _keep(graph.value_info, [value for value in graph.value_info if value.name in wanted])
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
+def reads(node: onnx.NodeProto) -> Iterator[str]:
     """The tensors that a node reads, those of its branches included."""
     yield from node.input
     for attribute in node.attribute:
         for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
             for below in inner.node:
-                yield from _reads(below)
+                yield from reads(below)
 
 
 def _keep(field: object, kept: Iterable[object]) -> None:

@@ -1,7 +1,9 @@
 """Where the milliseconds of a file go: its operators by kind, and by the block and module they were made of.
 
-The file says which node belongs to which module: exporters name weights as the network did ("blocks.0.attn.qkv.bias").
-The runtime fuses nodes and names some anew, so that an operator without a module belongs to the one that ran before it.
+The file says which node belongs to which module: an exporter may say it of the node itself (its scopes), and names
+weights as the network did ("blocks.0.attn.qkv.bias"). The scopes come first: equal tensors, such as the norms of a
+fresh network, are stored once, under one block's name, and a tensor that several nodes read tells nothing. The runtime
+fuses nodes and names some anew, so that an operator without a module belongs to the one that ran before it.
 """
 
 from __future__ import annotations
@@ -38,12 +40,18 @@ KINDS = {  # operators of ONNX and of the runtime's own
 KIND_OF = {operator: kind for kind, operators in KINDS.items() for operator in operators.split()}
 OPERANDS = {"QLinearMatMul": (0, 3)}  # of a product; elsewhere the first two inputs
 PASSING = frozenset({"Cast", "Mul", "Add", "Reshape", "QuantizeLinear", "DequantizeLinear"})  # from product to bias
-BLOCK = re.compile(r"(.*?\bblocks?\.\d+)(?:\.|$)"), re.compile(r"(.*?\b(?:layers?|resblocks)\.\d+)(?:\.|$)")
+BLOCK = (
+    re.compile(r"(.*?\bblocks?\.\d+)(?:\.|$)"),
+    re.compile(r"(.*?\b(?:layers?|resblocks)\.\d+)(?:\.|$)"),
+    re.compile(r"(.*?\bencoder_layer_\d+)(?:\.|$)"),
+)
+SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True, slots=True)
 class Origins:
-    """What a file says of its nodes. modules: node or its output -> its module, where a weight's name tells it.
+    """What a file says of its nodes. modules: node or its output -> its module, where its scopes or a weight's name
+    tell it.
 
     mixing: products of two activations, which are attention.
     """
@@ -109,24 +117,26 @@ def attributed(
 def origins(path: Path) -> Origins:
     """Read from the file's graph; weights beside it stay there."""
     graph = onnx.load(path, load_external_data=False).graph
-    owner = {tensor.name: _module(tensor.name) for tensor in graph.initializer}  # constant tensor -> module or ""
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in graph.node:
         for name in node.input:
             readers[name].append(node)
+    # constant tensor -> module or ""
+    owner = {one.name: _module(one.name) if len(readers[one.name]) < 2 else "" for one in graph.initializer}
+    for node in graph.node:
         if node.input and all(name in owner for name in node.input if name):
             owner |= dict.fromkeys(node.output, _owned(node, owner))
     found: dict[str, str] = {}
     mixing: set[str] = set()
     for node in graph.node:
-        module = _owned(node, owner)
-        if KIND_OF.get(node.op_type) == PRODUCTS and not module:
+        owned, module = _owned(node, owner), _scope(node)
+        if KIND_OF.get(node.op_type) == PRODUCTS and not owned:
             first, second = OPERANDS.get(node.op_type, (0, 1))
             if node.input[first] not in owner and node.input[second] not in owner:
                 mixing.add(node.name)
-                continue
-            module = _of_bias(node, owner, readers)
-        if module:
+            else:
+                owned = _of_bias(node, owner, readers)
+        if module := module or owned:
             found |= dict.fromkeys((node.name, *node.output), module)
     return Origins(found, frozenset(mixing))
 
@@ -148,6 +158,23 @@ def attribute(nodes: Sequence[NodeTime], file: Origins) -> Attribution:
 def block_of(module: str) -> str:
     """The block that a module is or lies in: "blocks.0" of "blocks.0.attn.qkv"; "" outside of blocks."""
     return next((found[1] for pattern in BLOCK if (found := pattern.match(module))), "")
+
+
+def _scope(node: onnx.NodeProto) -> str:
+    """The module that the exporter says a node was made of: "blocks.0.attn.qkv" of the scopes
+    "['', 'blocks', 'blocks.0', 'blocks.0.attn', 'blocks.0.attn.qkv', 'linear_1']" (torch.export), or of the name
+    "/blocks/blocks.0/attn/qkv/MatMul" (TorchScript). "" where it says none.
+    """
+    told = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
+    if told:
+        modules = re.findall(r"'([\w.]*)'", told)[:-1]  # the last is the operation itself
+        return modules[-1].removeprefix("body.") if modules and not modules[-1].startswith("_") else ""
+    inside: list[str] = []
+    for part in node.name.split("/")[1:-1] if node.name.startswith("/") else ():
+        if inside and part.rpartition(".")[0] == inside[-1]:  # a Sequential, then its child by both names
+            inside.pop()
+        inside.append(part)
+    return ".".join(inside).removeprefix("body.")
 
 
 def _module(weight: str) -> str:

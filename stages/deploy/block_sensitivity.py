@@ -12,17 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 
 CHUNK = 16  # images
 
 
-def divergence(expected: NDArray[np.float32], scored: NDArray[np.float32]) -> NDArray[np.float64]:
-    """How far a file's answers are from others, for each image: Kullback-Leibler divergence of softmax(expected) from
-    softmax(scored), nats. Scores (n, classes) -> (n).
+def divergence(expected: NDArray[np.float64], scored: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far a file's answers are from others, for each image: Kullback-Leibler divergence, nats. Logarithms of
+    probabilities (n, classes) -> (n).
     """
-    first, second = (log_softmax(scores.astype(np.float64), axis=1) for scores in (expected, scored))
-    difference: NDArray[np.float64] = (np.exp(first) * (first - second)).sum(axis=1)
+    difference: NDArray[np.float64] = (np.exp(expected) * (expected - scored)).sum(axis=1)
     return difference
 
 

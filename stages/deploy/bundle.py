@@ -7,11 +7,14 @@ CVE-2024-27318, CVE-2024-5187, CVE-2026-27489, CVE-2026-34445.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..methods import InvalidInput
-from .sidecar import SCHEMA, Sidecar, parse_preprocessing, read_sidecar, sha256_of, sidecar_path
+from .attention_fusion import reads
+from .sidecar import SCHEMA, Scores, Sidecar, parse_preprocessing, read_sidecar, sha256_of, sidecar_path
+from .signature import Signature, check_agreement, signature_of
 
 # Operators of other domains would need a custom library, which runs code of its own when it is loaded.
 OPSETS = {
@@ -28,33 +33,14 @@ OPSETS = {
     "ai.onnx.ml": (1, 5),
     "com.microsoft": (1, 1),
 }
-CHANNELS = (1, 3)
 # A ViT has some thousands; functions that call functions can state 2 ** 40 in a few hundred bytes.
 MOST_OPERATORS = 200_000
 DEEPEST_CALL = 50
 PACKED = {name: bits for bits in (2, 4) for name in (f"INT{bits}", f"UINT{bits}", f"FLOAT{bits}E2M1")}  # bits a number
+# What shows that a file is an 8-bit one.
+QUANTIZED = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QAttention"}
+INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, RuntimeError)
 EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """The one input and the first output of an image classifier."""
-
-    input: str
-    dtype: str  # "float32", "float16" or "uint8"
-    shape: tuple[int | None, ...]  # (batch, channels, height, width), of NHWC the channels last; None: any
-    output: str
-    output_shape: tuple[int | None, ...]
-
-    @property
-    def layout(self) -> str:
-        """NHWC for raw pixels, uint8, whose last dimension is that of the channels; else NCHW."""
-        last = self.dtype == "uint8" and self.shape[3] in CHANNELS and self.shape[1] not in CHANNELS
-        return "NHWC" if last else "NCHW"
-
-    def text(self) -> str:
-        """As it is shown in messages: input float32 [N,3,32,32] -> logits [N,10]."""
-        return f"{self.input} {self.dtype} {_shape_text(self.shape)} -> {self.output} {_shape_text(self.output_shape)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +53,7 @@ class Bundle:
     nodes: Mapping[str, int]
     sha256: str
     parameters: int  # numbers in the initializers
+    precision: str  # "int8", "fp16" or "fp32": by its operators and weights; a sidecar knows better
     weights: tuple[str, ...]  # the files beside it that hold weights of it
     sidecar: Sidecar | None
 
@@ -76,16 +63,19 @@ class Bundle:
         return _on_disk(self.path, self.weights)
 
 
-def open_bundle(path: Path, *, sidecar_required: bool = True) -> Bundle:
-    """Check an ONNX file and the sidecar beside it. Raises InvalidInput; nothing of the model runs."""
+def open_bundle(path: Path, *, sidecar_required: bool = True, output: str | None = None) -> Bundle:
+    """Check an ONNX file and the sidecar beside it. Raises InvalidInput; nothing of the model runs.
+
+    output: of several, the one that holds the scores; None: the first.
+    """
     model = load_checked(path)
     digest = sha256_of(path)
     sidecar = None
     if sidecar_required or sidecar_path(path).is_file():
         sidecar = read_sidecar(path)
-    signature = _signature(model, path)
+    signature = signature_of(model, path, output)
     if sidecar is not None:
-        _check_agreement(signature, sidecar, path)
+        check_agreement(signature, sidecar, path)
     return Bundle(
         path=path,
         signature=signature,
@@ -93,6 +83,7 @@ def open_bundle(path: Path, *, sidecar_required: bool = True) -> Bundle:
         nodes=_count(model.graph),
         sha256=digest,
         parameters=sum(_size(tensor) for tensor in model.graph.initializer),
+        precision=_precision(model, signature),
         weights=_beside(model),
         sidecar=sidecar,
     )
@@ -107,14 +98,16 @@ def write_sidecar(
     parameters: int,
     macs: int | None,
     source: Mapping[str, Any],
+    scores: Scores | None = None,
 ) -> Path:
     """Write the sidecar of a finished ONNX file and return its path. The same arguments give the same bytes.
 
     preprocessing: {"resize", "size", "crop", "crop_pct", "scale", "mean", "std"}; the file's names, opset and digest
-    are read from it. macs: None where they are not known. Raises InvalidInput when file and arguments disagree.
+    are read from it. macs: None where they are not known. scores: what the output holds; None: as its last operator
+    tells. Raises InvalidInput when file and arguments disagree.
     """
     model = load_checked(onnx_path)
-    signature = _signature(model, onnx_path)
+    signature = signature_of(model, onnx_path)
     parsed = parse_preprocessing(dict(preprocessing), f"{onnx_path.name}: preprocessing")
     content = {
         "schema": SCHEMA,
@@ -122,6 +115,7 @@ def write_sidecar(
         "output": signature.output,
         "layout": signature.layout,
         "dtype": signature.dtype,
+        "scores": scores or signature.scores,
         "image_size": parsed.size,
         "channels": len(parsed.mean),
         "preprocessing": parsed.as_json(),
@@ -136,7 +130,7 @@ def write_sidecar(
     }
     path = sidecar_path(onnx_path)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _check_agreement(signature, read_sidecar(onnx_path, check_digest=False), onnx_path)
+    check_agreement(signature, read_sidecar(onnx_path, check_digest=False), onnx_path)
     return path
 
 
@@ -156,7 +150,9 @@ def bytes_of(path: Path) -> int:
 
 
 def load_checked(path: Path) -> onnx.ModelProto:
-    """Parse an ONNX file after the checks named above; weights beside it are not loaded. Raises InvalidInput."""
+    """Parse an ONNX file after the checks named above; weights beside it are not loaded. Its operators are in order,
+    whatever their order in the file. Raises InvalidInput.
+    """
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
         raise InvalidInput(f"{path} {what}", "give the path of an .onnx file")
@@ -172,11 +168,51 @@ def load_checked(path: Path) -> onnx.ModelProto:
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external(tensor, path)
+    return _valid(model, path)
+
+
+def _valid(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The model, its operators in the order in which they run. ONNX Runtime takes them in any, and its own converter to
+    half precision writes them so.
+    """
     try:
         onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
-        raise InvalidInput(f"{path} is not a valid ONNX model: {_first_line(error)}", "export it again") from None
-    return model
+        return model
+    except INVALID as error:
+        told = _first_line(error)
+    if not _beside(model):  # the checker looks for weights beside a file, and what is put in order is none yet
+        with contextlib.suppress(*INVALID):
+            ordered = _in_order(model)
+            onnx.checker.check_model(ordered, full_check=True)
+            return ordered
+    hint = "export it again"
+    if _beside(model) and "topologically sorted" in told:
+        hint = "save it with its weights inside: what stands out of order is then put in order here"
+    raise InvalidInput(f"{path} is not a valid ONNX model: {told}", hint)
+
+
+def _in_order(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose nodes stand behind those that they read of, sub-graphs too; what may stay in its place does. Raises
+    CycleError, a ValueError, where there is no such order.
+    """
+    ordered = onnx.ModelProto()
+    ordered.CopyFrom(model)
+    for graph in _below(ordered.graph):
+        nodes = list(graph.node)
+        maker = {name: place for place, node in enumerate(nodes) for name in node.output if name}
+        sorter = TopologicalSorter({
+            place: {maker[name] for name in reads(node) if name in maker} for place, node in enumerate(nodes)
+        })  # fmt: skip
+        sorter.prepare()
+        ready: list[int] = []
+        del graph.node[:]
+        while sorter.is_active():
+            for place in sorter.get_ready():
+                heappush(ready, place)
+            first = heappop(ready)
+            graph.node.append(nodes[first])
+            sorter.done(first)
+    return ordered
 
 
 def _check_opsets(model: onnx.ModelProto, path: Path) -> None:
@@ -310,35 +346,6 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
                     yield from (sparse.values, sparse.indices)
 
 
-def _signature(model: onnx.ModelProto, path: Path) -> Signature:
-    """The signature of an image classifier: one float or uint8 input of four dimensions, batch free."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    outputs = list(model.graph.output)
-    described = ", ".join(_value_text(value) for value in inputs) + " -> " + ", ".join(map(_value_text, outputs))
-    hint = (
-        f"its signature is {described}; expected image float32 or uint8 [N,3,H,W], or uint8 [N,H,W,3] -> "
-        "scores [N,classes]"
-    )
-    if len(inputs) != 1:
-        raise InvalidInput(f"{path} is not an image classifier: it has {len(inputs)} inputs", hint)
-    if not outputs:
-        raise InvalidInput(f"{path} is not an image classifier: it has no outputs", hint)
-    tensor = inputs[0].type.tensor_type
-    dtype = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.UINT8: "uint8"}
-    if tensor.elem_type not in dtype:
-        raise InvalidInput(f"{path} is not an image classifier: its input is not of float or uint8", hint)
-    shape = _shape(inputs[0])
-    if len(shape) != 4:
-        raise InvalidInput(f"{path} is not an image classifier: its input has not four dimensions", hint)
-    for size in shape:
-        if size is not None and size < 1:
-            raise InvalidInput(f"{path} is not an image classifier: its input has a dimension of {size}", hint)
-    if tensor.elem_type == onnx.TensorProto.UINT8 and not {None, *CHANNELS} & {shape[1], shape[3]}:
-        raise InvalidInput(f"{path} is not an image classifier: its pixels have neither 1 nor 3 channels", hint)
-    return Signature(inputs[0].name, dtype[tensor.elem_type], shape, outputs[0].name, _shape(outputs[0]))
-
-
 def _beside(model: onnx.ModelProto) -> tuple[str, ...]:
     found = {
         entry.value
@@ -354,24 +361,15 @@ def _on_disk(path: Path, beside: Sequence[str]) -> int:
     return sum((path.parent / name).stat().st_size for name in (path.name, *beside))
 
 
-def _check_agreement(signature: Signature, sidecar: Sidecar, path: Path) -> None:
-    expected = (None, *sidecar.image)
-    same = all(
-        have is None or want is None or have == want for have, want in zip(signature.shape, expected, strict=True)
-    )
-    dtype = sidecar.raw.get("dtype", signature.dtype)  # older sidecars leave it to the file
-    if (signature.input, signature.output, signature.dtype) != (sidecar.input, sidecar.output, dtype) or not same:
-        raise InvalidInput(
-            f"{path} and its sidecar disagree: the file is {signature.text()}; the sidecar says {sidecar.input} "
-            f"{dtype} {_shape_text(expected)} -> {sidecar.output}",
-            "take both from the same artifact",
-        )
-    classes = signature.output_shape[-1] if signature.output_shape else None
-    if classes is not None and sidecar.classes and classes != len(sidecar.classes):
-        raise InvalidInput(
-            f"{path} has {classes} scores an image, its sidecar names {len(sidecar.classes)} classes",
-            "take both from the same artifact",
-        )
+def _precision(model: onnx.ModelProto, signature: Signature) -> str:
+    """What a file computes in. Its input does not say it: raw pixels go in, or floats that the file rounds first."""
+    if QUANTIZED & {node.op_type for graph in _below(model.graph) for node in graph.node}:
+        return "int8"
+    numbers: Counter[int] = Counter()
+    for tensor in model.graph.initializer:
+        numbers[tensor.data_type] += _size(tensor)
+    half = numbers[onnx.TensorProto.FLOAT16] > numbers[onnx.TensorProto.FLOAT]
+    return "fp16" if half or signature.dtype == "float16" else "fp32"
 
 
 def _opset(model: onnx.ModelProto) -> int:
@@ -388,25 +386,11 @@ def _count(graph: onnx.GraphProto) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _shape(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
-    dimensions = value.type.tensor_type.shape.dim
-    return tuple(int(dim.dim_value) if dim.HasField("dim_value") else None for dim in dimensions)
-
-
 def _size(tensor: onnx.TensorProto) -> int:
     size = 1
     for dimension in tensor.dims:
         size *= dimension
     return size
-
-
-def _shape_text(shape: Sequence[int | None]) -> str:
-    return "[" + ",".join("N" if size is None else str(size) for size in shape) + "]"
-
-
-def _value_text(value: onnx.ValueInfoProto) -> str:
-    kind = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
-    return f"{value.name} {kind} {_shape_text(_shape(value))}"
 
 
 def _first_line(error: Exception) -> str:

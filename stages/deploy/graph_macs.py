@@ -9,6 +9,8 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
+from .bundle import load_checked
+
 # Where an operator of ONNX multiplies: the places of its two operands.
 PRODUCTS = {"MatMul": (0, 1), "Gemm": (0, 1), "MatMulInteger": (0, 1), "QLinearMatMul": (0, 3)}
 CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3}  # the place of the weights
@@ -20,7 +22,7 @@ def graph_macs(path: Path, image: Sequence[int]) -> int | None:
     image: the input's dimensions after the batch, where the file leaves them open. None where a shape that counts is
     not to be inferred, or an operator of another domain may multiply: no number is better than a part of one.
     """
-    model = onnx.load(path, load_external_data=False)
+    model = load_checked(path)  # in order, or the shapes of some are not inferred
     weights = {tensor.name for tensor in model.graph.initializer}
     given = next(value for value in model.graph.input if value.name not in weights)
     # A batch that is fixed stands in the constants of reshapes too: counted as it is, and divided by.

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_softmax, softmax
 
 from ..methods import InvalidInput
 from .preprocess import normalise
 from .sessions import open_session
-from .sidecar import read_sidecar
+from .sidecar import Scores, read_sidecar
 from .statistics import wilson
 
 
@@ -63,9 +64,10 @@ def scores(
         batch = 1
     if fixed is None and provider == "tensorrt":
         fixed = min(batch, total)  # it builds an engine, for minutes, for every size that it meets
+    step = 1 if batch == 1 else fixed or batch  # an image alone fills a fixed batch with itself
     parts = []
-    for start in range(0, total, fixed or batch):
-        stop = min(total, start + (fixed or batch))
+    for start in range(0, total, step):
+        stop = min(total, start + step)
         inputs = normalise(fetch(start, stop), sidecar.preprocessing, dtype, sidecar.layout)
         padding = (fixed or len(inputs)) - len(inputs)  # fill up the last one
         filled = np.concatenate([inputs, np.repeat(inputs[-1:], padding, axis=0)]) if padding else inputs
@@ -90,6 +92,32 @@ def answers(scored: NDArray[np.float32]) -> NDArray[np.int64]:
     never right.
     """
     return np.where(np.isfinite(scored).all(axis=1), scored.argmax(axis=1), -1)
+
+
+def probabilities(scored: NDArray[np.float32], kind: Scores) -> NDArray[np.float64]:
+    """Of each class, from scores [n, classes] that are of this kind. Those of a file that ends in sigmoids stand for a
+    class each and need not add up to 1; they are its own, and are left so.
+    """
+    values = scored.astype(np.float64)
+    match kind:
+        case "logits":
+            found: NDArray[np.float64] = softmax(values, axis=1)
+        case "log_probabilities":
+            found = np.exp(values)
+        case "probabilities":
+            found = values
+    return found
+
+
+def log_probabilities(scored: NDArray[np.float32], kind: Scores) -> NDArray[np.float64]:
+    """The logarithms of probabilities that add up to 1, float64 [n, classes], from scores of this kind; finite where
+    the scores are: a probability that was rounded to 0 counts as the smallest number of its type.
+    """
+    values = scored.astype(np.float64)
+    if kind == "probabilities":
+        values = np.log(np.maximum(values, np.finfo(np.float32).tiny))
+    found: NDArray[np.float64] = log_softmax(values, axis=1)
+    return found
 
 
 def accuracy(scored: NDArray[np.float32], labels: NDArray[np.int64]) -> Accuracy:

@@ -24,7 +24,7 @@ FILTERS = {
 def normalise(
     pixels: NDArray[np.uint8], preprocessing: Preprocessing, dtype: str = "float32", layout: str = "NCHW"
 ) -> NDArray[np.generic]:
-    """pixels uint8 [n, h, w, 3] of the network's size -> [n, 3, h, w], in layout NHWC [n, h, w, 3].
+    """pixels uint8 [n, h, w, 3] of the network's size -> [n, 3, h, w], or [n, h, w, 3] in layout NHWC.
 
     A network of uint8 input gets the bytes as they are, one of a single channel the mean of the three. Raises
     InvalidInput on another size or type.
@@ -45,6 +45,7 @@ def normalise(
     values *= np.float32(preprocessing.scale)
     values -= np.asarray(preprocessing.mean, dtype=np.float32).reshape(1, channels, 1, 1)
     values /= np.asarray(preprocessing.std, dtype=np.float32).reshape(1, channels, 1, 1)
+    values = values.transpose(0, 2, 3, 1) if layout == "NHWC" else values
     return np.ascontiguousarray(values.astype(dtype, copy=False))
 
 

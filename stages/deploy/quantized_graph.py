@@ -62,9 +62,16 @@ def linear_layers(model: onnx.ModelProto) -> list[Layer]:
     return found
 
 
+def fixed_batch(model: onnx.ModelProto) -> int | None:
+    """The only number of images that a classifier takes at once; None: any."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    given = next(value for value in model.graph.input if value.name not in weights)
+    return given.type.tensor_type.shape.dim[0].dim_value or None
+
+
 def multiplies(node: onnx.NodeProto) -> bool:
     """Whether a quantizer would take this operator for one that is worth 8 bits."""
-    return node.op_type in LINEAR or node.op_type in ("Conv", "ConvTranspose", "Einsum")
+    return node.op_type in LINEAR or node.op_type in ("Conv", "ConvTranspose", "Einsum", "Attention")
 
 
 def is_linear_layer(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:

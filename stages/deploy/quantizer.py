@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from .attention_fusion import remove_unread
 from .child import answering, serve
 from .preprocess import normalise
-from .quantized_graph import is_linear_layer, multiplies, name_nodes
+from .quantized_graph import fixed_batch, is_linear_layer, multiplies, name_nodes
 from .sidecar import read_sidecar
 
 
@@ -40,8 +40,10 @@ def static(source: Path, target: Path, pixels: Path, alpha: float | None, bits: 
     images = np.load(pixels, allow_pickle=False)
     model = _named(source)
     pre, form = sidecar.preprocessing, (sidecar.dtype, sidecar.layout)
+    batch = fixed_batch(model) or 1  # filled with one image: a range is that of the images, whatever the batch
     dataset = nncf.Dataset(
-        range(len(images)), lambda index: {sidecar.input: normalise(images[index : index + 1], pre, *form)}
+        range(len(images)),
+        lambda index: {sidecar.input: normalise(images[index : index + 1].repeat(batch, axis=0), pre, *form)},
     )
     fix = nncf.quantization.advanced_parameters.OverflowFix
     quantized = nncf.quantize(
@@ -69,6 +71,8 @@ def dynamic(source: Path, target: Path, bits: int, kept_float: Collection[str]) 
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = _named(source)
+    # Only the runtime's own Attention holds weights; the quantizer takes ONNX's for the same.
+    plain = [node.name for node in model.graph.node if node.op_type == "Attention" and not node.domain]
     del model.graph.value_info[:]  # the exporter notes shapes of weights, and a transposed one contradicts
     quantize_dynamic(
         model,
@@ -78,7 +82,7 @@ def dynamic(source: Path, target: Path, bits: int, kept_float: Collection[str]) 
         reduce_range=bits == 7,
         weight_type=QuantType.QInt8,
         # A Gemm becomes a MatMul of another name before that is looked at.
-        nodes_to_exclude=[name for kept in kept_float for name in (kept, f"{kept}_MatMul")],
+        nodes_to_exclude=[*plain, *(name for kept in kept_float for name in (kept, f"{kept}_MatMul"))],
         # Shape inference knows no com.microsoft operators; all that is quantized is float32.
         extra_options={"DefaultTensorType": TensorProto.FLOAT},
     )

@@ -1,8 +1,8 @@
 """The sidecar: model.json beside model.onnx, all that a user needs to classify images with that file.
 
-It holds the names of input and output, the preprocessing, the class names and the SHA-256 of the ONNX file. An ONNX
-file without its preprocessing loses points of accuracy that look like damage, so the two are written, read and checked
-together. Reading needs the standard library only.
+It holds the names of input and output, the preprocessing, what the scores are, the class names and the SHA-256 of the
+ONNX file. An ONNX file without its preprocessing loses points of accuracy that look like damage, so the two are
+written, read and checked together. Reading needs the standard library only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..methods import InvalidInput
 
@@ -23,6 +23,7 @@ LAYOUTS = ("NCHW", "NHWC")
 DTYPES = ("float32", "float16", "uint8")
 RESIZES = ("nearest", "bilinear", "bicubic", "lanczos")
 CROPS = ("none", "center")
+Scores = Literal["logits", "probabilities", "log_probabilities"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,9 @@ class Sidecar:
 
     input: str
     output: str
-    layout: str  # "NCHW"; "NHWC": the file takes raw pixels, uint8, and does scale, mean and std itself
-    dtype: str  # of the input: "float32", "float16" or "uint8"
+    layout: str  # "NCHW" or "NHWC"
+    dtype: str  # of the input: "float32", "float16", or "uint8" of a file that does scale, mean and std itself
+    scores: Scores  # what the output holds
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     precision: str  # "fp32", "fp16" or "int8"
@@ -113,8 +115,10 @@ def _parse(raw: object, path: Path) -> Sidecar:
             f"{path}: layout {layout!r} and dtype {dtype!r} are not known",
             f"layout is one of {', '.join(LAYOUTS)}, dtype one of {', '.join(DTYPES)}",
         )
-    if layout == "NHWC" and dtype != "uint8":
-        raise InvalidInput(f"{path}: layout NHWC is that of raw pixels, dtype uint8, not of {dtype}", AGAIN)
+    stated = fields.text("scores", "logits")  # sidecars from before this field mean logits
+    scores: Scores | None = next((one for one in get_args(Scores) if one == stated), None)
+    if scores is None:
+        raise InvalidInput(f"{path}: scores {stated!r} are not known", f"one of {', '.join(get_args(Scores))}")
     preprocessing = parse_preprocessing(fields.value("preprocessing"), f"{path}: preprocessing")
     if fields.text("preprocessing_sha256", preprocessing.sha256) != preprocessing.sha256:
         raise InvalidInput(
@@ -126,6 +130,7 @@ def _parse(raw: object, path: Path) -> Sidecar:
         output=fields.text("output"),
         layout=layout,
         dtype=dtype,
+        scores=scores,
         preprocessing=preprocessing,
         classes=tuple(str(name) for name in fields.items("classes")),
         precision=fields.text("precision"),

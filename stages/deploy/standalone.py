@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from .sidecar import Preprocessing, Sidecar
+from .sidecar import Preprocessing, Scores, Sidecar
 
 START = '''\
 """Classify images with the model.onnx beside this file: python predict.py IMAGE..."""
@@ -31,10 +31,14 @@ for path in sys.argv[1:] or sys.exit(__doc__):
     picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB").convert("RGB")
 '''
 END = """\
-    shares = np.exp(scores - scores.max())
     for place in np.argsort(-shares, kind="stable")[:5]:
-        print(f"{path}\\t{classes[place]}\\t{shares[place] / shares.sum():.4f}")
+        print(f"{path}\\t{classes[place]}\\t{shares[place]:.4f}")
 """
+SHARES: dict[Scores, str] = {  # as `predict.probabilities`
+    "logits": "np.exp(scores - np.logaddexp.reduce(scores))",
+    "probabilities": "scores",
+    "log_probabilities": "np.exp(scores)",
+}
 
 
 def program(sidecar: Sidecar, dtype: str, batch: int | None) -> str:
@@ -49,6 +53,7 @@ def program(sidecar: Sidecar, dtype: str, batch: int | None) -> str:
         *_resize(sidecar.preprocessing),
         *_numbers(sidecar.preprocessing, dtype, sidecar.layout),
         f"scores = {answer}",
+        f"shares = {SHARES[sidecar.scores]}",
     ]
     return START + "".join(f"    {line}\n" for line in lines) + END
 

@@ -11,9 +11,6 @@ from .bundle import Bundle
 from .graph_macs import graph_macs
 from .latency import Subject
 
-# What shows that a file without a sidecar is an 8-bit one.
-QUANTIZED = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QAttention"}
-
 
 @dataclass(frozen=True, slots=True)
 class Variant:
@@ -28,11 +25,8 @@ class Variant:
 
     @property
     def precision(self) -> str:
-        if self.bundle.sidecar is not None:
-            return self.bundle.sidecar.precision
-        if QUANTIZED & self.bundle.nodes.keys():
-            return "int8"
-        return "fp16" if self.bundle.signature.dtype == "float16" else "fp32"  # raw pixels in, float inside
+        sidecar = self.bundle.sidecar
+        return self.bundle.precision if sidecar is None else sidecar.precision
 
     @property
     def name(self) -> str:
@@ -48,8 +42,11 @@ class Variant:
         bundle = self.bundle
         return Subject(self.name, bundle.path, bundle.signature.input, bundle.signature.dtype, image(bundle, batch))
 
-    def _counted(self) -> int | None:
-        """MACs by the graph, of the input as it is fed."""
+    @property
+    def macs(self) -> int | None:
+        """For one image, as the sidecar states them, else counted in the graph; None: not known."""
+        if self.bundle.sidecar is not None:
+            return self.bundle.sidecar.macs
         return graph_macs(self.bundle.path, image(self.bundle, self.fixed_batch or 1))
 
     def short(self) -> dict[str, Any]:
@@ -70,7 +67,7 @@ class Variant:
             "sha256": bundle.sha256,
             "bytes": bundle.bytes,
             "parameters": sidecar.parameters if sidecar else bundle.parameters,
-            "macs": sidecar.macs if sidecar else self._counted(),
+            "macs": self.macs,
             "top1": None,
             "top1_low": None,
             "top1_high": None,
