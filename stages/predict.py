@@ -52,9 +52,9 @@ def predict(
     """Classify images with a packed model: the likeliest classes and their probabilities.
 
     MODEL is a folder that `sievit pack` made, an .onnx file with its sidecar .json, an artifact (quantize@3) or an arm
-    (main: its last file in the newest whole run). Probabilities are the softmax of the scores, or the scores of a file
-    that ends in one itself. Of a folder all images below it are taken, by their names' endings. What cannot be read is
-    told, and the other images are answered; the exit code is then 3.
+    (main: its last file in the newest whole run). Probabilities are the softmax of the scores; a file that ends in a
+    softmax or sigmoid of its own gives them itself. Of a folder all images below it are taken, by their names' endings.
+    What cannot be read is told, and the other images are answered; the exit code is then 3.
 
         sievit predict digits-int8 photo.jpg more/ --top 3
         sievit predict quantize@latest photos/ --json
