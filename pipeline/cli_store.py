@@ -389,7 +389,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
         case {"parity": {"max_abs": float(error)}}:
             return f"parity {error:.1e}"
         case {"gates": {"speedup": float(speedup)}}:
-            return f"{speedup:.2f}× faster"
+            return f"{speedup:.2f}× as fast"
         case _:
             return ""
 

@@ -157,7 +157,7 @@ def test_over_seeds_the_test_is_over_seeds_and_the_whole_paragraph_speaks_of_mea
     metrics = {"over_seeds": over, "rows": [*measurement()["rows"], *more]}
     found = told(tmp_path, lines, **metrics)
     assert found.text == (
-        "In the mean over 3 seeds the compressed file is 2.30× faster (each seed: 2.31×, 2.40×, 2.20×) than dense at "
+        "In the mean over 3 seeds the compressed file is 2.30× as fast (each seed: 2.31×, 2.40×, 2.20×) as dense at "
         "batch 1 on 1 thread (cpu), with top-1 97.0% against 97.6% (95% intervals over seeds 95.0–98.0% and "
         "95.6–98.6%). It beats its random control, arm random (the same, but examples by lot), by 2.8 points of top-1 "
         "(95% interval 1.6 to 4.0 points; paired t test over 3 seeds, p = 0.030, the same 450 test images)."

@@ -106,7 +106,7 @@ def sentence(run: tuple[dict[str, Any], Shelf]) -> str:
 
 def test_the_verdict_names_speed_and_accuracy_with_their_intervals(run: tuple[dict[str, Any], Shelf]) -> None:
     expected = (
-        "The compressed file is 2.31× faster (95% interval 2.22–2.43×) than dense at batch 1 on 1 thread (cpu), "
+        "The compressed file is 2.31× as fast (95% interval 2.22–2.43×) as dense at batch 1 on 1 thread (cpu), "
         "with top-1 97.6% against 97.9% (95% intervals 96.0–98.5% and 96.3–98.8%). "
         "It beats its random control, arm random (the same, but examples by lot), by 1.5 points of top-1 (95% interval "
         "0.3 to 2.7 points; McNemar's p = 0.021 on the same 450 test images; one seed: said of these two networks, not "
@@ -130,7 +130,7 @@ def test_the_verdict_speaks_of_the_first_configured_setting(run: tuple[dict[str,
         (0.95, 1.02, 1.09, "is not measurably faster than dense: its speed-up is 1.02×"),  # the interval holds 1
         (1.003, 1.012, 1.02, "is not measurably faster than dense"),  # within what two runs of one file differ by
         (0.70, 0.74, 0.78, "is slower than dense: its speed-up is 0.74×"),
-        (1.30, 1.40, 1.50, "is 1.40× faster (95% interval 1.30–1.50×)"),
+        (1.30, 1.40, 1.50, "is 1.40× as fast (95% interval 1.30–1.50×)"),
         (None, 1.40, None, "without an interval to judge it by"),
     ],
 )
@@ -141,7 +141,7 @@ def test_the_verdict_claims_no_speed_that_the_interval_does_not_show(
     dense = row("dense", "export", "fp32", 2.0, 0.97, 1.0, final=True)
     said = sentence(measured(tmp_path, [row("main", "export", "fp32", 1.9, 0.97, value, final=True, **ends), dense]))
     assert words in said
-    assert ("faster (" in said) == (words.startswith("is 1.40"))
+    assert ("as fast (" in said) == words.startswith("is 1.40")
 
 
 def test_without_a_dense_arm_the_verdict_says_that_speed_is_open(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def _compared(facts: Facts, shipped: Row, base: Row) -> Verdict:
         return Verdict(f"The speed of the compressed file against {name} was not recorded{told.accuracy}.", "plain")
     match told.word:
         case "faster":
-            sentence = f"{told.subject} is {ratio(told.value)} faster{told.within} than {name} {rest}."
+            sentence = f"{told.subject} is {ratio(told.value)} as fast{told.within} as {name} {rest}."
         case "slower":
             sentence = f"{told.subject} is slower than {name}: its speed-up is {speed} {rest}."
         case "":
