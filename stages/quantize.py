@@ -15,7 +15,7 @@ the half blocks that 8 bits hurt most are left float, as few as suffice.
 A scheme that a quantizer refuses, or whose file does not run, is left out and told; the stage fails where none is left.
 
 Processors without 8-bit dot products add products in pairs of 16 bits, which saturate; there the weights take 7 bits.
-Activations of `static` are unsigned, since x86 is faster so, and symmetric for TensorRT, which takes no others.
+Activations of `static` are unsigned, which ONNX Runtime takes at every opset, and symmetric for TensorRT.
 
 reads    an onnx file, tickets (optional)
 writes   model.onnx, model.json: the product, INT8 or float;

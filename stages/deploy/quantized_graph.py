@@ -166,7 +166,7 @@ def fold_scales(model: onnx.ModelProto) -> int:
 def make_unsigned(model: onnx.ModelProto) -> int:
     """Write int8 activations of pairs as uint8, zero points 128 higher; returns how many QuantizeLinear it changed.
 
-    The numbers stay what they are, and x86 multiplies uint8 by int8 faster than int8 by int8. Weights stay int8. A
+    The numbers stay what they are, and ONNX Runtime runs no pairs of int8 activations at opset 23. Weights stay int8. A
     graph whose zero points are all 0 stays as it is: it was made so, for a runtime that takes no others (TensorRT).
     """
     graph = Graph(model)
