@@ -147,10 +147,11 @@ def run(ctx: Context) -> None:
     metrics, results, run_by = _timed(variants, baseline, settings, plan, ctx.progress)
     for variant in variants:
         if variant.final and not run_by(variant, settings[0]):
-            (reason,) = [one["reason"] for one in metrics["unmeasured"] if one["file"] == variant.name]
+            first = settings[0].provider
+            why = {one["provider"]: one["reason"] for one in metrics["unmeasured"] if one["file"] == variant.name}
             raise InvalidInput(
-                f"{variant.name} is what the arm ships, and {settings[0].provider} decides: {reason}",
-                f"set quantize.provider: {settings[0].provider} too, or name another provider first",
+                f"{variant.name} is what the arm ships, and {first} decides: {why[first]}",
+                f"set quantize.provider: {first} too, or name another provider first",
             )
     found, answered = accuracies(variants, images, settings, run_by, ctx.progress)
     for row in metrics["rows"]:

@@ -29,6 +29,7 @@ from sievit.pipeline import views
 from sievit.pipeline.errors import SievitError
 from sievit.pipeline.settings import DataConfig, ModelConfig
 from sievit.pipeline.stage import Context, Labelled
+from sievit.stages import benchmark
 from sievit.stages.benchmark import BenchmarkConfig, benchmark_files, run
 from sievit.stages.deploy import child, isa, latency, predict, sessions, worker
 from sievit.stages.deploy.child import Child, ChildFailed
@@ -387,6 +388,17 @@ def test_a_file_that_a_further_provider_does_not_run_loses_its_rows_there_and_no
         again.mkdir()
         with pytest.raises(InvalidInput, match="2 QAttention ran on another provider"):
             run(context(again, many, providers=("openvino",), **asked))
+
+
+def test_of_several_providers_that_do_not_run_what_is_shipped_the_first_ones_reason_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = [Labelled("main", "export", made(tmp_path / "export"), True, 0)]  # type: ignore[arg-type]
+    both = [{"file": "main/export/fp32", "provider": name, "reason": f"not on {name}"} for name in ("cuda", "openvino")]
+    monkeypatch.setattr(latency, "require_serving", lambda *_: None)
+    monkeypatch.setattr(benchmark, "_timed", lambda *_: ({"unmeasured": both}, {}, lambda *_: False))
+    with pytest.raises(InvalidInput, match="openvino decides: not on openvino"):
+        run(context(tmp_path, many, providers=("openvino", "cuda")))
 
 
 def measurement_of(metrics: dict[str, Any]) -> str:
